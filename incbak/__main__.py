@@ -1,0 +1,5 @@
+"""``python -m incbak``."""
+
+from incbak.cli.main import main
+
+main()

@@ -1,0 +1,43 @@
+"""What this host says of itself: its boot, its processes, and where state and sockets live."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def boot_id() -> bytes:
+    """16 bytes that change with every boot of the host.
+
+    ``INCBAK_BOOT_ID_FILE`` names another file to read it from: that is how tests and the demo act out a power cut.
+    """
+    path = os.environ.get("INCBAK_BOOT_ID_FILE", "/proc/sys/kernel/random/boot_id")
+    return bytes.fromhex(Path(path).read_text(encoding="ascii").strip().replace("-", ""))
+
+
+def start_time(pid: int) -> int | None:
+    """When process ``pid`` started, in clock ticks since boot; ``None`` if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def default_state_dir() -> Path:
+    """``INCBAK_STATE_DIR``, ``/var/lib/incbak`` for root, else the XDG state directory."""
+    if configured := os.environ.get("INCBAK_STATE_DIR"):
+        return Path(configured)
+    if os.geteuid() == 0:
+        return Path("/var/lib/incbak")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "incbak"
+
+
+def runtime_dir() -> Path:
+    """Where sockets go: ``INCBAK_RUNTIME_DIR``, ``/run/incbak`` for root, else ``$XDG_RUNTIME_DIR/incbak``."""
+    if configured := os.environ.get("INCBAK_RUNTIME_DIR"):
+        return Path(configured)
+    if os.geteuid() == 0:
+        return Path("/run/incbak")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "incbak" if base else default_state_dir() / "run"

@@ -1,0 +1,53 @@
+"""Sizes, durations and rates: from what a user types, and into what a user reads."""
+
+from __future__ import annotations
+
+import re
+
+from incbak.errors import UsageError
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+TiB = 1 << 40
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?", re.IGNORECASE)
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``65536``, ``64k``, ``64KiB``, ``1.5G`` (powers of 1024). Raises `UsageError`."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"not a size: {text!r}", hint="Write bytes, or a number with K, M, G or T.")
+    power = " kmgtp".index(match[2].lower() or " ")
+    return int(float(match[1]) * 1024**power) if "." in match[1] else int(match[1]) << (10 * power)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from ``90``, ``90s``, ``5m``, ``2h``, ``7d``, ``1w``. Raises `UsageError`."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"not a duration: {text!r}", hint="Write seconds, or a number with s, m, h, d or w.")
+    return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+
+
+def format_size(count: float) -> str:
+    """``1536`` as ``1.5 KiB``."""
+    unit = "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(count) < 1024 or unit == "PiB":
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """``0.42 s``, ``12.3 s``, ``3m05s``, ``2h07m``."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
