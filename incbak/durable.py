@@ -82,7 +82,10 @@ declare(
 
 
 def sync_file(fd: int, what: str) -> None:
-    """``fdatasync``. Raises `DurabilityError` naming ``what``; the first failure is final, a second call proves nothing."""
+    """``fdatasync``. Raises `DurabilityError` naming ``what``.
+
+    The first failure is final: the kernel may have dropped the pages, so a later success proves nothing.
+    """
     try:
         crash_point("durable.sync")
         os.fdatasync(fd)
