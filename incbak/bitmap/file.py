@@ -1,0 +1,364 @@
+"""One bitmap file, open: the mapping, the marks, and the flag protocol that the package docstring tells."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from incbak import durable, host
+from incbak.bitmap import bits as kernels
+from incbak.bitmap import format as fmt
+from incbak.bitmap.format import REGION_SHIFT, TOUCHED, UNTOUCHED, Flag, Slot
+from incbak.errors import BitmapError, DurabilityError
+from incbak.extents import Extent
+from incbak.fingerprint import Fingerprint
+from incbak.reasons import Reason
+
+durable.declare(
+    "bitmap.clear-first-slot",
+    "bitmap.clear-second-slot",
+    "bitmap.region-set",
+    "bitmap.region-synced",
+    "bitmap.close-bits",
+    "bitmap.close-first-slot",
+    "bitmap.close-second-slot",
+)
+
+EMPTY = Fingerprint(0, 0, 0, bytes(16))
+
+
+class Found(StrEnum):
+    """How a bitmap came to be what it is in this session."""
+
+    CREATED = "created"
+    CLEAN = "clean"
+    RECOVERED = "recovered"
+    COARSE = "coarse"
+    INVALID = "invalid"
+
+
+class State(StrEnum):
+    """``CLEAN``: the flag is set on disk. ``DIRTY``: it is cleared there. ``INVALID``: tracks no more. ``CLOSED``."""
+
+    CLEAN = "clean"
+    DIRTY = "dirty"
+    INVALID = "invalid"
+    CLOSED = "closed"
+
+
+class Bitmap:
+    """The clusters of a disk written since one backup. Safe for many threads; one owner (`BitmapStore.lock`).
+
+    ``known[region]`` is not 0 once the flag is cleared *and* the coarse byte of that region is durable in this session:
+    a writer may look at it without a lock and skip `touch`. It is never set on what is only in memory.
+    """
+
+    persistent = True
+
+    def __init__(self, path: Path, slot: Slot, found: Found, state: State) -> None:
+        self.path, self.slot, self.found, self.state = path, slot, found, state
+        self.name, self.size, self.granularity = slot.name, slot.size, slot.granularity
+        self.reason: Reason | None = None
+        self.enabled = bool(slot.flags & Flag.ENABLED)
+        self.known = bytearray(slot.regions)
+        self._shift = slot.granularity.bit_length() - 1
+        self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        start, coarse, end = fmt.layout(slot)
+        self._map = np.memmap(path, dtype=np.uint8, mode="r+", shape=(end,))
+        self._bits = self._map[start : start + kernels.bytes_for(slot.clusters)]
+        self._coarse = self._map[coarse : coarse + slot.regions]
+        self._body = self._map[start:end]
+        self._view = memoryview(self._bits)  # type: ignore[arg-type]
+        self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+        self._started = self._done = 0
+        self._durable = bytearray(slot.regions)
+
+    # -- marking --------------------------------------------------------------------------------------------------
+
+    def mark(self, offset: int, length: int) -> None:
+        """Record a write of ``length`` bytes at ``offset``, before it is issued.
+
+        Raises `BitmapError` (`Reason.TRACKING_FAILED`) when the record cannot be made good; then the bitmap has been
+        invalidated durably, or the error says that even this failed and the write must not go out.
+        """
+        if length <= 0:
+            return
+        self.touch(offset, length)
+        self.set_bits(offset, length)
+
+    def set_bits(self, offset: int, length: int) -> None:
+        """Set the bits of every cluster that the range touches; ``length`` > 0. `touch` must have gone before."""
+        first, last = offset >> self._shift, (offset + length - 1) >> self._shift
+        if first == last:
+            bit = 1 << (first & 7)
+            if not self._view[first >> 3] & bit:
+                with self._lock:
+                    self._view[first >> 3] |= bit
+            return
+        with self._lock:
+            kernels.set_range(self._bits, first, last)
+
+    def touch(self, offset: int, length: int) -> None:
+        """Make it durable that the regions of the range may be written. One sync per region and bitmap."""
+        first, last = offset >> REGION_SHIFT, (offset + length - 1) >> REGION_SHIFT
+        if self.known.find(0, first, last + 1) < 0:
+            return
+        if self.state is State.INVALID:
+            raise BitmapError(f"bitmap {self.name} is invalid", reason=self.reason)
+        try:
+            self._touch(first, last)
+        except (OSError, DurabilityError) as e:
+            self.invalidate(Reason.TRACKING_FAILED)
+            raise BitmapError(f"cannot record writes in bitmap {self.name}: {e}", reason=Reason.TRACKING_FAILED) from e
+
+    def _touch(self, first: int, last: int) -> None:
+        with self._lock:
+            self._coarse[first : last + 1] = TOUCHED
+            wanted = self._started + 1
+        durable.crash_point("bitmap.region-set")
+        with self._sync_lock:
+            if self.state is State.CLEAN:
+                self._clear_flag()
+            if self._durable.find(0, first, last + 1) >= 0 and self._done < wanted:
+                self._sync_regions()
+        durable.crash_point("bitmap.region-synced")
+        self._durable[first : last + 1] = self.known[first : last + 1] = b"\1" * (last + 1 - first)
+
+    def _sync_regions(self) -> None:
+        """One sync for all coarse bytes that were set before it began: who set one waits for it, none skips it."""
+        with self._lock:
+            self._started += 1
+            mine = self._started
+        durable.sync_file(self._fd, f"bitmap {self.path}")
+        self._done = mine
+
+    def _clear_flag(self) -> None:
+        """The flag is off on disk when this returns: both slots, one after the other, each synced."""
+        boot, pid = host.boot_id(), os.getpid()
+        slot = replace(self.slot, boot_id=boot, owner_pid=pid, owner_start=host.start_time(pid) or 0)
+        self._write_slots(
+            slot.with_flags(self._flags() & ~Flag.CLEAN), "bitmap.clear-first-slot", "bitmap.clear-second-slot"
+        )
+        self.state = State.DIRTY
+        self.heartbeat()
+
+    def _flags(self) -> Flag:
+        return Flag.ENABLED if self.enabled else Flag(0)
+
+    def _write_slots(self, slot: Slot, *points: str) -> None:
+        """Write ``slot`` over the older copy, sync, then over the other, sync: never both torn."""
+        for number, point in enumerate(points):
+            step = replace(slot, sequence=slot.sequence + number)
+            where = (step.sequence % 2) * fmt.SECTOR
+            if os.pwrite(self._fd, fmt.encode(step), where) != fmt.SECTOR:
+                raise OSError(f"short write of the header of {self.path}")
+            durable.sync_file(self._fd, f"bitmap {self.path}")
+            self.slot = step
+            durable.crash_point(point)
+
+    def trust_coarse_map(self) -> None:
+        """Make the coarse map of an earlier session durable: rewritten, since a failed sync leaves pages clean."""
+        self._coarse[:] = np.array(self._coarse)
+        durable.sync_file(self._fd, f"bitmap {self.path}")
+        self._durable[:] = (self._coarse == TOUCHED).astype(np.uint8).tobytes()
+
+    def adopt(self) -> None:
+        """This process and this boot own the file from now on: a later look must not see the former owner."""
+        with self._sync_lock:
+            self._clear_flag()
+
+    def last_heartbeat(self) -> int | None:
+        """When the owner was last known alive, in ns since the epoch; ``None`` if it never said."""
+        return fmt.decode_beat(self._map[fmt.HEARTBEAT : fmt.HEARTBEAT + 16].tobytes())
+
+    def mark_touched_regions(self) -> None:
+        """Mark every cluster of the touched regions: what a power cut leaves of the bits is less than was written."""
+        per_region = max(1, fmt.REGION >> self._shift)
+        for region in np.flatnonzero(self._coarse == TOUCHED).tolist():
+            first = (region << REGION_SHIFT) >> self._shift
+            kernels.set_range(self._bits, first, min(first + per_region, self.slot.clusters) - 1)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def is_dirty(self, offset: int, length: int) -> bool:
+        """Whether any cluster of the range is marked."""
+        return kernels.any_in_range(self._bits, offset >> self._shift, (offset + length - 1) >> self._shift)
+
+    def runs(self) -> kernels.Runs:
+        """The dirty clusters as (first, count)."""
+        return kernels.runs(self._bits, self.slot.clusters)
+
+    def extents(self) -> list[Extent]:
+        """The dirty bytes, sorted, cut at the disk's size."""
+        return extents_of(self.runs(), self.granularity, self.size)
+
+    def count(self) -> int:
+        """How many bytes are dirty; a last partial cluster counts as what it has."""
+        whole = kernels.count(self._bits) * self.granularity
+        rest = self.size % self.granularity
+        if rest and self.is_dirty(self.size - 1, 1):
+            whole -= self.granularity - rest
+        return whole
+
+    def snapshot(self) -> kernels.Bits:
+        """A private copy of the bits."""
+        with self._lock:
+            return np.array(self._bits)
+
+    # -- changing -------------------------------------------------------------------------------------------------
+
+    def merge_bits(self, other: kernels.Bits) -> None:
+        """Set all bits that ``other`` (packed, of the same granularity and size) has; durable as marks are."""
+        found = kernels.runs(other, self.slot.clusters)
+        per_region = max(1, (1 << REGION_SHIFT) >> self._shift)
+        for region in (
+            np.unique(np.concatenate([found[:, 0], found.sum(axis=1) - 1]) // per_region) if len(found) else ()
+        ):
+            self.touch(int(region) << REGION_SHIFT, 1)
+        for first, length in found[found[:, 1] > per_region]:
+            self.touch(
+                int(first) << self._shift, min(int(length) << self._shift, self.size - (int(first) << self._shift))
+            )
+        with self._lock:
+            np.bitwise_or(self._bits, other, out=self._bits)
+
+    def clear(self) -> None:
+        """Forget all marks. The caller has stopped writers. Interrupted, the bitmap is invalid, never half cleared."""
+        with self._sync_lock:
+            points = ("bitmap.clear-first-slot", "bitmap.clear-second-slot")
+            hurt = replace(self.slot, reason=Reason.INVALIDATED.value).with_flags(self._flags() | Flag.INVALID)
+            self._write_slots(hurt, *points)
+            self._bits[:] = 0
+            self._coarse[:] = UNTOUCHED
+            self.known[:] = self._durable[:] = bytes(len(self.known))
+            durable.sync_file(self._fd, f"bitmap {self.path}")
+            self.state = State.DIRTY
+            self._write_slots(replace(self.slot, reason="").with_flags(self._flags()), *points)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Record writes, or not. The caller has stopped writers."""
+        if enabled == self.enabled:
+            return
+        with self._sync_lock:
+            self.enabled = enabled
+            slot = self.slot.with_flags(self.slot.flags & ~Flag.ENABLED | self._flags())
+            self._write_slots(slot, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
+
+    def invalidate(self, reason: Reason) -> None:
+        """Make it durable that the bitmap is not to be believed; idempotent.
+
+        If the header cannot be written the file is renamed to ``*.invalid``. Raises `BitmapError` if that fails too.
+        """
+        if self.state is State.INVALID:
+            return
+        with self._sync_lock:
+            self.reason, self.state, self.found = reason, State.INVALID, Found.INVALID
+            try:
+                slot = replace(self.slot, reason=reason.value).with_flags(self._flags() | Flag.INVALID)
+                self._write_slots(slot, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
+            except (OSError, DurabilityError):
+                self._bury(reason)
+
+    def _bury(self, reason: Reason) -> None:
+        grave = self.path.with_name(f"{self.path.name}.invalid")
+        try:
+            os.rename(self.path, grave)
+            durable.sync_dir(self.path.parent)
+        except (OSError, DurabilityError) as e:
+            hint = "The disk must not be written until the state directory can be."
+            raise BitmapError(f"cannot invalidate bitmap {self.name}: {e}", reason=reason, hint=hint) from e
+        self.path = grave
+
+    def heartbeat(self) -> None:
+        """Note that the owner is alive now, a plain store: an image changed later was not changed by this owner."""
+        beat = fmt.encode_beat(time.time_ns())
+        self._map[fmt.HEARTBEAT : fmt.HEARTBEAT + 16] = np.frombuffer(beat, dtype=np.uint8)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def close(self, fingerprint: Fingerprint | None) -> None:
+        """Let go. With the ``fingerprint`` of the flushed disk: a clean shutdown, the flag is set last.
+
+        The order: bits and coarse map synced; digest and fingerprint in one slot with the flag, synced; the other slot.
+        """
+        if self.state is State.CLOSED:
+            return
+        try:
+            if fingerprint is not None and self.state is not State.INVALID and self._must_write(fingerprint):
+                durable.sync_file(self._fd, f"bitmap {self.path}")
+                durable.crash_point("bitmap.close-bits")
+                clean = replace(self.slot, digest=digest_of(self._body), fingerprint=fingerprint)
+                flags = self._flags() | Flag.CLEAN
+                self._write_slots(clean.with_flags(flags), "bitmap.close-first-slot", "bitmap.close-second-slot")
+        finally:
+            self.state = State.CLOSED
+            os.close(self._fd)
+            self._view.release()
+            self._release()
+
+    def _must_write(self, fingerprint: Fingerprint) -> bool:
+        return self.state is State.DIRTY or fingerprint != self.slot.fingerprint
+
+    def _release(self) -> None:
+        del self._bits, self._coarse, self._body, self._map
+
+
+def extents_of(found: kernels.Runs, granularity: int, size: int) -> list[Extent]:
+    """Runs of clusters as byte extents, cut at ``size``."""
+    return [Extent(f * granularity, min(n * granularity, size - f * granularity)) for f, n in found.tolist()]
+
+
+def digest_of(body: kernels.Bits) -> bytes:
+    """BLAKE3 of bits and coarse map, 32 bytes."""
+    return blake3(memoryview(body)).digest()  # type: ignore[arg-type]
+
+
+def create_file(path: Path, slot: Slot) -> None:
+    """A new, preallocated, durable bitmap file with nothing marked; the flag is clear, its owner is this process."""
+    _start, coarse, end = fmt.layout(slot)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, end)
+        os.pwrite(fd, bytes([UNTOUCHED]) * slot.regions, coarse)
+        other = replace(slot, sequence=slot.sequence + 1)
+        for copy in (slot, other):
+            os.pwrite(fd, fmt.encode(copy), copy.sequence % 2 * fmt.SECTOR)
+        durable.commit(temporary, path)
+    except FileExistsError as e:
+        raise BitmapError(f"bitmap {slot.name} exists already") from e
+    except OSError as e:
+        raise BitmapError(
+            f"cannot create bitmap {path}: {e.strerror}", hint="Free space in the state directory."
+        ) from e
+    finally:
+        os.close(fd)
+        temporary.unlink(missing_ok=True)
+
+
+def new_slot(name: str, size: int, granularity: int, disk_uuid: bytes, fingerprint: Fingerprint, enabled: bool) -> Slot:
+    """The first header of a bitmap that this process owns."""
+    pid = os.getpid()
+    return Slot(
+        name=name,
+        size=size,
+        granularity=granularity,
+        disk_uuid=disk_uuid,
+        flags=Flag.ENABLED if enabled else Flag(0),
+        sequence=2,
+        boot_id=host.boot_id(),
+        owner_pid=pid,
+        owner_start=host.start_time(pid) or 0,
+        created_ns=time.time_ns(),
+        reason="",
+        fingerprint=fingerprint,
+        digest=bytes(32),
+    )

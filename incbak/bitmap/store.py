@@ -1,0 +1,316 @@
+"""The state directory: one directory per disk of a VM, with its bitmaps, its identity and its lock."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+import msgspec
+import numpy as np
+
+from incbak import durable, host
+from incbak.bitmap import bits as kernels
+from incbak.bitmap import format as fmt
+from incbak.bitmap.file import EMPTY, Bitmap, Found, State, create_file, digest_of, extents_of, new_slot
+from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
+from incbak.errors import BitmapError, LockedError, UsageError
+from incbak.extents import Extent
+from incbak.fingerprint import Fingerprint
+from incbak.reasons import Reason
+
+SUFFIX = ".bitmap"
+HEARTBEAT_SLACK_NS = 1_000_000_000
+"""How much later than its last heartbeat a killed owner may have written."""
+POWER_CUT_SLACK_NS = 120_000_000_000
+"""The same after a power cut: the kernel writes dirty pages back after some 35 s."""
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What ``disk.json`` holds: who this disk is, whatever its image is called."""
+
+    uuid: str
+
+
+def component(name: str) -> str:
+    """``name`` as one path component: a key, never a path (faults row 71). Raises `UsageError`."""
+    if not name or len(name.encode()) > fmt.NAME_LIMIT:
+        raise UsageError(f"not a name: {name[:200]!r}", hint=f"Names have 1 to {fmt.NAME_LIMIT} bytes.")
+    quoted = quote(name, safe="")
+    return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
+
+
+class BitmapStore:
+    """The bitmaps of one disk of one VM: ``<state dir>/<vm>/<disk>/<name>.bitmap``."""
+
+    def __init__(self, state_dir: Path, vm: str, disk: str) -> None:
+        self.vm, self.disk = vm, disk
+        self.directory = state_dir / component(vm) / component(disk)
+        self._lock_fd: int | None = None
+        self.uuid = b""
+
+    def lock(self) -> None:
+        """Become the owner of this disk's bitmaps, until `unlock` or death. Raises `LockedError` if there is one."""
+        durable.make_dir(self.directory)
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            hint = "Stop the process that serves it, or use its monitor as the source."
+            raise LockedError(f"the bitmaps of disk {self.disk} of {self.vm} are in use", hint=hint) from None
+        self._lock_fd = fd
+        for left in self.directory.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        self.uuid = self._identity()
+
+    def unlock(self) -> None:
+        """Let the next owner in."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def _identity(self) -> bytes:
+        path = self.directory / "disk.json"
+        try:
+            return uuid.UUID(msgspec.json.decode(path.read_bytes(), type=Identity).uuid).bytes
+        except FileNotFoundError:
+            pass
+        except (msgspec.MsgspecError, ValueError):
+            durable.remove(path)
+        fresh = uuid.uuid4()
+        durable.write_new(path, [msgspec.json.encode(Identity(str(fresh)))])
+        return fresh.bytes
+
+    def path(self, name: str) -> Path:
+        """Where the bitmap ``name`` is."""
+        return self.directory / (component(name) + SUFFIX)
+
+    def create(self, name: str, size: int, granularity: int, disk: Fingerprint, *, enabled: bool = True) -> Bitmap:
+        """A new bitmap with nothing marked, durable and preallocated. Takes time; records once a tracker has it.
+
+        Raises `BitmapError` when it exists or there is no room.
+        """
+        if granularity < 512 or granularity & (granularity - 1):
+            raise BitmapError(f"granularity {granularity} is not a power of two of at least 512")
+        self._bury_leftover(name)
+        slot = new_slot(name, size, granularity, self.uuid, disk, enabled)
+        create_file(self.path(name), slot)
+        return Bitmap(self.path(name), replace(slot, sequence=slot.sequence + 1), Found.CREATED, State.DIRTY)
+
+    def _bury_leftover(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self.directory / (component(name) + SUFFIX + ".invalid"))
+
+    def names(self) -> list[str]:
+        """The names of all bitmap files here, sorted."""
+        return sorted(_names(self.directory))
+
+    def open(self, name: str, disk: Fingerprint) -> Bitmap | Reason:
+        """The bitmap ``name`` if it may be believed, else why not. The table of the package docstring, row by row."""
+        path = self.path(name)
+        if not path.exists():
+            return Reason.TRACKING_FAILED
+        slot, both = _read_slots(path)
+        if isinstance(slot, Reason):
+            return slot
+        if reason := _suspect(slot, path, name, self.uuid, disk):
+            return reason
+        if slot.flags & Flag.CLEAN:
+            return _open_clean(path, slot, disk) if both else Reason.HEADER
+        return _open_unclean(path, slot, disk)
+
+    def open_all(self, disk: Fingerprint) -> tuple[list[Bitmap], dict[str, Reason]]:
+        """Every bitmap that may be believed, and why the others may not. Never raises for what a file holds."""
+        good: list[Bitmap] = []
+        bad: dict[str, Reason] = {}
+        for name in self.names():
+            found = self.open(name, disk)
+            if isinstance(found, Bitmap):
+                good.append(found)
+            else:
+                bad[name] = found
+        return good, bad
+
+    def remove(self, name: str) -> None:
+        """Remove a bitmap's file durably; one that is open must be closed by the caller first or after."""
+        durable.remove(self.directory / (component(name) + SUFFIX + ".invalid"))
+        durable.remove(self.path(name))
+
+
+def _names(directory: Path) -> Iterator[str]:
+    found = set()
+    for path in directory.glob(f"*{SUFFIX}*"):
+        stem = path.name.removesuffix(".invalid")
+        if stem.endswith(SUFFIX) and not stem.startswith(".") and path.is_file():
+            found.add(unquote(stem.removesuffix(SUFFIX)))
+    yield from found
+
+
+def _read_slots(path: Path) -> tuple[Slot | Reason, bool]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return fmt.newest(os.pread(fd, 2 * fmt.SECTOR, 0))
+        finally:
+            os.close(fd)
+    except OSError:
+        return Reason.HEADER, False
+
+
+def _suspect(slot: Slot, path: Path, name: str, disk_uuid: bytes, disk: Fingerprint) -> Reason | None:
+    """What is wrong with a header, apart from how the last session ended."""
+    if slot.flags & Flag.INVALID:
+        return Reason(slot.reason) if slot.reason in set(Reason) else Reason.INVALIDATED
+    if slot.name != name or slot.disk_uuid != disk_uuid:
+        return Reason.WRONG_DISK
+    if slot.size != disk.size:
+        return Reason.RESIZED
+    if os.stat(path).st_size != fmt.layout(slot)[2]:
+        return Reason.HEADER
+    return None
+
+
+def _open_clean(path: Path, slot: Slot, disk: Fingerprint) -> Bitmap | Reason:
+    if slot.fingerprint != disk:
+        return Reason.DISK_CHANGED
+    bitmap = Bitmap(path, slot, Found.CLEAN, State.CLEAN)
+    if digest_of(bitmap._body) != slot.digest:
+        bitmap.close(None)
+        return Reason.DIGEST
+    bitmap.trust_coarse_map()
+    return bitmap
+
+
+def _open_unclean(path: Path, slot: Slot, disk: Fingerprint) -> Bitmap | Reason:
+    same_boot = slot.boot_id == host.boot_id()
+    if slot.fingerprint.inode != disk.inode:
+        return Reason.DISK_CHANGED if same_boot else Reason.UNCLEAN_SHUTDOWN
+    bitmap = Bitmap(path, slot, Found.RECOVERED if same_boot else Found.COARSE, State.DIRTY)
+    reason = _bypassed(bitmap, disk, same_boot) or _unsound(bitmap)
+    if reason:
+        bitmap.close(None)
+        return reason
+    if not same_boot:
+        bitmap.mark_touched_regions()
+    bitmap.trust_coarse_map()
+    bitmap.adopt()
+    return bitmap
+
+
+def _bypassed(bitmap: Bitmap, disk: Fingerprint, same_boot: bool) -> Reason | None:
+    """Whether the image was written after the last owner had died (faults row 8); block devices cannot tell."""
+    if not disk.mtime_ns:
+        return None
+    beat = bitmap.last_heartbeat() or bitmap.slot.fingerprint.mtime_ns
+    slack = HEARTBEAT_SLACK_NS if same_boot else POWER_CUT_SLACK_NS
+    return Reason.DISK_CHANGED if disk.mtime_ns > beat + slack else None
+
+
+def _unsound(bitmap: Bitmap) -> Reason | None:
+    coarse = bitmap._coarse
+    return None if bool(((coarse == TOUCHED) | (coarse == UNTOUCHED)).all()) else Reason.COARSE_MAP
+
+
+# -- for looking at, without owning ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BitmapView:
+    """A bitmap file as it stands, read without owning it: a live owner may be marking meanwhile."""
+
+    vm: str
+    disk: str
+    name: str
+    path: Path
+    slot: Slot | None
+    reason: Reason | None
+    in_use: bool
+
+    def runs(self) -> kernels.Runs:
+        """The dirty clusters as (first, count). Raises `BitmapError` when the header does not verify."""
+        if self.slot is None:
+            hint = "The next backup reads the whole disk."
+            raise BitmapError(f"bitmap {self.path} cannot be read", reason=self.reason, hint=hint)
+        start, coarse, end = fmt.layout(self.slot)
+        if os.stat(self.path).st_size != end:
+            raise BitmapError(f"bitmap {self.path} has a wrong size", reason=Reason.HEADER)
+        mapped = np.memmap(self.path, dtype=np.uint8, mode="r", offset=0, shape=(coarse,))
+        return kernels.runs(mapped[start : start + kernels.bytes_for(self.slot.clusters)], self.slot.clusters)
+
+    def extents(self) -> list[Extent]:
+        """The dirty bytes."""
+        found = self.runs()
+        assert self.slot
+        return extents_of(found, self.slot.granularity, self.slot.size)
+
+
+def _in_use(directory: Path) -> bool:
+    try:
+        fd = os.open(directory / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def view(state_dir: Path, vm: str, disk: str, name: str) -> BitmapView:
+    """One bitmap, looked at. Raises `BitmapError` when there is none of that name."""
+    directory = state_dir / component(vm) / component(disk)
+    path = directory / (component(name) + SUFFIX)
+    if not path.exists():
+        buried = path.with_name(path.name + ".invalid")
+        if buried.exists():
+            return BitmapView(vm, disk, name, buried, None, Reason.TRACKING_FAILED, _in_use(directory))
+        raise BitmapError(f"no bitmap {name} of disk {disk} of {vm}", hint="See: incbak bitmap list")
+    slot, both = _read_slots(path)
+    reason: Reason | None = slot if isinstance(slot, Reason) else None
+    if isinstance(slot, Slot) and slot.flags & Flag.INVALID:
+        reason = Reason(slot.reason) if slot.reason in set(Reason) else Reason.INVALIDATED
+    elif isinstance(slot, Slot) and slot.flags & Flag.CLEAN and not both:
+        reason = Reason.HEADER
+    return BitmapView(vm, disk, name, path, slot if isinstance(slot, Slot) else None, reason, _in_use(directory))
+
+
+def views(state_dir: Path, vm: str | None = None) -> list[BitmapView]:
+    """All bitmaps below the state directory (of one VM), sorted by VM, disk and name."""
+    found = []
+    for directory in sorted(state_dir.glob("*/*/") if vm is None else state_dir.glob(f"{component(vm)}/*/")):
+        for name in sorted(_names(directory)):
+            found.append(view(state_dir, unquote(directory.parent.name), unquote(directory.name), name))
+    return found
+
+
+def get_dirty_blocks(state_dir: Path, vm: str, disk: str, name: str) -> list[Extent]:
+    """``getDirtyBlocks`` of the 2013 thread: what the guest wrote since the backup that the bitmap is named after."""
+    return view(state_dir, vm, disk, name).extents()
+
+
+def invalidate(state_dir: Path, vm: str, disk: str, name: str) -> None:
+    """Make a bitmap invalid by hand. Raises `LockedError` when an owner has it open."""
+    store = BitmapStore(state_dir, vm, disk)
+    if not store.path(name).exists():
+        raise BitmapError(f"no bitmap {name} of disk {disk} of {vm}", hint="See: incbak bitmap list")
+    store.lock()
+    try:
+        slot, _both = _read_slots(store.path(name))
+        if isinstance(slot, Reason):
+            return
+        bitmap = Bitmap(store.path(name), slot, Found.INVALID, State.DIRTY)
+        bitmap.invalidate(Reason.INVALIDATED)
+        bitmap.close(None)
+    finally:
+        store.unlock()
+
+
+__all__ = ["EMPTY", "BitmapStore", "BitmapView", "get_dirty_blocks", "invalidate", "view", "views"]

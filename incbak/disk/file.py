@@ -1,0 +1,180 @@
+"""Raw images: regular files and block devices, through the page cache."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from blake3 import blake3
+
+from incbak.disk.base import Disk
+from incbak.disk.locks import lock_image
+from incbak.errors import DiskError
+from incbak.extents import StatusExtent
+from incbak.fingerprint import Fingerprint
+
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
+_UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
+_ZEROES = bytes(1 << 20)
+_SAMPLES, _SAMPLE = 16, 4096
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+MAGICS = {
+    "qcow2": b"QFI\xfb",
+    "qed": b"QED\0",
+    "vmdk": b"KDMV",
+    "vhdx": b"vhdxfile",
+    "vpc": b"conectix",
+    "luks": b"LUKS\xba\xbe",
+}
+
+
+def probe_format(path: Path) -> str:
+    """``raw``, unless the first bytes are those of another image format. Raises `DiskError` when it cannot be read."""
+    try:
+        with path.open("rb") as f:
+            head = f.read(512)
+    except OSError as e:
+        raise DiskError(f"cannot read {path}: {e.strerror}") from e
+    return next((name for name, magic in MAGICS.items() if head.startswith(magic)), "raw")
+
+
+def open_disk(path: Path, *, read_only: bool = False, lock: bool = True) -> FileDisk:
+    """Open a raw image and take its QEMU-compatible lock.
+
+    Raises `DiskError` when it cannot be opened or is neither file nor block device, `ImageInUseError` when locked.
+    """
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags)
+    except OSError as e:
+        raise DiskError(f"cannot open image {path}: {e.strerror}", hint="Check the path and your permissions.") from e
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise DiskError(f"{path} is neither a file nor a block device")
+        if lock:
+            lock_image(fd, str(path), write=not read_only)
+        return FileDisk(fd, path, read_only=read_only)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+class FileDisk(Disk):
+    """A raw file or block device; see `Disk` for what each method promises. Owns ``fd``."""
+
+    def __init__(self, fd: int, path: Path, *, read_only: bool) -> None:
+        self.fd, self.path, self.name, self.read_only = fd, path, str(path), read_only
+        self.is_block = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._flush_error: OSError | None = None
+        self._nowait = True
+
+    def read_into(self, buf: memoryview, offset: int) -> None:
+        done = os.preadv(self.fd, [buf], offset)
+        while done < len(buf):
+            count = os.preadv(self.fd, [buf[done:]], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, f"image {self.name} ends at {offset + done}")
+            done += count
+
+    def read_nowait(self, buf: memoryview, offset: int) -> bool:
+        if not self._nowait:
+            return False
+        try:
+            return os.preadv(self.fd, [buf], offset, os.RWF_NOWAIT) == len(buf)
+        except BlockingIOError:
+            return False
+        except OSError as e:
+            if e.errno not in _UNSUPPORTED:
+                raise
+            self._nowait = False
+            return False
+
+    def write(self, buf: memoryview | bytes, offset: int) -> None:
+        done = os.pwrite(self.fd, buf, offset)
+        if done != len(buf):
+            rest = memoryview(buf)
+            while done < len(rest):
+                done += os.pwrite(self.fd, rest[done:], offset + done)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        modes = (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE) if unmap else (_ZERO_RANGE,)
+        if length <= 0 or any(self._fallocate(mode, offset, length) for mode in modes):
+            return
+        end = offset + length
+        while offset < end:
+            piece = min(len(_ZEROES), end - offset)
+            self.write(_ZEROES[:piece], offset)
+            offset += piece
+
+    def trim(self, offset: int, length: int) -> None:
+        if length > 0:
+            self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """False when the storage cannot; other errors raise."""
+        while _libc.fallocate(self.fd, mode, offset, length) != 0:
+            code = ctypes.get_errno()
+            if code in _UNSUPPORTED:
+                return False
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code), self.name)
+        return True
+
+    def flush(self) -> None:
+        if self._flush_error:
+            raise OSError(self._flush_error.errno, f"an earlier flush of {self.name} failed")
+        try:
+            os.fdatasync(self.fd)
+        except OSError as e:
+            self._flush_error = e
+            raise
+
+    def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:
+        end = offset + length
+        if self.is_block and length:
+            yield StatusExtent(offset, length, zero=False, hole=False)
+            return
+        while offset < end:
+            at = self._seek(offset, os.SEEK_DATA)
+            data = end if at is None else min(at, end)
+            if data > offset:
+                yield StatusExtent(offset, data - offset, zero=True, hole=True)
+            if data < end:
+                hole = min(self._seek(data, os.SEEK_HOLE) or end, end)
+                yield StatusExtent(data, hole - data, zero=False, hole=False)
+                data = hole
+            offset = data
+
+    def _seek(self, offset: int, whence: int) -> int | None:
+        try:
+            return os.lseek(self.fd, offset, whence)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return None
+            raise
+
+    def fingerprint(self) -> Fingerprint:
+        info = os.fstat(self.fd)
+        digest = blake3()
+        last = max(self.size - _SAMPLE, 0)
+        for i in range(_SAMPLES):
+            offset = last * i // (_SAMPLES - 1)
+            digest.update(self.read(offset, min(_SAMPLE, self.size - offset)))
+        sample = digest.digest(length=16)
+        if self.is_block:
+            return Fingerprint(self.size, 0, 0, sample)
+        return Fingerprint(self.size, info.st_ino, info.st_mtime_ns, sample)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

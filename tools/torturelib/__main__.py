@@ -1,0 +1,79 @@
+"""``tools/torture``: see the package docstring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+from torturelib.rounds import ROUNDS
+from torturelib.world import LostError, Outcomes, World
+
+ROUNDS_PER_WORLD = 25
+
+
+def main() -> int:
+    """Run the campaign; 0 when nothing was lost."""
+    parser = argparse.ArgumentParser(prog="tools/torture")
+    parser.add_argument("--target", choices=[*ROUNDS, "all"], default="all")
+    parser.add_argument("--rounds", type=int, help="stop after so many rounds (default: by time)")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--keep", type=Path, help="leave the evidence here (default: a new temporary directory)")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    outcomes = Outcomes()
+    print(f"seed {options.seed}", file=sys.stderr, flush=True)
+    lost = campaign(options, outcomes)
+    result = {"seed": options.seed, "lost": int(lost), **outcomes.counts, "reasons": outcomes.reasons}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key}: {value}")
+    return int(lost)
+
+
+def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
+    """Worlds of a few rounds each until time or rounds are up; true when something was lost."""
+    targets = list(ROUNDS) if options.target == "all" else [options.target]
+    end = time.monotonic() + options.seconds
+    top = options.keep or Path(tempfile.mkdtemp(prefix="incbak-torture-"))
+    done = number = 0
+    while (done < options.rounds) if options.rounds else (time.monotonic() < end):
+        target = targets[number % len(targets)]
+        rng = Random(f"{options.seed}/{number}")
+        world: World | None = None
+        step = 0
+        try:
+            world = World(top / f"world-{number}", rng, outcomes)
+            while step < ROUNDS_PER_WORLD:
+                step += 1
+                ROUNDS[target](world)
+                done += 1
+                outcomes.add("rounds")
+                if (done >= options.rounds) if options.rounds else (time.monotonic() > end):
+                    break
+            if world.serve:
+                world.gone()
+            world.verify_all()
+        except (LostError, TimeoutError) as e:
+            print(f"LOST: seed {options.seed} world {number} ({target}) round {step}: {e}", file=sys.stderr)
+            print(f"evidence: {top / f'world-{number}'}", file=sys.stderr)
+            return True
+        finally:
+            if world and world.serve:
+                world.serve.kill()
+        shutil.rmtree(top / f"world-{number}")
+        number += 1
+    if not options.keep:
+        shutil.rmtree(top)
+    return False
+
+
+sys.exit(main())
