@@ -1,0 +1,386 @@
+"""An NBD client: blocking, pipelined, for one thread; another thread may only `abort` it. Trusts no server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from incbak.errors import NbdError, NbdProtocolError, NbdRequestError
+from incbak.nbd import protocol as p
+from incbak.nbd.uri import NbdUri, parse_uri
+from incbak.nbd.wire import Wire, close_hard
+
+MAX_SIZE = 1 << 60
+_MAX_REPLY = 1 << 20
+_MAX_ERRORS = 64
+"""Option replies that a server may send for one option."""
+
+
+@dataclass
+class _Request:
+    command: int
+    offset: int
+    length: int
+    into: memoryview | None = None
+    filled: int = 0
+    error: int = 0
+    extents: dict[int, list[tuple[int, int]]] | None = None
+
+
+class NbdClient:
+    """A connection in transmission. ``window`` requests may be in flight (`submit_write` and the like)."""
+
+    def __init__(self, sock: socket.socket, *, window: int = 16) -> None:
+        self.sock, self.window = sock, window
+        self.size = self.flags = 0
+        self.max_payload = p.MAX_PAYLOAD
+        self.contexts: dict[str, int] = {}
+        self._structured = False
+        self._cookie = 0
+        self._flying: dict[int, _Request] = {}
+        self._failed: NbdRequestError | None = None
+
+    @classmethod
+    def connect(
+        cls,
+        where: str | socket.socket | NbdUri,
+        export: str | None = None,
+        *,
+        contexts: Sequence[str] = (),
+        timeout: float | None = 30.0,
+        window: int = 16,
+    ) -> NbdClient:
+        """Connect to a URI (or take a connected socket, which is then owned) and negotiate within ``timeout`` seconds.
+
+        Raises `NbdError` when nobody answers, `NbdProtocolError` when the server breaks the rules or lacks the export.
+        """
+        if isinstance(where, socket.socket):
+            sock, name = where, export or ""
+        else:
+            uri = parse_uri(where) if isinstance(where, str) else where
+            sock, name = _dial(uri, timeout), uri.export if export is None else export
+        client = cls(sock, window=window)
+        try:
+            client._negotiate(name, contexts, None if timeout is None else time.monotonic() + timeout)
+        except OSError as e:
+            close_hard(sock)
+            raise NbdError(f"the NBD server of export {p.printable(name)!r} went away: {e.strerror or e}") from e
+        except BaseException:
+            close_hard(sock)
+            raise
+        return client
+
+    # -- negotiation ----------------------------------------------------------------------------------------------
+
+    def _negotiate(self, name: str, contexts: Sequence[str], deadline: float | None) -> None:
+        wire = Wire(self.sock, deadline)
+        head = wire.recv(18)
+        (flags,) = p.U16.unpack_from(head, 16)
+        if head[:16] != p.NBD_MAGIC + p.OPTION_MAGIC or not flags & p.FLAG_FIXED_NEWSTYLE:
+            raise NbdProtocolError("the server does not speak fixed newstyle NBD")
+        wire.send(p.U32.pack(flags & (p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES)))
+        self._structured = self._ask(wire, p.OPT_STRUCTURED, b"")[0][0] == p.REP_ACK
+        encoded = name.encode()
+        if contexts and self._structured:
+            self._set_contexts(wire, encoded, contexts)
+        go = p.U32.pack(len(encoded)) + encoded + p.U16.pack(1) + p.U16.pack(p.INFO_BLOCK_SIZE)
+        replies = self._ask(wire, p.OPT_GO, go)
+        if replies[-1][0] == p.ERR_UNSUP:
+            self._export_name(wire, encoded, bool(flags & p.FLAG_NO_ZEROES))
+        elif replies[-1][0] != p.REP_ACK:
+            raise NbdProtocolError(f"the server refuses export {p.printable(name)!r}: {_why(replies[-1])}")
+        else:
+            self._take_info([data for kind, data in replies if kind == p.REP_INFO])
+        self.sock.settimeout(None)
+
+    def _ask(self, wire: Wire, option: int, data: bytes) -> list[tuple[int, bytes]]:
+        wire.send(p.OPTION.pack(p.OPTION_MAGIC, option, len(data)) + data)
+        replies: list[tuple[int, bytes]] = []
+        while len(replies) < _MAX_ERRORS:
+            magic, echoed, kind, length = p.OPTION_REPLY.unpack(wire.recv(p.OPTION_REPLY.size))
+            if magic != p.OPTION_REPLY_MAGIC or echoed != option or length > _MAX_REPLY:
+                raise NbdProtocolError("malformed reply to an option")
+            replies.append((kind, wire.recv(length) if length else b""))
+            if kind == p.REP_ACK or kind & p.REP_ERROR:
+                return replies
+        raise NbdProtocolError("too many replies to an option")
+
+    def _set_contexts(self, wire: Wire, name: bytes, contexts: Sequence[str]) -> None:
+        data = p.U32.pack(len(name)) + name + p.U32.pack(len(contexts))
+        for context in contexts:
+            data += p.U32.pack(len(context.encode())) + context.encode()
+        for kind, reply in self._ask(wire, p.OPT_SET_META, data):
+            if kind == p.REP_META and len(reply) > 4:
+                found = reply[4:].decode(errors="replace")
+                if found not in contexts or found in self.contexts:
+                    raise NbdProtocolError(f"the server offers context {p.printable(found)!r}, which nobody asked for")
+                self.contexts[found] = p.U32.unpack_from(reply)[0]
+
+    def _export_name(self, wire: Wire, name: bytes, no_zeroes: bool) -> None:
+        wire.send(p.OPTION.pack(p.OPTION_MAGIC, p.OPT_EXPORT_NAME, len(name)) + name)
+        self._set_export(wire.recv(10))
+        if not no_zeroes:
+            wire.recv(124)
+
+    def _take_info(self, infos: list[bytes]) -> None:
+        for info in infos:
+            kind = p.U16.unpack_from(info)[0] if len(info) >= 2 else -1
+            if kind == p.INFO_EXPORT and len(info) == 12:
+                self._set_export(info[2:])
+            elif kind == p.INFO_BLOCK_SIZE and len(info) == 14:
+                self.max_payload = min(max(p.U32.unpack_from(info, 10)[0], 65536), p.MAX_PAYLOAD)
+        if not self.flags & p.HAS_FLAGS:
+            raise NbdProtocolError("the server does not describe its export")
+
+    def _set_export(self, raw: bytes) -> None:
+        (self.size,), (self.flags,) = p.U64.unpack_from(raw), p.U16.unpack_from(raw, 8)
+        if self.size > MAX_SIZE:
+            raise NbdProtocolError(f"the server claims a size of {self.size} bytes")
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the server refuses writes."""
+        return bool(self.flags & p.READ_ONLY)
+
+    def can(self, flag: int) -> bool:
+        """Whether the server advertises a transmission flag, such as ``SEND_ZEROES``."""
+        return bool(self.flags & flag)
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def submit_write(self, buf: memoryview | bytes, offset: int, *, fua: bool = False) -> None:
+        """Send a write; its error, if any, is raised by a later call. ``buf`` may be reused at once."""
+        self._submit(_Request(p.WRITE, offset, len(buf)), p.CMD_FUA if fua else 0, buf)
+
+    def submit_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
+        """Send a write of zeroes; ``length`` below 4 GiB."""
+        self._submit(_Request(p.ZEROES, offset, length), p.CMD_NO_HOLE if no_hole else 0)
+
+    def submit_read_into(self, buf: memoryview, offset: int) -> None:
+        """Send a read; ``buf`` is filled when `drain` has returned."""
+        self._submit(_Request(p.READ, offset, len(buf), into=buf), 0)
+
+    def drain(self) -> None:
+        """Wait for all replies. Raises the first `NbdRequestError` since the last call."""
+        while self._flying:
+            self._take_reply()
+        failed, self._failed = self._failed, None
+        if failed:
+            raise failed
+
+    def write(self, buf: memoryview | bytes, offset: int, *, fua: bool = False) -> None:
+        """Write and wait."""
+        self.submit_write(buf, offset, fua=fua)
+        self.drain()
+
+    def read_into(self, buf: memoryview, offset: int) -> None:
+        """Read and wait, in pieces of the server's maximum."""
+        for start in range(0, len(buf), self.max_payload):
+            self.submit_read_into(buf[start : start + self.max_payload], offset + start)
+        self.drain()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``."""
+        buf = bytearray(length)
+        self.read_into(memoryview(buf), offset)
+        return bytes(buf)
+
+    def write_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
+        """Zero and wait."""
+        self.submit_zeroes(offset, length, no_hole=no_hole)
+        self.drain()
+
+    def trim(self, offset: int, length: int) -> None:
+        """Discard and wait."""
+        self._submit(_Request(p.TRIM, offset, length), 0)
+        self.drain()
+
+    def flush(self) -> None:
+        """All writes that were answered are durable."""
+        self.drain()
+        self._submit(_Request(p.FLUSH, 0, 0), 0)
+        self.drain()
+
+    def block_status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
+        """(length, flags) extents from ``offset`` on, at least one, none empty, cut at ``length``.
+
+        Raises `NbdProtocolError` when the server's answer is no tiling.
+        """
+        if context not in self.contexts:
+            raise NbdProtocolError(f"the server has no meta context {context!r}")
+        self.drain()
+        request = _Request(p.STATUS, offset, length, extents={})
+        self._submit(request, 0)
+        self.drain()
+        extents = (request.extents or {}).get(self.contexts[context], [])
+        found, left = [], length
+        for size, flags in extents:
+            if not size or not left:
+                raise NbdProtocolError("the server's block status has an extent that cannot be")
+            found.append((min(size, left), flags))
+            left -= min(size, left)
+        if not found:
+            raise NbdProtocolError("the server's block status is empty")
+        return found
+
+    def extents(self, context: str) -> Iterator[tuple[int, int, int]]:
+        """(offset, length, flags) over the whole disk, adjacent equal ones not joined."""
+        offset = 0
+        while offset < self.size:
+            for length, flags in self.block_status(offset, min(self.size - offset, 1 << 31), context):
+                yield offset, length, flags
+                offset += length
+
+    def close(self) -> None:
+        """Say goodbye and close; idempotent."""
+        try:
+            self._send(p.REQUEST.pack(p.REQUEST_MAGIC, 0, p.DISC, 0, 0, 0))
+        except NbdError:
+            pass
+        close_hard(self.sock)
+
+    def abort(self) -> None:
+        """Break the connection, from any thread: whoever waits on it gets an `NbdError`."""
+        close_hard(self.sock)
+
+    # -- the wire -------------------------------------------------------------------------------------------------
+
+    def _submit(self, request: _Request, flags: int, payload: memoryview | bytes | None = None) -> None:
+        if request.offset + request.length > self.size:
+            raise NbdRequestError(f"request past the end of the export ({self.size} bytes)", errno=22)
+        if payload is not None and len(payload) > self.max_payload:
+            raise NbdRequestError(f"a write of {len(payload)} bytes is over the server's maximum", errno=22)
+        while len(self._flying) >= self.window:
+            self._take_reply()
+        if self._failed:
+            self.drain()
+        self._cookie += 1
+        head = p.REQUEST.pack(p.REQUEST_MAGIC, flags, request.command, self._cookie, request.offset, request.length)
+        self._flying[self._cookie] = request
+        self._send(head, payload)
+
+    def _send(self, head: bytes, payload: memoryview | bytes | None = None) -> None:
+        try:
+            if payload is None or len(payload) > 65536:
+                self.sock.sendall(head)
+                if payload is not None:
+                    self.sock.sendall(payload)
+            else:
+                self.sock.sendall(b"".join((head, payload)))
+        except OSError as e:
+            raise NbdError(f"the NBD server went away: {e.strerror or e}") from e
+
+    def _recv(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                got = self.sock.recv_into(view[done:], len(view) - done, socket.MSG_WAITALL)
+            except OSError as e:
+                raise NbdError(f"the NBD server went away: {e.strerror or e}") from e
+            if not got:
+                raise NbdError("the NBD server closed the connection")
+            done += got
+
+    def _recv_bytes(self, count: int) -> bytes:
+        buf = bytearray(count)
+        self._recv(memoryview(buf))
+        return bytes(buf)
+
+    def _take_reply(self) -> None:
+        head = self._recv_bytes(16)
+        (magic,) = p.U32.unpack_from(head)
+        if magic == p.SIMPLE_MAGIC:
+            _magic, error, cookie = p.SIMPLE.unpack(head)
+            request = self._flying.get(cookie)
+            if request is None or (self._structured and request.command in (p.READ, p.STATUS) and not error):
+                raise NbdProtocolError("the server answered a request that it was not asked")
+            if request.into is not None and not error:
+                self._recv(request.into)
+                request.filled = request.length
+            request.error = request.error or error
+            self._conclude(cookie, request)
+        elif magic == p.CHUNK_MAGIC and self._structured:
+            self._take_chunk(head + self._recv_bytes(4))
+        else:
+            raise NbdProtocolError("the server's reply has a wrong magic number")
+
+    def _take_chunk(self, head: bytes) -> None:
+        _magic, flags, kind, cookie, length = p.CHUNK.unpack(head)
+        request = self._flying.get(cookie)
+        if request is None:
+            raise NbdProtocolError("the server answered a request that it was not asked")
+        if kind == p.CHUNK_DATA and request.into is not None:
+            self._take_data(request, length)
+        elif length > _MAX_REPLY:
+            raise NbdProtocolError("the server's reply is too long")
+        else:
+            self._take_small(request, kind, self._recv_bytes(length) if length else b"")
+        if flags & p.CHUNK_DONE:
+            self._conclude(cookie, request)
+
+    def _take_data(self, request: _Request, length: int) -> None:
+        assert request.into is not None
+        count = length - 8
+        at = p.U64.unpack(self._recv_bytes(8))[0] - request.offset if count > 0 else -1
+        if count <= 0 or at < 0 or at + count > request.length or request.filled + count > request.length:
+            raise NbdProtocolError("the server sent data that was not asked for")
+        self._recv(request.into[at : at + count])
+        request.filled += count
+
+    def _take_small(self, request: _Request, kind: int, body: bytes) -> None:
+        try:
+            if kind == p.CHUNK_HOLE and request.into is not None:
+                (offset,), (count,) = p.U64.unpack_from(body), p.U32.unpack_from(body, 8)
+                at = offset - request.offset
+                if not count or at < 0 or request.filled + count > request.length or at + count > request.length:
+                    raise NbdProtocolError("the server sent a hole that was not asked for")
+                request.into[at : at + count] = bytes(count)
+                request.filled += count
+            elif kind == p.CHUNK_STATUS and request.extents is not None:
+                (context,) = p.U32.unpack_from(body)
+                if context in request.extents or (len(body) - 4) % 8:
+                    raise NbdProtocolError("the server's block status is malformed")
+                request.extents[context] = list(p.EXTENT.iter_unpack(body[4:]))
+            elif kind & 1 << 15:
+                request.error = request.error or p.U32.unpack_from(body)[0] or 5
+            elif kind != p.CHUNK_NONE or body:
+                raise NbdProtocolError(f"the server sent a chunk of unknown type {kind}")
+        except struct.error as e:
+            raise NbdProtocolError("the server's reply is cut short") from e
+
+    def _conclude(self, cookie: int, request: _Request) -> None:
+        del self._flying[cookie]
+        if request.error:
+            if self._failed is None:
+                what = f"request {request.command} of {request.length} bytes at {request.offset}"
+                reason = os.strerror(request.error)
+                self._failed = NbdRequestError(f"the NBD server failed {what}: {reason}", errno=request.error)
+        elif request.into is not None and request.filled != request.length:
+            raise NbdProtocolError("the server's answer to a read is incomplete")
+
+
+def _dial(uri: NbdUri, timeout: float | None) -> socket.socket:
+    try:
+        if uri.path is not None:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(timeout)
+            try:
+                sock.connect(uri.path)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        sock = socket.create_connection((uri.host or "", uri.port), timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    except OSError as e:
+        raise NbdError(f"cannot connect to {uri}: {e.strerror or e}", hint="Is the server running?") from e
+
+
+def _why(reply: tuple[int, bytes]) -> str:
+    kind, text = reply
+    return p.printable(text.decode(errors="replace")) or f"error {kind & ~p.REP_ERROR}"

@@ -1,0 +1,331 @@
+"""The transmission phase of one connection: the path of every request.
+
+One thread receives into one buffer, takes as many requests from it as are there, and serves what does not wait for
+the storage at once; replies are gathered and sent when no further request is in the buffer. What may take long
+(a flush, a read that is not in the page cache, a write that must first save old content) goes to the connection's own
+few workers, which answer for themselves. So one slow request holds up no fast one, and one bad client no other.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+from incbak.errors import NbdProtocolError
+from incbak.nbd import protocol as p
+from incbak.nbd.export import Device
+from incbak.nbd.handshake import Agreed
+
+BUFFER = 512 << 10
+INLINE = 128 << 10
+"""Replies to reads up to this size are gathered in the output buffer."""
+SEND_TIMEOUT = 30
+"""Seconds that a client may not read its replies before it is dropped."""
+WORKERS = 4
+IN_FLIGHT = 64
+IN_FLIGHT_BYTES = 64 << 20
+_NEARLY_FULL = BUFFER - 64
+_STATUS_EXTENTS = 8192
+
+Task = Callable[[], None]
+
+
+class _Budget:
+    """How much of a connection may be in flight with its workers; a single large request always may."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = self._bytes = 0
+
+    def take(self, size: int) -> None:
+        """Wait for room, and take it."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._count or (self._count < IN_FLIGHT and self._bytes + size <= IN_FLIGHT_BYTES)
+            )
+            self._count += 1
+            self._bytes += size
+
+    def give(self, size: int) -> None:
+        """Give it back."""
+        with self._changed:
+            self._count -= 1
+            self._bytes -= size
+            self._changed.notify()
+
+
+class Connection:
+    """One client in transmission; `run` returns when it is gone."""
+
+    def __init__(self, sock: socket.socket, device: Device, agreed: Agreed) -> None:
+        self.sock, self.device = sock, device
+        self.structured = agreed.structured
+        self.contexts = agreed.contexts
+        self.size, self.read_only = device.size, device.read_only
+        self._send_lock = threading.Lock()
+        self._out = bytearray(BUFFER)
+        self._out_view = memoryview(self._out)
+        self._out_len = 0
+        self._large = bytearray(0)
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._budget = _Budget()
+        self._workers: list[threading.Thread] = []
+        self._idle = 0
+        self._dead = False
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_TIMEOUT, 0))
+
+    def run(self) -> None:
+        """Serve until the client disconnects or breaks the protocol (`NbdProtocolError`)."""
+        try:
+            self._receive()
+        except (ConnectionError, BlockingIOError):
+            pass
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        for _ in self._workers:
+            self._tasks.put(None)
+        for worker in self._workers:
+            worker.join()
+
+    # -- receiving ------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        buf = bytearray(BUFFER)
+        view = memoryview(buf)
+        start = end = 0
+        recv_into, unpack = self.sock.recv_into, p.REQUEST.unpack_from
+        device_write, may_block, size = self.device.write, self.device.may_block, self.size
+        out, pack_into, writable = self._out, p.SIMPLE.pack_into, not self.read_only
+        while not self._dead:
+            if end - start < 28:
+                if self._out_len:
+                    self._flush_out()
+                if start:
+                    view[: end - start] = bytes(view[start:end])
+                    start, end = 0, end - start
+                got = recv_into(view[end:])
+                if not got:
+                    if end:
+                        raise NbdProtocolError("the client went away within a request")
+                    return
+                end += got
+                continue
+            magic, flags, command, cookie, offset, length = unpack(buf, start)
+            start += 28
+            if magic != p.REQUEST_MAGIC:
+                raise NbdProtocolError("a request has a wrong magic number")
+            if command == p.WRITE:
+                if length > p.MAX_PAYLOAD:
+                    raise NbdProtocolError(f"a write of {length} bytes is over the advertised maximum")
+                if end - start >= length:
+                    payload = view[start : start + length]
+                    start += length
+                else:
+                    payload = self._payload(view[start:end], length)
+                    start = end = 0
+                if not flags and writable and length and offset + length <= size and not may_block(offset, length):
+                    try:
+                        device_write(payload, offset)
+                    except OSError as e:
+                        self._answer(cookie, p.wire_error(e.errno))
+                        continue
+                    at = self._out_len
+                    if at > _NEARLY_FULL:
+                        self._flush_out()
+                        at = 0
+                    pack_into(out, at, p.SIMPLE_MAGIC, 0, cookie)
+                    self._out_len = at + 16
+                else:
+                    self._slow_write(flags, cookie, offset, payload)
+            elif command == p.DISC:
+                self._flush_out()
+                return
+            else:
+                self._other(command, flags, cookie, offset, length)
+
+    def _payload(self, have: memoryview, length: int) -> memoryview:
+        """A payload that does not lie whole in the receive buffer, in a buffer of its own that grows to the largest."""
+        if self._out_len:
+            self._flush_out()
+        if len(self._large) < length:
+            self._large = bytearray(length)
+        view = memoryview(self._large)[:length]
+        done = len(have)
+        view[:done] = have
+        while done < length:
+            got = self.sock.recv_into(view[done:])
+            if not got:
+                raise NbdProtocolError("the client went away within a payload")
+            done += got
+        return view
+
+    # -- dispatch -------------------------------------------------------------------------------------------------
+
+    def _slow_write(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
+        """A write that is refused, or has a flag, or may wait; the payload is off the wire already."""
+        length = len(payload)
+        if (error := p.refuse(p.WRITE, flags, offset, length, self.size, self.read_only, False)) or not length:
+            self._answer(cookie, error)
+            return
+        data = memoryview(bytes(payload))
+
+        def task() -> None:
+            self.device.write(data, offset)
+            if flags & p.CMD_FUA:
+                self.device.flush()
+
+        self._work(cookie, task, size=length)
+
+    def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        error = p.refuse(command, flags, offset, length, self.size, self.read_only, bool(self.contexts))
+        if error:
+            self._answer(cookie, error, command)
+        elif command == p.READ:
+            self._read(cookie, offset, length)
+        elif command == p.STATUS:
+            self._work(cookie, lambda: self._status(cookie, flags, offset, length), answers=True)
+        elif command == p.FLUSH:
+            self._work(cookie, self.device.flush)
+        elif not length:
+            self._answer(cookie, 0)
+        else:
+            self._work(cookie, lambda: self._change(command, flags, offset, length))
+
+    def _change(self, command: int, flags: int, offset: int, length: int) -> None:
+        if command == p.TRIM:
+            self.device.trim(offset, length)
+        elif command == p.CACHE:
+            self.device.cache(offset, length)
+        else:
+            unmap, fast = not flags & p.CMD_NO_HOLE, bool(flags & p.CMD_FAST_ZERO)
+            self.device.write_zeroes(offset, length, unmap=unmap, fast=fast)
+        if flags & p.CMD_FUA:
+            self.device.flush()
+
+    def _read(self, cookie: int, offset: int, length: int) -> None:
+        if not length:
+            self._answer(cookie, 0, p.READ)
+            return
+        head = 28 if self.structured else 16
+        if length <= INLINE:
+            if self._out_len + head + length > BUFFER:
+                self._flush_out()
+            at = self._out_len + head
+            try:
+                if self.device.read_nowait(self._out_view[at : at + length], offset):
+                    self._pack_head(self._out, self._out_len, cookie, offset, length)
+                    self._out_len = at + length
+                    return
+            except OSError as e:
+                self._answer(cookie, p.wire_error(e.errno), p.READ)
+                return
+        self._work(cookie, lambda: self._slow_read(cookie, offset, length), size=length, answers=True)
+
+    def _pack_head(self, out: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+        if self.structured:
+            p.CHUNK.pack_into(out, at, p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_DATA, cookie, length + 8)
+            p.U64.pack_into(out, at + 20, offset)
+        else:
+            p.SIMPLE.pack_into(out, at, p.SIMPLE_MAGIC, 0, cookie)
+
+    def _slow_read(self, cookie: int, offset: int, length: int) -> None:
+        head = 28 if self.structured else 16
+        buf = bytearray(head + length)
+        self.device.read_into(memoryview(buf)[head:], offset)
+        self._pack_head(buf, 0, cookie, offset, length)
+        self._send(buf)
+
+    def _status(self, cookie: int, flags: int, offset: int, length: int) -> None:
+        replies = []
+        for number, context in self.contexts:
+            extents = self.device.status(offset, length, context)[: 1 if flags & p.CMD_REQ_ONE else _STATUS_EXTENTS]
+            body = bytearray(p.U32.pack(number))
+            for size, state in extents:
+                body += p.EXTENT.pack(min(size, length), state)
+            last = number == self.contexts[-1][0]
+            head = p.CHUNK.pack(p.CHUNK_MAGIC, p.CHUNK_DONE if last else 0, p.CHUNK_STATUS, cookie, len(body))
+            replies.append(head + body)
+        self._send(b"".join(replies))
+
+    # -- workers --------------------------------------------------------------------------------------------------
+
+    def _work(self, cookie: int, action: Task, *, size: int = 0, answers: bool = False) -> None:
+        """Let a worker do it, holding ``size`` bytes; it answers, unless the action ``answers`` itself."""
+        if self._out_len:
+            self._flush_out()
+        self._budget.take(size)
+
+        def task() -> None:
+            try:
+                action()
+                if not answers:
+                    self._send(p.SIMPLE.pack(p.SIMPLE_MAGIC, 0, cookie))
+            except (ConnectionError, BlockingIOError):
+                self._drop()
+            except OSError as e:
+                self._send_error(cookie, p.wire_error(e.errno), answers)
+            finally:
+                self._budget.give(size)
+
+        if self._tasks.qsize() >= self._idle and len(self._workers) < WORKERS:
+            worker = threading.Thread(target=self._worker, name="nbd-worker", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+        self._tasks.put(task)
+
+    def _worker(self) -> None:
+        while True:
+            self._idle += 1
+            task = self._tasks.get()
+            self._idle -= 1
+            if task is None:
+                return
+            task()
+
+    def _send_error(self, cookie: int, error: int, structured: bool) -> None:
+        try:
+            self._send(self._error_reply(cookie, error, structured))
+        except OSError:
+            self._drop()
+
+    def _error_reply(self, cookie: int, error: int, structured: bool) -> bytes:
+        if structured and self.structured:
+            body = p.U32.pack(error) + p.U16.pack(0)
+            return p.CHUNK.pack(p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_ERROR, cookie, len(body)) + body
+        return p.SIMPLE.pack(p.SIMPLE_MAGIC, error, cookie)
+
+    def _drop(self) -> None:
+        self._dead = True
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    # -- replies --------------------------------------------------------------------------------------------------
+
+    def _answer(self, cookie: int, error: int, command: int = p.WRITE) -> None:
+        """Add a reply to those that wait to be sent."""
+        if self._out_len > _NEARLY_FULL:
+            self._flush_out()
+        chunked = command in (p.READ, p.STATUS)
+        if error or not (chunked and self.structured):
+            reply = self._error_reply(cookie, error, chunked)
+        else:
+            reply = p.CHUNK.pack(p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_NONE, cookie, 0)
+        self._out[self._out_len : self._out_len + len(reply)] = reply
+        self._out_len += len(reply)
+
+    def _flush_out(self) -> None:
+        length, self._out_len = self._out_len, 0
+        with self._send_lock:
+            self.sock.sendall(self._out_view[:length])
+
+    def _send(self, data: bytes | bytearray) -> None:
+        with self._send_lock:
+            self.sock.sendall(data)

@@ -1,0 +1,191 @@
+"""The NBD server: listeners, connections, and their bounds. Sockets are private to the user; names are keys."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from incbak.errors import NbdError, UsageError
+from incbak.nbd.connection import Connection
+from incbak.nbd.export import Device, Export
+from incbak.nbd.handshake import Negotiation
+from incbak.nbd.wire import close_hard
+
+__all__ = ["Device", "Export", "NbdServer", "bind_unix"]
+
+log = logging.getLogger(__name__)
+
+Exports = Callable[[], Mapping[str, Export]]
+
+
+class NbdServer:
+    """Serves whatever ``exports`` returns when a client connects. Every connection has a thread of its own.
+
+    At most ``max_connections`` at once, further ones are closed unheard; ``handshake_timeout`` seconds for the whole
+    negotiation.
+    """
+
+    def __init__(self, exports: Exports, *, max_connections: int = 100, handshake_timeout: float = 10.0) -> None:
+        self.exports, self.max_connections, self.handshake_timeout = exports, max_connections, handshake_timeout
+        self._listeners: list[socket.socket] = []
+        self._paths: list[Path] = []
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    # -- listening ------------------------------------------------------------------------------------------------
+
+    def listen_unix(self, path: Path) -> Path:
+        """Listen on a socket that only this user can reach. Raises `UsageError` when the path cannot be taken."""
+        self.add_listener(bind_unix(path))
+        self._paths.append(path)
+        return path
+
+    def listen_tcp(self, host: str, port: int) -> tuple[str, int]:
+        """Listen on TCP; the address really bound. There is no TLS yet: for loopback and trusted networks only."""
+        try:
+            sock = socket.create_server((host, port))
+        except OSError as e:
+            raise UsageError(f"cannot listen on {host}:{port}: {e.strerror or e}") from e
+        self.add_listener(sock)
+        address = sock.getsockname()
+        return str(address[0]), int(address[1])
+
+    def add_listener(self, sock: socket.socket) -> None:
+        """Accept on a socket that listens already, such as one from systemd."""
+        self._listeners.append(sock)
+        threading.Thread(target=self._accept, args=(sock,), name="nbd-accept", daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._stopping:
+            try:
+                sock, _address = listener.accept()
+            except OSError as e:
+                if self._stopping:
+                    return
+                log.warning("cannot accept a connection: %s", e)
+                time.sleep(0.05)
+                continue
+            self._start(sock)
+
+    def _start(self, sock: socket.socket) -> None:
+        with self._lock:
+            full = len(self._connections) >= self.max_connections or self._stopping
+            if not full:
+                thread = threading.Thread(target=self._serve, args=(sock,), name="nbd-connection", daemon=True)
+                self._connections[sock] = thread
+        if full:
+            close_hard(sock)
+            return
+        try:
+            thread.start()
+        except RuntimeError:
+            self._forget(sock)
+
+    # -- serving --------------------------------------------------------------------------------------------------
+
+    def serve_connection(self, sock: socket.socket) -> None:
+        """Serve one connected socket in this thread until its client is gone."""
+        with self._lock:
+            self._connections[sock] = threading.current_thread()
+        self._serve(sock)
+
+    def start_connection(self, sock: socket.socket) -> None:
+        """Serve one connected socket in a thread of its own."""
+        self._start(sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            agreed = Negotiation(sock, self.exports(), self.handshake_timeout).run()
+            if agreed is None:
+                return
+            device = agreed.export.open()
+            try:
+                Connection(sock, device, agreed).run()
+            finally:
+                device.close()
+        except (NbdError, OSError) as e:
+            log.info("NBD connection ended: %s", e)
+        except Exception:
+            log.exception("NBD connection ended by an error of our own")
+        finally:
+            self._forget(sock)
+
+    def _forget(self, sock: socket.socket) -> None:
+        close_hard(sock)
+        with self._lock:
+            self._connections.pop(sock, None)
+
+    def connections(self) -> int:
+        """How many clients there are."""
+        with self._lock:
+            return len(self._connections)
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Accept no more, end the connections (requests that run are finished), wait at most ``timeout`` seconds."""
+        self._stopping = True
+        for listener in self._listeners:
+            close_hard(listener)
+        for path in self._paths:
+            with suppress(OSError):
+                path.unlink()
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            open_now = list(self._connections.items())
+        for sock, _thread in open_now:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)
+        for sock, thread in open_now:
+            thread.join(max(deadline - time.monotonic(), 0.01))
+            if thread.is_alive():
+                close_hard(sock)
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """A listening Unix socket, mode 0600 before anybody can connect, in a directory that is made 0700 if missing.
+
+    A socket that nobody listens on is replaced; anything else in the way raises `UsageError`.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _clear_way(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(str(path))
+        os.chmod(path, 0o600)
+        sock.listen(128)
+    except OSError as e:
+        sock.close()
+        raise UsageError(f"cannot listen on {path}: {e.strerror or e}", hint="Choose another path.") from e
+    return sock
+
+
+def _clear_way(path: Path) -> None:
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(info.st_mode):
+        raise UsageError(f"cannot listen on {path}: something else is there", hint="Choose another path.")
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.settimeout(1)
+        probe.connect(str(path))
+    except (ConnectionRefusedError, FileNotFoundError):
+        with suppress(FileNotFoundError):
+            path.unlink()
+        return
+    except OSError:
+        pass
+    finally:
+        probe.close()
+    raise UsageError(f"cannot listen on {path}: another process does", hint="Choose another path, or stop it.")
