@@ -27,8 +27,8 @@ job loop               beside the guest; a write to the very run that the job is
 monitor command        one at a time, in the order of arrival, whatever the number of clients
 =====================  =======================================================================================
 
-**Locks, outermost first**: the gate, a copy-before-write's lock, a bitmap's own lock. A job takes the gate only to drain
-(when it ends), holding nothing else.
+**Locks, outermost first**: the gate, a copy-before-write's lock, a bitmap's own lock. A job takes the gate only
+to drain (when it ends), holding nothing else.
 
 **Bounds**
 

@@ -65,7 +65,7 @@ class Gate:
 
     @contextmanager
     def drained(self, timeout: float = 30.0) -> Iterator[None]:
-        """Nobody is inside, and nobody gets in until this is left. Raises `DrainTimeoutError` after ``timeout`` seconds.
+        """Nobody is inside, and nobody gets in until this is left. Raises `DrainTimeoutError` after ``timeout`` s.
 
         One drainer at a time; a second one waits for the first.
         """
@@ -95,7 +95,9 @@ class Gate:
                 raise self._late()
 
     def _late(self) -> DrainTimeoutError:
-        return DrainTimeoutError(f"disk {self.name}: a write in flight does not end", hint="Look at the storage under it.")
+        return DrainTimeoutError(
+            f"disk {self.name}: a write in flight does not end", hint="Look at the storage under it."
+        )
 
 
 @contextmanager

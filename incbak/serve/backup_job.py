@@ -1,0 +1,241 @@
+"""``blockdev-backup``: copies the clusters of one point in time of a disk to a target, while the guest goes on.
+
+The bitmap after each end, for ``bitmap-mode`` (QEMU's test 257 has the same table). ``since`` is what was written after
+the point in time; the bitmap itself goes on recording throughout, so that it is a superset at every moment, whatever
+kills the process:
+
+==============  =============================  ====================================================
+mode            after success                  after failure or cancel
+==============  =============================  ====================================================
+``never``       untouched                      untouched
+``on-success``  ``since``                      untouched
+``always``      ``since``                      ``since``, and what was not copied (once the target
+                                               has flushed the rest; else untouched)
+==============  =============================  ====================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from incbak.bitmap import bits as kernels
+from incbak.errors import IncbakError
+from incbak.serve.cbw import CHUNK, CopyBeforeWrite, OnCbwError, Run
+from incbak.serve.gate import DrainTimeoutError
+from incbak.serve.jobs import CancelledError, Emit, Job, JobOptions
+from incbak.serve.memory_bitmap import AnyBitmap, MemoryBitmap
+from incbak.serve.regrain import all_bits, regrain
+from incbak.serve.scratch import Budget, Scratch
+from incbak.serve.targets import Target
+from incbak.serve.tracker import TrackedDisk
+
+log = logging.getLogger(__name__)
+
+FINEST, COARSEST = 4096, CHUNK
+DEFAULT_CLUSTER = 65536
+_HOLE_LIMIT = 1 << 30
+"""Bytes of holes told to the target at once."""
+_END_DRAIN = 600.0
+"""Seconds that the end of a job waits for the guest's writes in flight before it tries again."""
+
+
+class BitmapMode(StrEnum):
+    """When a job may change its bitmap."""
+
+    NEVER = "never"
+    ON_SUCCESS = "on-success"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True)
+class BackupSpec:
+    """What to copy: clusters in ``bitmap``, or all; ``on_write`` only those that the guest overwrites (sync none)."""
+
+    bitmap: AnyBitmap | None = None
+    mode: BitmapMode = BitmapMode.NEVER
+    on_write: bool = False
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+
+
+class BackupJob(Job):
+    """`prepare` beside the guest, `begin` and perhaps `retreat` with the disk drained, then `start`."""
+
+    def __init__(
+        self,
+        options: JobOptions,
+        tracked: TrackedDisk,
+        target: Target,
+        spec: BackupSpec,
+        emit: Emit,
+        gone: Callable[[Job], None],
+    ) -> None:
+        super().__init__(options, emit, gone)
+        self.tracked, self.target, self.spec = tracked, target, spec
+        wanted = spec.bitmap.granularity if spec.bitmap else DEFAULT_CLUSTER
+        self.granularity = min(max(wanted, FINEST), COARSEST)
+        self._copy: CopyBeforeWrite | None = None
+        self._since: MemoryBitmap | None = None
+        self._data_until = 0
+        self._allowance = 0.0
+        self._started = time.monotonic()
+
+    # -- beginning ------------------------------------------------------------------------------------------------
+
+    def prepare(self, budget: Budget) -> None:
+        """What takes time. Raises `DiskError` when there can be no scratch file."""
+        scratch = Scratch(budget, self.tracked.size)
+        self._copy = CopyBeforeWrite(
+            self.tracked.disk,
+            self.granularity,
+            scratch,
+            on_error=self.spec.on_cbw_error,
+            on_break=self.target.abort,
+        )
+        self._copy.prepare()
+        if self.spec.bitmap and self.spec.mode is not BitmapMode.NEVER:
+            self._since = MemoryBitmap("", self.tracked.size, self.spec.bitmap.granularity)
+
+    def begin(self) -> None:
+        """The point in time. The disk is drained; it is refreshed afterwards by the caller."""
+        assert self._copy
+        size, bitmap = self.tracked.size, self.spec.bitmap
+        if bitmap:
+            todo = regrain(bitmap.snapshot(), size, bitmap.granularity, self.granularity)
+        else:
+            todo = all_bits(size, self.granularity)
+        self.total = _bytes_in(todo, size, self.granularity)
+        self._copy.begin(todo)
+        self.tracked.attach(self._copy, self._since)
+
+    def retreat(self) -> None:
+        """Undo `begin`; the disk is drained."""
+        self.tracked.detach(self._copy, self._since)
+
+    def discard(self) -> None:
+        """Undo `prepare`, of a job that has not been started."""
+        if self._copy:
+            self._copy.close()
+
+    # -- copying --------------------------------------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Copy until nothing is left, then have the target flush."""
+        assert self._copy
+        buffer = memoryview(bytearray(max(CHUNK, self.granularity)))
+        cursor = 0
+        while True:
+            self.pause_point(self._debt())
+            run = self._next(cursor)
+            if run is not None:
+                self._transfer(run, buffer)
+                cursor = run.end
+            elif not self.spec.on_write and not self._copy.left():
+                break
+        self.target.flush()
+
+    def _next(self, cursor: int) -> Run | None:
+        """In order, but what is in scratch first while that fills up."""
+        assert self._copy
+        if self.spec.on_write:
+            return self._copy.next_run(cursor, CHUNK, saved_only=True)
+        if self._copy.pressed() and (run := self._copy.next_run(0, CHUNK, saved_only=True, wait=0)):
+            return run
+        return self._copy.next_run(cursor, _HOLE_LIMIT)
+
+    def _transfer(self, run: Run, buffer: memoryview) -> None:
+        """Take one run (or its beginning), let the guest have it, and send it."""
+        assert self._copy
+        offset = run.first * self.granularity
+        holes = 0 if run.saved else self._holes(run)
+        self._copy.shrink(run, holes or min(run.count, max(CHUNK // self.granularity, 1)))
+        length = min(run.count * self.granularity, self.tracked.size - offset)
+        if holes:
+            self._copy.done(run)
+            self.target.zeroes(offset, length)
+        else:
+            data = buffer[:length]
+            self._copy.read_into(run, data)
+            self._copy.done(run)
+            self.target.write(data, offset)
+        self.done += length
+
+    def _holes(self, run: Run) -> int:
+        """How many clusters from the run's first on read as zeroes by what the file system says."""
+        offset = run.first * self.granularity
+        if offset < self._data_until:
+            return 0
+        end = min(run.end * self.granularity, self.tracked.size)
+        extent = next(iter(self.tracked.disk.extents(offset, end - offset)))
+        if extent.zero and extent.offset + extent.length == end:
+            return run.count
+        whole = extent.length // self.granularity if extent.zero else 0
+        if not whole:
+            self._data_until = max(extent.offset + extent.length, offset + self.granularity)
+        return whole
+
+    def _debt(self) -> float:
+        """Seconds to wait so that ``speed`` is kept."""
+        if not self.speed:
+            return 0.0
+        return min(max(self.done / self.speed - (time.monotonic() - self._started), 0.0), 1.0)
+
+    def interrupt(self) -> None:
+        """Wake the loop from whatever it waits for."""
+        self.target.abort()
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def end(self, *, success: bool) -> None:
+        """Detach, settle the bitmap, let target and scratch go."""
+        assert self._copy
+        copied = success or (self.spec.mode is BitmapMode.ALWAYS and self._flushed())
+        keep = self._keep(success) if copied else None
+        self._copy.close()
+        while True:
+            with suppress(DrainTimeoutError):
+                old = self._detach(keep)
+                break
+        del old
+        if self.spec.bitmap:
+            self.tracked.busy.pop(self.spec.bitmap.name, None)
+        self.target.release()
+
+    def _detach(self, keep: kernels.Bits | None) -> object:
+        with self.tracked.gate.drained(_END_DRAIN):
+            self.tracked.detach(self._copy, self._since)
+            bitmap, since = self.spec.bitmap, self._since
+            if keep is not None and since is not None and bitmap is not None:
+                bitmap.keep_bits(np.bitwise_or(keep, since.snapshot()))
+            return self.tracked.refresh()
+
+    def _keep(self, success: bool) -> kernels.Bits | None:
+        """What stays dirty apart from ``since``; `None` when the bitmap is to be left alone."""
+        bitmap = self.spec.bitmap
+        if bitmap is None or self.spec.mode is BitmapMode.NEVER:
+            return None
+        if success:
+            return np.zeros(kernels.bytes_for(-(-bitmap.size // bitmap.granularity)), dtype=np.uint8)
+        assert self._copy
+        return regrain(self._copy.remaining(), bitmap.size, self.granularity, bitmap.granularity)
+
+    def _flushed(self) -> bool:
+        """Whether the target has what it acknowledged, durably, after a failure."""
+        try:
+            self.target.flush()
+        except (IncbakError, OSError, CancelledError) as e:
+            log.info("job %s: what was copied is not counted: %s", self.id, e)
+            return False
+        return True
+
+
+def _bytes_in(bits: kernels.Bits, size: int, granularity: int) -> int:
+    last = -(-size // granularity) - 1
+    short = -size % granularity if size and kernels.any_in_range(bits, last, last) else 0
+    return kernels.count(bits) * granularity - short

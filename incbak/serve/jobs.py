@@ -1,0 +1,253 @@
+"""Jobs and their life, as QEMU tells it: states, verbs, events, and the table of those that are there.
+
+::
+
+    created -> running -> waiting -> pending -> concluded -> null        done
+                      \-> aborting -----------> concluded -> null        failed, or cancelled (also from pending)
+
+``pending`` waits for `finalize` unless `auto_finalize`, ``concluded`` for `dismiss` unless `auto_dismiss`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from incbak.errors import NbdError, NbdRequestError
+from incbak.serve.schema import QmpError
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[str, dict[str, object]], None]
+
+
+class Status(StrEnum):
+    """QEMU's JobStatus."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    WAITING = "waiting"
+    PENDING = "pending"
+    ABORTING = "aborting"
+    CONCLUDED = "concluded"
+    NULL = "null"
+
+
+_ALLOWED = {
+    "cancel": {Status.CREATED, Status.RUNNING, Status.WAITING, Status.PENDING},
+    "finalize": {Status.PENDING},
+    "dismiss": {Status.CONCLUDED},
+    "set-speed": {Status.CREATED, Status.RUNNING},
+}
+
+
+class CancelledError(Exception):
+    """The job was told to stop."""
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What any job takes; ``speed`` in bytes per second, 0 for no limit."""
+
+    id: str
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+    speed: int = 0
+
+
+def code_of(error: Exception) -> int:
+    """The errno that tells ``error`` best."""
+    if isinstance(error, OSError | NbdRequestError) and error.errno:
+        return error.errno
+    return errno.EIO
+
+
+class Job(ABC):
+    """One job: a thread that runs `work`, then `settle` or `undo`. Bytes are counted in `done` of `total`."""
+
+    type = "backup"
+
+    def __init__(self, options: JobOptions, emit: Emit, gone: Callable[[Job], None]) -> None:
+        self.options, self._emit, self._gone = options, emit, gone
+        self.id, self.speed = options.id, options.speed
+        self.status = Status.CREATED
+        self.done = self.total = 0
+        self.error: str | None = None
+        self.detail = ""
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._finalize = threading.Event()
+        self._ended = threading.Event()
+        if options.auto_finalize:
+            self._finalize.set()
+
+    # -- what a kind of job does ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def work(self) -> None:
+        """Do it; look at `pause_point` often. Raises on failure."""
+
+    @abstractmethod
+    def end(self, *, success: bool) -> None:
+        """Let everything go and settle the bitmaps; called once, before anybody is told. Must not raise."""
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Make `work` return soon from whatever it waits for; called from any thread."""
+
+    # -- verbs ----------------------------------------------------------------------------------------------------
+
+    def require(self, verb: str) -> None:
+        """Raises `QmpError` when the job's state does not allow ``verb``."""
+        if self.status not in _ALLOWED[verb]:
+            raise QmpError(f"Job '{self.id}' in state '{self.status}' cannot accept command verb '{verb}'")
+
+    def start(self) -> None:
+        """Run; returns at once."""
+        self._turn(Status.RUNNING)
+        threading.Thread(target=self._main, name=f"job-{self.id}", daemon=True).start()
+
+    def announce(self) -> None:
+        """Tell that the job is there."""
+        self._emit("JOB_STATUS_CHANGE", {"status": str(self.status), "id": self.id})
+
+    def cancel(self) -> None:
+        """Stop soon, with nothing of it counting."""
+        with self._lock:
+            self.require("cancel")
+            self._stop.set()
+            self._finalize.set()
+        self.interrupt()
+
+    def finalize(self) -> None:
+        """Go on from ``pending``."""
+        with self._lock:
+            self.require("finalize")
+            self._finalize.set()
+
+    def dismiss(self) -> None:
+        """Forget a concluded job."""
+        with self._lock:
+            self.require("dismiss")
+            self._dismiss()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether the job has concluded within ``timeout`` seconds."""
+        return self._ended.wait(timeout)
+
+    def pause_point(self, delay: float = 0.0) -> None:
+        """Raises `CancelledError` once the job was cancelled; waits ``delay`` seconds for that."""
+        if self._stop.wait(delay) if delay > 0 else self._stop.is_set():
+            raise CancelledError
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self.work()
+            self._turn(Status.WAITING)
+            self._turn(Status.PENDING)
+            if not self.options.auto_finalize:
+                self._emit("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
+            self._finalize.wait()
+            self.pause_point()
+        except CancelledError:
+            self._conclude("BLOCK_JOB_CANCELLED", os.strerror(errno.ECANCELED))
+        except Exception as e:  # noqa: BLE001 (whatever breaks the backup must not break the engine)
+            self._fail(e)
+        else:
+            self._conclude("BLOCK_JOB_COMPLETED", None)
+
+    def _fail(self, error: Exception) -> None:
+        if self._stop.is_set():
+            self._conclude("BLOCK_JOB_CANCELLED", os.strerror(errno.ECANCELED))
+            return
+        self.detail = str(error)
+        expected = isinstance(error, OSError | NbdError)
+        log.log(
+            logging.WARNING if expected else logging.ERROR, "job %s failed: %s", self.id, error, exc_info=not expected
+        )
+        kind = "write" if isinstance(error, NbdError) else "read"
+        self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": kind, "action": "report"})
+        self._conclude("BLOCK_JOB_COMPLETED", os.strerror(code_of(error)))
+
+    def _conclude(self, event: str, error: str | None) -> None:
+        if error is not None:
+            self._turn(Status.ABORTING)
+        self.end(success=error is None)
+        self.error = error
+        facts: dict[str, object] = {"device": self.id, "type": self.type, "len": self.total, "offset": self.done}
+        facts["speed"] = self.speed
+        if error is not None and event == "BLOCK_JOB_COMPLETED":
+            facts["error"] = error
+        self._emit(event, facts)
+        with self._lock:
+            self._turn(Status.CONCLUDED)
+            if self.options.auto_dismiss:
+                self._dismiss()
+        self._ended.set()
+
+    def _dismiss(self) -> None:
+        self._gone(self)
+        self._turn(Status.NULL)
+
+    def _turn(self, status: Status) -> None:
+        self.status = status
+        self.announce()
+
+    # -- telling --------------------------------------------------------------------------------------------------
+
+    def job_info(self) -> dict[str, object]:
+        """A JobInfo."""
+        info: dict[str, object] = {"id": self.id, "type": self.type, "status": str(self.status)}
+        info |= {"current-progress": self.done, "total-progress": self.total}
+        return info | self._error_info()
+
+    def block_job_info(self) -> dict[str, object]:
+        """A BlockJobInfo."""
+        info: dict[str, object] = {"device": self.id, "type": self.type, "status": str(self.status)}
+        info |= {"len": self.total, "offset": self.done, "speed": self.speed, "io-status": "ok"}
+        info |= {"busy": self.status is Status.RUNNING, "paused": False, "ready": False}
+        info |= {"auto-finalize": self.options.auto_finalize, "auto-dismiss": self.options.auto_dismiss}
+        return info | self._error_info()
+
+    def _error_info(self) -> dict[str, object]:
+        if self.error is None:
+            return {}
+        return {"error": self.error} | ({"x-incbak-detail": self.detail} if self.detail else {})
+
+
+class JobTable:
+    """The jobs by id. Thread safe."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._lock = threading.Lock()
+
+    def reserve(self, job: Job) -> None:
+        """Enter a job. Raises `QmpError` when its id is taken."""
+        with self._lock:
+            if job.id in self._jobs:
+                raise QmpError(f"Job ID '{job.id}' already in use")
+            self._jobs[job.id] = job
+
+    def forget(self, job: Job) -> None:
+        """Take a job out."""
+        with self._lock:
+            self._jobs.pop(job.id, None)
+
+    def all(self) -> list[Job]:
+        """Every job, oldest first."""
+        with self._lock:
+            return list(self._jobs.values())
+
+    def find(self, name: str) -> Job | None:
+        """The job ``name``."""
+        with self._lock:
+            return self._jobs.get(name)

@@ -1,0 +1,83 @@
+"""A bitmap that lives in memory only: QEMU's ``persistent: false``, and what a job records beside a persistent one."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from incbak.bitmap import bits as kernels
+from incbak.bitmap.file import Bitmap, Found, State, extents_of
+from incbak.bitmap.format import REGION
+from incbak.extents import Extent
+from incbak.reasons import Reason
+
+
+class MemoryBitmap:
+    """Has the shape of `incbak.bitmap.file.Bitmap`, is always valid, and is gone with the process."""
+
+    persistent = False
+    found = Found.CREATED
+    state = State.DIRTY
+    reason: Reason | None = None
+
+    def __init__(self, name: str, size: int, granularity: int, *, enabled: bool = True) -> None:
+        self.name, self.size, self.granularity, self.enabled = name, size, granularity, enabled
+        self.known = bytearray(b"\1" * -(-size // REGION))
+        self._shift = granularity.bit_length() - 1
+        self._clusters = -(-size // granularity)
+        self._bits: kernels.Bits = np.zeros(kernels.bytes_for(self._clusters), dtype=np.uint8)
+        self._lock = threading.Lock()
+
+    def touch(self, offset: int, length: int) -> None:
+        """Nothing is to be made durable."""
+
+    def set_bits(self, offset: int, length: int) -> None:
+        """Set the bits of every cluster that the range touches; ``length`` > 0."""
+        first, last = offset >> self._shift, (offset + length - 1) >> self._shift
+        with self._lock:
+            kernels.set_range(self._bits, first, last)
+
+    def is_dirty(self, offset: int, length: int) -> bool:
+        """Whether any cluster of the range is marked."""
+        return kernels.any_in_range(self._bits, offset >> self._shift, (offset + length - 1) >> self._shift)
+
+    def runs(self) -> kernels.Runs:
+        """The dirty clusters as (first, count)."""
+        return kernels.runs(self._bits, self._clusters)
+
+    def extents(self) -> list[Extent]:
+        """The dirty bytes, sorted, cut at the disk's size."""
+        return extents_of(self.runs(), self.granularity, self.size)
+
+    def count(self) -> int:
+        """How many bytes are dirty; a last partial cluster counts as what it has."""
+        rest = self.size % self.granularity
+        short = self.granularity - rest if rest and self.is_dirty(self.size - 1, 1) else 0
+        return kernels.count(self._bits) * self.granularity - short
+
+    def snapshot(self) -> kernels.Bits:
+        """A private copy of the bits."""
+        with self._lock:
+            return np.array(self._bits)
+
+    def merge_bits(self, other: kernels.Bits) -> None:
+        """Set all bits that ``other`` (packed, same granularity and size) has."""
+        with self._lock:
+            np.bitwise_or(self._bits, other, out=self._bits)
+
+    def keep_bits(self, other: kernels.Bits) -> None:
+        """Clear all bits that ``other`` does not have."""
+        with self._lock:
+            np.bitwise_and(self._bits, other, out=self._bits)
+
+    def clear(self) -> None:
+        """Forget all marks."""
+        self._bits[:] = 0
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Record writes, or not."""
+        self.enabled = enabled
+
+
+AnyBitmap = Bitmap | MemoryBitmap

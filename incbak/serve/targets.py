@@ -1,0 +1,87 @@
+"""Nodes that jobs write to: exports of other NBD servers."""
+
+from __future__ import annotations
+
+import threading
+
+from incbak.errors import IncbakError
+from incbak.nbd import protocol
+from incbak.nbd.client import NbdClient
+from incbak.nbd.uri import NbdUri
+from incbak.serve.schema import QmpError
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds to connect and negotiate."""
+_ZEROES = bytes(1 << 20)
+_WINDOW = 16
+
+
+class Target:
+    """A connection to an export, used by one job at a time; after a break the next job gets a new one."""
+
+    def __init__(self, name: str, uri: NbdUri) -> None:
+        """Raises `QmpError` when there is no connection to be had."""
+        self.name, self.uri = name, uri
+        self.user: str | None = None
+        self._lock = threading.Lock()
+        self._broken = False
+        self._client = self._connect()
+        self.size = self._client.size
+
+    def _connect(self) -> NbdClient:
+        try:
+            return NbdClient.connect(self.uri, timeout=CONNECT_TIMEOUT, window=_WINDOW)
+        except (IncbakError, OSError) as e:
+            where = self.uri.path or f"{self.uri.host}:{self.uri.port}"
+            cause = e.__cause__.strerror if isinstance(e.__cause__, OSError) else None
+            raise QmpError(f"Failed to connect to '{where}': {cause or e}") from e
+
+    def take(self, job: str) -> None:
+        """Be used by ``job``, with a live connection. Raises `QmpError` when another one uses it."""
+        with self._lock:
+            if self.user is not None:
+                raise QmpError(f"Node '{self.name}' is busy: block device is in use by block job: backup")
+            self.user = job
+        try:
+            if self._broken:
+                self._client = self._connect()
+                self._broken = False
+            if self._client.size != self.size:
+                raise QmpError(f"Node '{self.name}' has another size than it had")
+        except QmpError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Be free for another job."""
+        with self._lock:
+            self.user = None
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Send; ``data`` may be reused at once. An error of an earlier write may surface here (`NbdError`)."""
+        step = self._client.max_payload
+        for start in range(0, len(data), step):
+            self._client.submit_write(data[start : start + step], offset + start)
+
+    def zeroes(self, offset: int, length: int) -> None:
+        """As `write`, of zeroes."""
+        if self._client.can(protocol.SEND_ZEROES):
+            self._client.submit_zeroes(offset, length)
+            return
+        for start in range(0, length, len(_ZEROES)):
+            self.write(memoryview(_ZEROES)[: length - start], offset + start)
+
+    def flush(self) -> None:
+        """Everything sent has been answered, and is durable there if the server can tell. Raises `NbdError`."""
+        self._client.drain()
+        if self._client.can(protocol.SEND_FLUSH):
+            self._client.flush()
+
+    def abort(self) -> None:
+        """Wake whoever waits for the peer, from any thread."""
+        self._broken = True
+        self._client.abort()
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._client.close()
