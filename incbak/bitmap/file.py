@@ -230,6 +230,18 @@ class Bitmap:
         with self._lock:
             np.bitwise_or(self._bits, other, out=self._bits)
 
+    def keep_bits(self, other: kernels.Bits) -> None:
+        """Clear all bits that ``other`` (packed, of the same granularity and size) does not have.
+
+        The caller has stopped writers. At every moment the bits are a superset of the outcome, so that a kill within
+        loses none; the coarse map stays as it is.
+        """
+        with self._sync_lock:
+            if self.state is State.CLEAN:
+                self._clear_flag()
+        with self._lock:
+            np.bitwise_and(self._bits, other, out=self._bits)
+
     def clear(self) -> None:
         """Forget all marks. The caller has stopped writers. Interrupted, the bitmap is invalid, never half cleared."""
         with self._sync_lock:
