@@ -56,10 +56,11 @@ class BitmapMode(StrEnum):
 
 @dataclass(frozen=True)
 class BackupSpec:
-    """What to copy: clusters in ``bitmap``, or all; ``on_write`` only those that the guest overwrites (sync none)."""
+    """What to copy: the clusters in ``bitmap``, or all (``whole``), or those the guest overwrites (``on_write``)."""
 
     bitmap: AnyBitmap | None = None
     mode: BitmapMode = BitmapMode.NEVER
+    whole: bool = True
     on_write: bool = False
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
 
@@ -106,12 +107,15 @@ class BackupJob(Job):
         """The point in time. The disk is drained; it is refreshed afterwards by the caller."""
         assert self._copy
         size, bitmap = self.tracked.size, self.spec.bitmap
-        if bitmap:
+        if bitmap and not self.spec.whole:
             todo = regrain(bitmap.snapshot(), size, bitmap.granularity, self.granularity)
         else:
             todo = all_bits(size, self.granularity)
+        self.done = 0
         self.total = _bytes_in(todo, size, self.granularity)
         self._copy.begin(todo)
+        if bitmap and not bitmap.enabled:
+            self._since = None
         self.tracked.attach(self._copy, self._since)
 
     def retreat(self) -> None:
@@ -195,8 +199,7 @@ class BackupJob(Job):
     def end(self, *, success: bool) -> None:
         """Detach, settle the bitmap, let target and scratch go."""
         assert self._copy
-        copied = success or (self.spec.mode is BitmapMode.ALWAYS and self._flushed())
-        keep = self._keep(success) if copied else None
+        keep = self._keep(success)
         self._copy.close()
         while True:
             with suppress(DrainTimeoutError):
@@ -211,19 +214,23 @@ class BackupJob(Job):
         with self.tracked.gate.drained(_END_DRAIN):
             self.tracked.detach(self._copy, self._since)
             bitmap, since = self.spec.bitmap, self._since
-            if keep is not None and since is not None and bitmap is not None:
-                bitmap.keep_bits(np.bitwise_or(keep, since.snapshot()))
+            if keep is not None and bitmap is not None:
+                bitmap.keep_bits(np.bitwise_or(keep, since.snapshot()) if since else keep)
             return self.tracked.refresh()
 
     def _keep(self, success: bool) -> kernels.Bits | None:
         """What stays dirty apart from ``since``; `None` when the bitmap is to be left alone."""
-        bitmap = self.spec.bitmap
-        if bitmap is None or self.spec.mode is BitmapMode.NEVER:
+        bitmap, mode = self.spec.bitmap, self.spec.mode
+        if bitmap is None or mode is BitmapMode.NEVER:
+            return None
+        if not success and (mode is BitmapMode.ON_SUCCESS or not self._flushed()):
             return None
         if success:
             return np.zeros(kernels.bytes_for(-(-bitmap.size // bitmap.granularity)), dtype=np.uint8)
         assert self._copy
-        return regrain(self._copy.remaining(), bitmap.size, self.granularity, bitmap.granularity)
+        rest = regrain(self._copy.remaining(), bitmap.size, self.granularity, bitmap.granularity)
+        bitmap.merge_bits(rest)
+        return rest
 
     def _flushed(self) -> bool:
         """Whether the target has what it acknowledged, durably, after a failure."""

@@ -101,10 +101,11 @@ class TrackedDevice:
         """(length, flags) from ``offset``: a prefix of the range at least one extent long."""
         if context == ALLOCATION:
             return list(self._allocation(offset, length))
-        bitmap = self.tracked.bitmaps.get(context.removeprefix(DIRTY))
-        if bitmap is None or bitmap.state is State.INVALID:
-            raise OSError(errno.EIO, f"there is no valid bitmap for {context}")
-        return dirty_status(bitmap, offset, length)
+        with self.tracked.reading:
+            bitmap = self.tracked.bitmaps.get(context.removeprefix(DIRTY))
+            if bitmap is None or bitmap.state is State.INVALID:
+                raise OSError(errno.EIO, f"there is no valid bitmap for {context}")
+            return dirty_status(bitmap, offset, length)
 
     def _allocation(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         for number, extent in enumerate(self._disk.extents(offset, length)):

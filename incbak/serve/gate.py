@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from incbak.errors import IncbakError
 
@@ -34,6 +34,7 @@ class Gate:
         self._changed = threading.Condition()
         self._draining = False
         self._inside = 0
+        self._shut: AbstractContextManager[None] | None = None
 
     def slot(self) -> threading.Lock:
         """A lock of the caller's own: hold it while writing; ``acquire(blocking=False)`` fails while drained."""
@@ -84,6 +85,11 @@ class Gate:
             with self._changed:
                 self._draining = False
                 self._changed.notify_all()
+
+    def shut(self, timeout: float = 30.0) -> None:
+        """Drain, and let nobody in ever again. Raises `DrainTimeoutError`; then the gate is open as before."""
+        self._shut = self.drained(timeout)
+        self._shut.__enter__()
 
     def _take_all(self, held: list[threading.Lock], deadline: float) -> None:
         for lock in self._slots:

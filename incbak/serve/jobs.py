@@ -1,4 +1,4 @@
-"""Jobs and their life, as QEMU tells it: states, verbs, events, and the table of those that are there.
+r"""Jobs and their life, as QEMU tells it: states, verbs, events, and the table of those that are there.
 
 ::
 
@@ -137,6 +137,15 @@ class Job(ABC):
             self.require("dismiss")
             self._dismiss()
 
+    def set_speed(self, speed: int) -> None:
+        """Bytes per second from now on."""
+        self.speed = speed
+
+    def withdraw(self) -> None:
+        """The job is not going to be; `start` was not called."""
+        self._gone(self)
+        self._turn(Status.NULL)
+
     def wait(self, timeout: float | None = None) -> bool:
         """Whether the job has concluded within ``timeout`` seconds."""
         return self._ended.wait(timeout)
@@ -218,9 +227,12 @@ class Job(ABC):
         return info | self._error_info()
 
     def _error_info(self) -> dict[str, object]:
-        if self.error is None:
-            return {}
-        return {"error": self.error} | ({"x-incbak-detail": self.detail} if self.detail else {})
+        info: dict[str, object] = {}
+        if self.error is not None:
+            info["error"] = self.error
+        if self.detail:
+            info["x-incbak-detail"] = self.detail
+        return info
 
 
 class JobTable:

@@ -63,6 +63,8 @@ class TrackedDisk:
         self.bitmaps: dict[str, AnyBitmap] = {}
         self.busy: dict[str, str] = {}
         """Bitmaps that a job uses, with the job's id."""
+        self.reading = threading.Lock()
+        """Held while a bitmap that may be removed is read, and while a removed one is closed."""
         self.settled = SettledMap(self.size, ())
         self._recording: tuple[AnyBitmap, ...] = ()
         self._shadows: tuple[AnyBitmap, ...] = ()

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC
 from collections.abc import Sequence
 
 from incbak import durable
@@ -30,7 +29,7 @@ DRAIN_TIMEOUT = 30.0
 """Seconds that a transaction waits for writes in flight before it fails."""
 
 
-class Action(ABC):
+class Action:
     """One step. Every method may be left out; ``disks`` are those that must be drained."""
 
     disks: Sequence[TrackedDisk] = ()

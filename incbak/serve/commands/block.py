@@ -1,0 +1,291 @@
+"""Disks, targets, backups, transactions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from incbak.bitmap.file import State
+from incbak.nbd.uri import NbdUri
+from incbak.serve.backup_job import BackupJob, BackupSpec, BitmapMode
+from incbak.serve.cbw import OnCbwError
+from incbak.serve.commands import bitmaps
+from incbak.serve.commands.registry import Args, command
+from incbak.serve.jobs import JobOptions
+from incbak.serve.memory_bitmap import AnyBitmap
+from incbak.serve.schema import BOOL, INT, STR, Enum, Fields, List, Opt, QmpError, Union
+from incbak.serve.schema import Struct as Object
+from incbak.serve.targets import Target
+from incbak.serve.tracker import TrackedDisk
+from incbak.serve.transaction import Abort, Action, Transaction
+from incbak.serve.vm import Vm, check_usable
+
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_NODE_NAME_LIMIT = 31
+
+_INET: Fields = {"host": STR, "port": STR}
+_SERVER = Union("type", {"unix": {"path": STR}, "inet": _INET})
+_NBD: Fields = {"server": _SERVER, "export": Opt(STR)}
+_COMMON: Fields = {"node-name": Opt(STR)}
+_DRIVERS = {"nbd": _NBD}
+
+_ON_ERROR = Enum("report", "ignore", "enospc", "stop", "auto")
+BACKUP: Fields = {
+    "job-id": Opt(STR),
+    "device": STR,
+    "target": STR,
+    "sync": Enum("top", "full", "none", "incremental", "bitmap"),
+    "speed": Opt(INT),
+    "bitmap": Opt(STR),
+    "bitmap-mode": Opt(Enum("on-success", "never", "always")),
+    "compress": Opt(BOOL),
+    "on-source-error": Opt(_ON_ERROR),
+    "on-target-error": Opt(_ON_ERROR),
+    "on-cbw-error": Opt(Enum("break-guest-write", "break-snapshot")),
+    "auto-finalize": Opt(BOOL),
+    "auto-dismiss": Opt(BOOL),
+}
+
+
+@command("blockdev-add", {"driver": Enum(*_DRIVERS), **_COMMON, **_NBD})
+def blockdev_add(vm: Vm, args: Args) -> object:
+    """Connect to an export of another NBD server, as a target."""
+    if "node-name" not in args:
+        raise QmpError("'node-name' must be specified for the root node")
+    name = args["node-name"]
+    if not _IDENTIFIER.fullmatch(name) or len(name) > _NODE_NAME_LIMIT:
+        raise QmpError(f"Invalid node-name: '{name}'")
+    if name in vm.disks or name in vm.targets:
+        raise QmpError(f"Duplicate nodes with node-name='{name}'")
+    vm.targets[name] = Target(name, _uri(args["server"], args.get("export", "")))
+    return None
+
+
+def _uri(server: dict[str, str], export: str) -> NbdUri:
+    if server["type"] == "unix":
+        return NbdUri(export, path=server["path"])
+    if not server["port"].isdecimal():
+        raise QmpError(f"Parameter 'server.port' expects a number, not '{server['port']}'")
+    return NbdUri(export, host=server["host"], port=int(server["port"]))
+
+
+@command("blockdev-del", {"node-name": STR})
+def blockdev_del(vm: Vm, args: Args) -> object:
+    """Let a target go."""
+    name = args["node-name"]
+    if name in vm.disks:
+        raise QmpError(f"Block device {name} is in use")
+    if name not in vm.targets:
+        raise QmpError(f"Failed to find node with node-name='{name}'")
+    if vm.targets[name].user is not None:
+        raise QmpError(f"Node '{name}' is busy: block device is in use by block job: backup")
+    vm.targets.pop(name).close()
+    return None
+
+
+class Backup(Action):
+    """Fix a point in time of a disk, and begin to copy it."""
+
+    def __init__(self, vm: Vm, args: Args) -> None:
+        self.vm, self.args = vm, args
+        self.tracked = vm.device(args["device"])
+        self.disks = (self.tracked,)
+
+    def prepare(self, transaction: Transaction) -> None:
+        """Check; take target, bitmap and job id; make the scratch file."""
+        options, target, spec = self._options(), self.vm.target(self.args["target"]), self._spec(transaction)
+        if target.size != self.tracked.size:
+            raise QmpError("Source and target image have different sizes")
+        self.job = BackupJob(options, self.tracked, target, spec, self.vm.emit, self.vm.jobs.forget)
+        self.vm.jobs.reserve(self.job)
+        try:
+            target.take(options.id)
+            try:
+                self.job.prepare(self.vm.budget)
+            except BaseException:
+                target.release()
+                raise
+        except BaseException:
+            self.vm.jobs.forget(self.job)
+            raise
+        if spec.bitmap:
+            self.tracked.busy[spec.bitmap.name] = options.id
+        self.job.announce()
+
+    def _options(self) -> JobOptions:
+        args = self.args
+        name: str = args["job-id"] if "job-id" in args else args["device"]
+        if not _IDENTIFIER.fullmatch(name):
+            raise QmpError(f"Invalid job ID '{name}'")
+        if args.get("speed", 0) < 0:
+            raise QmpError("Parameter 'speed' expects a non-negative value")
+        if args.get("compress", False):
+            raise QmpError(f"Compression is not supported for this drive {args['target']}")
+        for policy in ("on-source-error", "on-target-error"):
+            if args.get(policy, "report") not in ("report", "auto"):
+                raise QmpError(f"Parameter '{policy}' does not support '{args[policy]}'")
+        return JobOptions(name, args.get("auto-finalize", True), args.get("auto-dismiss", True), args.get("speed", 0))
+
+    def _spec(self, transaction: Transaction) -> BackupSpec:
+        sync, name, mode = self.args["sync"], self.args.get("bitmap"), self.args.get("bitmap-mode")
+        if sync == "incremental" and mode is None:
+            mode = "on-success"
+        _check_modes(sync, name, mode)
+        bitmap = self._bitmap(transaction, name) if name is not None else None
+        policy = OnCbwError(self.args.get("on-cbw-error", "break-snapshot"))
+        whole = sync not in ("bitmap", "incremental")
+        chosen = BitmapMode(mode) if mode else BitmapMode.NEVER
+        return BackupSpec(bitmap, chosen, whole=whole, on_write=sync == "none", on_cbw_error=policy)
+
+    def _bitmap(self, transaction: Transaction, name: str) -> AnyBitmap:
+        if transaction.find(self.tracked, name) is None and name not in self.vm.lost[self.tracked.name]:
+            raise QmpError(f"Bitmap '{name}' could not be found")
+        bitmap = transaction.bitmap(self.tracked, name)
+        check_usable(self.tracked, bitmap)
+        return bitmap
+
+    def apply(self) -> None:
+        """This is the instant."""
+        self.job.begin()
+
+    def undo(self) -> None:
+        """It was not."""
+        self.job.retreat()
+
+    def finish(self) -> None:
+        """Go."""
+        self.job.start()
+
+    def discard(self) -> None:
+        """Give back what was taken."""
+        if self.job.spec.bitmap:
+            self.tracked.busy.pop(self.job.spec.bitmap.name, None)
+        self.job.discard()
+        self.job.target.release()
+        self.job.withdraw()
+
+
+def _check_modes(sync: str, name: str | None, mode: str | None) -> None:
+    """QEMU's rules, in its order."""
+    if sync in ("bitmap", "incremental") and name is None:
+        raise QmpError(f"must provide a valid bitmap name for '{sync}' sync mode")
+    if sync == "incremental" and mode != "on-success":
+        raise QmpError("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'")
+    if name is None and mode is not None:
+        raise QmpError("Cannot specify bitmap sync mode without a bitmap")
+    if name is not None and mode is None:
+        raise QmpError("Bitmap sync mode must be given when providing a bitmap")
+    if name is not None and sync == "none":
+        raise QmpError("sync mode 'none' does not produce meaningful bitmap outputs")
+    if name is not None and sync in ("full", "top") and mode == "never":
+        raise QmpError(f"Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'")
+
+
+@command("blockdev-backup", BACKUP)
+def blockdev_backup(vm: Vm, args: Args) -> object:
+    """Back one disk up to a target."""
+    Transaction(vm).run([Backup(vm, args)])
+    return None
+
+
+_ACTIONS: dict[str, Fields] = {
+    "abort": {},
+    "block-dirty-bitmap-add": bitmaps.ADD,
+    "block-dirty-bitmap-remove": bitmaps.ONE,
+    "block-dirty-bitmap-clear": bitmaps.ONE,
+    "block-dirty-bitmap-enable": bitmaps.ONE,
+    "block-dirty-bitmap-disable": bitmaps.ONE,
+    "block-dirty-bitmap-merge": bitmaps.MERGE,
+    "blockdev-backup": BACKUP,
+}
+_TRANSACTION: Fields = {
+    "actions": List(Union("type", _ACTIONS, wrapped="data")),
+    "properties": Opt(Object({"completion-mode": Opt(Enum("individual", "grouped"))})),
+}
+
+
+@command("transaction", _TRANSACTION)
+def transaction(vm: Vm, args: Args) -> object:
+    """All of it at one instant, or nothing."""
+    if args.get("properties", {}).get("completion-mode") == "grouped":
+        raise QmpError("Parameter 'completion-mode' does not support 'grouped'")
+    Transaction(vm).run([_action(vm, a["type"], a["data"]) for a in args["actions"]])
+    return None
+
+
+def _action(vm: Vm, kind: str, data: Args) -> Action:
+    match kind:
+        case "abort":
+            return Abort()
+        case "block-dirty-bitmap-add":
+            return bitmaps.Add(vm, data)
+        case "block-dirty-bitmap-remove":
+            return bitmaps.Remove(vm, data)
+        case "block-dirty-bitmap-clear":
+            return bitmaps.Clear(vm, data)
+        case "block-dirty-bitmap-enable" | "block-dirty-bitmap-disable":
+            return bitmaps.Switch(vm, data, enable=kind.endswith("enable"))
+        case "block-dirty-bitmap-merge":
+            return bitmaps.Merge(vm, data)
+        case _:
+            return Backup(vm, data)
+
+
+# -- telling ------------------------------------------------------------------------------------------------------
+
+
+@command("query-block")
+def query_block(vm: Vm, args: Args) -> object:
+    """Every disk, as a device."""
+    return [_device(vm, d) for d in vm.disks.values()]
+
+
+@command("query-named-block-nodes", {"flat": Opt(BOOL)})
+def query_named_block_nodes(vm: Vm, args: Args) -> object:
+    """Every disk and every target."""
+    return [*(_disk_node(vm, d) for d in vm.disks.values()), *(_target_node(t) for t in vm.targets.values())]
+
+
+def _device(vm: Vm, tracked: TrackedDisk) -> dict[str, object]:
+    device: dict[str, object] = {"device": tracked.name, "qdev": "", "type": "unknown", "removable": False}
+    return device | {"locked": False, "io-status": "ok", "inserted": _disk_node(vm, tracked)}
+
+
+def _disk_node(vm: Vm, tracked: TrackedDisk) -> dict[str, object]:
+    node = _node(tracked.name, tracked.disk.name, tracked.size, "raw", tracked.read_only)
+    if isinstance(path := getattr(tracked.disk, "path", None), Path):
+        node["x-incbak-path"] = str(path.absolute())
+    told = [*(bitmap_info(tracked, b) for b in tracked.bitmaps.values()), *_lost(vm, tracked)]
+    return node | ({"dirty-bitmaps": told} if told else {})
+
+
+def _target_node(target: Target) -> dict[str, object]:
+    return _node(target.name, str(target.uri), target.size, "nbd", read_only=False)
+
+
+def _node(name: str, filename: str, size: int, driver: str, read_only: bool) -> dict[str, object]:
+    limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    cache = {"writeback": True, "direct": False, "no-flush": False}
+    image = {"filename": filename, "format": driver, "virtual-size": size}
+    node: dict[str, object] = {"node-name": name, "drv": driver, "file": filename, "ro": read_only, "image": image}
+    node |= {"encrypted": False, "detect_zeroes": "off", "write_threshold": 0, "backing_file_depth": 0}
+    return node | {"cache": cache} | limits
+
+
+def bitmap_info(tracked: TrackedDisk, bitmap: AnyBitmap) -> dict[str, object]:
+    """A BlockDirtyInfo, with how the bitmap was found, and why it is invalid."""
+    invalid = bitmap.state is State.INVALID
+    info: dict[str, object] = {"name": bitmap.name, "granularity": bitmap.granularity}
+    info |= {"count": 0 if invalid else bitmap.count(), "recording": bitmap.enabled and not invalid}
+    info |= {"busy": bitmap.name in tracked.busy, "persistent": bitmap.persistent}
+    info["x-incbak-found"] = str(bitmap.found)
+    if invalid:
+        info |= {"inconsistent": True, "x-incbak-reason": str(bitmap.reason or "tracking-failed")}
+    return info
+
+
+def _lost(vm: Vm, tracked: TrackedDisk) -> list[dict[str, object]]:
+    common = {"granularity": bitmaps.DEFAULT_GRANULARITY, "count": 0, "recording": False, "busy": False}
+    common |= {"persistent": True, "inconsistent": True}
+    found = vm.lost[tracked.name].items()
+    return [{"name": n, **common, "x-incbak-found": "invalid", "x-incbak-reason": str(r)} for n, r in found]

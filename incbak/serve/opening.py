@@ -1,0 +1,108 @@
+"""Opening and closing what is served: images with their locks, bitmaps with their flag.
+
+The order of a clean end, which is the proof that a bitmap with its flag set is whole: no connection, no job; the gate is
+shut, so no write is in flight or to come; the disk is flushed; the fingerprint is taken; each bitmap is closed clean.
+Where a step fails the flag stays clear, and the next start recovers the bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from incbak.bitmap.file import Bitmap, State
+from incbak.bitmap.store import BitmapStore
+from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.errors import DiskError, IncbakError
+from incbak.serve.gate import DrainTimeoutError
+from incbak.serve.tracker import TrackedDisk
+from incbak.serve.vm import Vm
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = 0.1
+"""Seconds between notes of the image's mtime."""
+
+
+def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: bool = False) -> TrackedDisk:
+    """Open an image with its bitmaps and enter it into ``vm``. Raises `DiskError`, `ImageInUseError`, `LockedError`."""
+    if (found := probe_format(path)) != "raw":
+        hint = f"incbak serve takes raw images: convert it, or serve it with: qemu-nbd -f {found}"
+        raise DiskError(f"{path} is a {found} image", hint=hint)
+    disk = open_disk(path, read_only=read_only)
+    store = BitmapStore(state_dir, vm.name, name)
+    try:
+        store.lock()
+        good, bad = store.open_all(disk.fingerprint())
+    except BaseException:
+        disk.close()
+        store.unlock()
+        raise
+    tracked = TrackedDisk(name, disk, store)
+    tracked.bitmaps.update({b.name: b for b in good})
+    vm.lost[name] = dict(bad)
+    for lost, reason in bad.items():
+        log.warning("disk %s: bitmap %s cannot be used: %s", name, lost, reason.text)
+    tracked.refresh()
+    vm.add_disk(tracked)
+    return tracked
+
+
+def close_tracked(tracked: TrackedDisk, timeout: float) -> bool:
+    """The clean end of one disk, as the module's docstring orders it; false where it was not to be."""
+    clean = True
+    fingerprint = None
+    try:
+        tracked.gate.shut(timeout)
+        if not tracked.read_only:
+            tracked.disk.flush()
+        fingerprint = tracked.disk.fingerprint()
+    except (DrainTimeoutError, IncbakError, OSError) as e:
+        log.error("disk %s: not closed cleanly, its bitmaps are recovered at the next start: %s", tracked.name, e)
+        clean = False
+    with tracked.reading:
+        for bitmap in tracked.bitmaps.values():
+            if isinstance(bitmap, Bitmap):
+                try:
+                    bitmap.close(fingerprint)
+                except (IncbakError, OSError) as e:
+                    log.error("disk %s: bitmap %s is not closed cleanly: %s", tracked.name, bitmap.name, e)
+                    clean = False
+        tracked.bitmaps.clear()
+    if tracked.store:
+        tracked.store.unlock()
+    tracked.disk.close()
+    return clean
+
+
+class Heartbeat:
+    """Notes the mtime of each image in its bitmaps: what is written to the image afterwards was not tracked."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            for tracked in list(self._vm.disks.values()):
+                with suppress(OSError), tracked.reading:
+                    self._beat(tracked)
+
+    def _beat(self, tracked: TrackedDisk) -> None:
+        disk = tracked.disk
+        if not isinstance(disk, FileDisk) or disk.is_block:
+            return
+        mtime = os.fstat(disk.fd).st_mtime_ns
+        for bitmap in list(tracked.bitmaps.values()):
+            if isinstance(bitmap, Bitmap) and bitmap.state is State.DIRTY:
+                bitmap.heartbeat(mtime)
+
+    def stop(self) -> None:
+        """No more notes."""
+        self._stop.set()
+        self._thread.join(timeout=1)
