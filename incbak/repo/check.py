@@ -1,0 +1,231 @@
+"""Checking a repository: every problem names the object and the backups that it touches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from incbak.errors import DamagedError
+from incbak.events import Progress, Reporter, silent
+from incbak.repo import blob, pack
+from incbak.repo.damage import add_note, replace_notes
+from incbak.repo.ids import is_id, new_id
+from incbak.repo.index import IndexFile, encode, mapped
+from incbak.repo.record import Record
+from incbak.repo.repository import Repository
+from incbak.repo.tree import Page
+
+_BATCH = 4 << 20
+_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``what`` is wrong, in words that name the object; ``backups`` that cannot be restored whole because of it."""
+
+    what: str
+    backups: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What a check found and how much it looked at."""
+
+    problems: list[Problem] = field(default_factory=list)
+    backups: int = 0
+    packs: int = 0
+    blobs: int = 0
+    bytes_read: int = 0
+    damaged: set[bytes] = field(default_factory=set)
+    """Digests whose content is not there or wrong."""
+
+
+def check(
+    repo: Repository,
+    *,
+    read_data: bool = False,
+    fraction: float = 1.0,
+    seed: int | None = None,
+    report: Reporter = silent,
+) -> Report:
+    """Look at config, packs, index, records and trees; with ``read_data`` at every blob of a ``fraction`` of the packs.
+
+    What is found damaged is noted in the repository, so that the next backup stores it again.
+    """
+    found = Report()
+    repo.index.refresh()
+    for name in repo.index.damaged:
+        found.problems.append(Problem(f"index {name} does not verify; make it anew with: incbak check --rebuild-index"))
+    _large_indexes(repo, found)
+    tables = _packs(repo, found)
+    if read_data:
+        chosen = sorted(tables)
+        if fraction < 1:
+            count = max(1, round(len(chosen) * fraction)) if chosen else 0
+            chosen = random.Random(seed).sample(chosen, count)
+        _blobs(repo, {name: tables[name] for name in chosen}, found, report)
+    affected = _backups(repo, found)
+    note = replace_notes if read_data and fraction >= 1 else add_note
+    note(repo.storage, found.damaged, affected)
+    return found
+
+
+def _large_indexes(repo: Repository, found: Report) -> None:
+    for file in repo.index.files:
+        try:
+            IndexFile(file.name, mapped(repo.storage, file.name), verify=True)
+        except FileNotFoundError:
+            continue
+        except DamagedError as e:
+            found.problems.append(Problem(f"{e}; make it anew with: incbak check --rebuild-index"))
+
+
+def _packs(repo: Repository, found: Report) -> dict[str, pack.Entries]:
+    """Tables of all packs that have one; missing and broken packs are problems."""
+    there = repo.storage.list("packs")
+    named = {n: s for f in repo.index.files for n, s in zip(f.names, f.packs["size"].tolist(), strict=True)}
+    for name in sorted(named.keys() - there.keys()):
+        found.problems.append(Problem(f"pack {name} is missing"))
+    tables = {}
+    for name, size in sorted(there.items()):
+        try:
+            if not is_id(name):
+                raise DamagedError(f"{name[:100]!r} in packs is no pack")
+            tables[name] = pack.read_table(repo.storage, name, size)
+            found.packs += 1
+            found.blobs += len(tables[name])
+        except (DamagedError, OSError) as e:
+            found.problems.append(Problem(str(e)))
+    return tables
+
+
+def _blobs(repo: Repository, tables: dict[str, pack.Entries], found: Report, report: Reporter) -> None:
+    """Read every blob of these packs; a digest that another place still holds whole is not damaged."""
+    total = sum(int(t["stored"].sum()) for t in tables.values())
+    suspects: list[tuple[str, bytes]] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for name, bad, count in pool.map(lambda item: _one_pack(repo, *item), tables.items()):
+            suspects += [(name, digest) for digest in bad]
+            found.bytes_read += count
+            report(Progress("", found.bytes_read, total))
+    reader = repo.reader()
+    for name, digest in suspects:
+        try:
+            reader.read(digest)
+            found.problems.append(Problem(f"blob {digest.hex()} in pack {name} is damaged; another copy is whole"))
+        except DamagedError:
+            found.damaged.add(digest)
+            found.problems.append(Problem(f"blob {digest.hex()} in pack {name} is damaged"))
+
+
+def _one_pack(repo: Repository, name: str, entries: pack.Entries) -> tuple[str, list[bytes], int]:
+    bad, count = [], 0
+    for batch, data in _ranges(repo, name, entries):
+        base = int(batch[0]["offset"])
+        for entry in batch:
+            digest, size = entry["digest"].tobytes(), int(entry["stored"])
+            start = int(entry["offset"]) - base
+            try:
+                content = blob.decode(int(entry["codec"]), data[start : start + size], int(entry["raw"]))
+                if blob.digest_of(content) != digest:
+                    bad.append(digest)
+            except DamagedError:
+                bad.append(digest)
+            count += size
+    return name, bad, count
+
+
+def _ranges(repo: Repository, name: str, entries: pack.Entries) -> Iterator[tuple[pack.Entries, memoryview]]:
+    start = 0
+    ends = entries["offset"] + entries["stored"]
+    while start < len(entries):
+        stop = max(int(np.searchsorted(ends, entries["offset"][start] + _BATCH)), start + 1)
+        batch = entries[start:stop]
+        base = int(batch[0]["offset"])
+        try:
+            data = repo.storage.read_range("packs", name, base, int(ends[stop - 1]) - base)
+        except OSError:
+            data = b""
+        yield batch, memoryview(data)
+        start = stop
+
+
+def _backups(repo: Repository, found: Report) -> set[str]:
+    """Walk every tree: pages readable, clusters present and not damaged. The ids of the backups that are hurt."""
+    hurt: set[str] = set()
+    seen: set[bytes] = set()
+    all_backups = repo.backups()
+    for name, why in sorted(repo.unreadable.items()):
+        found.problems.append(Problem(why, (name,)))
+    for record in all_backups:
+        found.backups += 1
+        if problem := _one_backup(repo, record, seen, found):
+            hurt.add(record.id)
+            found.problems.append(Problem(problem, (record.id,)))
+    return hurt
+
+
+def _one_backup(repo: Repository, record: Record, seen: set[bytes], found: Report) -> str | None:
+    """What is wrong with one backup; pages seen whole in earlier ones are not read again."""
+    for disk in record.disks:
+        trail: set[bytes] = set(seen)
+        tree = repo.tree(disk, record.cluster_size)
+        missing = 0
+        try:
+            for _digest, level, page in tree.pages(trail):
+                rows = page[page.any(axis=1)]
+                if level == 0 and len(rows):
+                    missing += _missing(repo, rows, found)
+        except DamagedError as e:
+            return f"disk {disk.name} of backup {record.id[:8]}: {e}"
+        if missing:
+            return f"disk {disk.name} of backup {record.id[:8]}: {missing} clusters are missing or damaged"
+        seen |= trail
+    return None
+
+
+def _missing(repo: Repository, rows: Page, found: Report) -> int:
+    have = repo.index.have(np.ascontiguousarray(rows))
+    bad = 0
+    for i in range(len(rows)):
+        digest = rows[i].tobytes()
+        if not have[i]:
+            found.damaged.add(digest)
+        bad += digest in found.damaged
+    return bad
+
+
+def rebuild_index(repo: Repository) -> int:
+    """Make the index anew from the packs' own tables; the number of blobs. The old files go when the new are durable.
+
+    Call it with the repository's lock held exclusively.
+    """
+    old = list(repo.storage.list("index"))
+    total = 0
+    packs: list[tuple[str, int]] = []
+    parts: list[pack.Entries] = []
+    for name, size in sorted(repo.storage.list("packs").items()):
+        try:
+            parts.append(pack.read_table(repo.storage, name, size))
+        except (DamagedError, OSError):
+            continue
+        packs.append((name, size))
+        total += len(parts[-1])
+        if sum(map(len, parts)) > 1 << 20:
+            _write(repo, packs, parts)
+            packs, parts = [], []
+    _write(repo, packs, parts)
+    for name in old:
+        repo.storage.remove("index", name)
+    repo.index.refresh()
+    return total
+
+
+def _write(repo: Repository, packs: list[tuple[str, int]], parts: list[pack.Entries]) -> None:
+    if parts:
+        numbers = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(p) for p in parts])
+        repo.storage.write("index", new_id(), encode(packs, numbers, np.concatenate(parts)))

@@ -1,0 +1,62 @@
+"""What checks have found damaged: content that must be stored again, and backups that are no base any more.
+
+Notes are small files in ``damaged/``. Content on a note is not deduplicated against, so the next backup that reads it
+stores it again; a later `check --read-data` that finds all of it readable removes the note.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from incbak.repo.ids import is_id, new_id
+from incbak.repo.storage.base import Storage
+
+_LIMIT = 64 << 20
+
+
+class Note(msgspec.Struct, frozen=True):
+    """One check's findings: digests in hex, and ids of backups that need them."""
+
+    digests: list[str]
+    backups: list[str]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """All notes together."""
+
+    digests: frozenset[bytes]
+    backups: frozenset[str]
+
+
+def read_damage(storage: Storage) -> Damage:
+    """All notes; one that cannot be read is passed over."""
+    digests: set[bytes] = set()
+    backups: set[str] = set()
+    for name in storage.list("damaged"):
+        try:
+            note = msgspec.json.decode(storage.read("damaged", name, _LIMIT), type=Note)
+            digests.update(bytes.fromhex(d) for d in note.digests)
+        except (msgspec.MsgspecError, ValueError, FileNotFoundError):
+            continue
+        backups.update(note.backups)
+    return Damage(frozenset(digests), frozenset(backups))
+
+
+def replace_notes(storage: Storage, digests: set[bytes], backups: set[str]) -> None:
+    """The findings of a check that read everything: the new note is durable before the old ones go."""
+    old = [name for name in storage.list("damaged") if is_id(name)]
+    if digests or backups:
+        note = Note(sorted(d.hex() for d in digests), sorted(backups))
+        storage.write("damaged", new_id(), msgspec.json.encode(note))
+    for name in old:
+        storage.remove("damaged", name)
+
+
+def add_note(storage: Storage, digests: set[bytes], backups: set[str]) -> None:
+    """Findings of a look at a part."""
+    if digests or backups:
+        note = Note(sorted(d.hex() for d in digests), sorted(backups))
+        storage.write("damaged", new_id(), msgspec.json.encode(note))

@@ -1,0 +1,217 @@
+"""The index: which blob lies where. Sorted numpy arrays, mapped, never loaded as a whole.
+
+::
+
+    0     128    header: magic "INCBAKIX", version, blobs n, packs m, BLAKE3 of the rest (32), zero, its own BLAKE3
+    128   24 m   packs: name 16, size 8
+    ...   8 n    the first 8 bytes of each digest as a number, sorted
+    ...   44 n   the rest of the digest 24, pack number 4, offset 4, stored 4, raw 4, codec 1, zero 3
+
+Digests whose first 8 bytes are equal stand side by side and are stepped over. Several files make up the index; a blob
+may stand in more than one. Names are random; files are immutable; one that vanished was merged into another.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from incbak.errors import DamagedError, FormatTooNewError
+from incbak.repo.pack import Entries
+from incbak.repo.storage.base import Storage
+
+VERSION = 1
+MAGIC = b"INCBAKIX"
+_HEAD = struct.Struct("<8sIIQ32s")
+_HEAD_SIZE, _CHECKSUM = 128, 16
+PACK = np.dtype([("name", "V16"), ("size", "<u8")])
+PLACE = np.dtype(
+    [
+        ("rest", "V24"),
+        ("pack", "<u4"),
+        ("offset", "<u4"),
+        ("stored", "<u4"),
+        ("raw", "<u4"),
+        ("codec", "u1"),
+        ("zero", "V3"),
+    ]
+)
+VERIFY_UP_TO = 64 << 20
+"""Files up to this size are verified when they are opened; larger ones by `check` only, since blobs verify anyway."""
+
+Digests = NDArray[np.uint8]
+"""Shape (n, 32)."""
+
+
+def prefixes(digests: Digests) -> NDArray[np.uint64]:
+    """The first 8 bytes of each digest as a big-endian number."""
+    return np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64)
+
+
+def encode(packs: list[tuple[str, int]], numbers: NDArray[np.uint32], entries: Entries) -> bytes:
+    """An index file of ``entries``, the i-th of which lies in ``packs[numbers[i]]``."""
+    digests = np.frombuffer(entries["digest"].tobytes(), dtype=np.uint8).reshape(-1, 32)
+    keys = prefixes(digests)
+    order = np.argsort(keys, kind="stable")
+    places = np.zeros(len(entries), dtype=PLACE)
+    places["rest"] = np.ascontiguousarray(digests[:, 8:]).view("V24").ravel()
+    places["pack"] = numbers
+    for field in ("offset", "stored", "raw", "codec"):
+        places[field] = entries[field]
+    table = np.array([(bytes.fromhex(name), size) for name, size in packs], dtype=PACK)
+    body = table.tobytes() + keys[order].tobytes() + places[order].tobytes()
+    head = _HEAD.pack(MAGIC, VERSION, len(packs), len(entries), blake3(body).digest())
+    head = head.ljust(_HEAD_SIZE - _CHECKSUM, b"\0")
+    return head + blake3(head).digest(length=_CHECKSUM) + body
+
+
+class IndexFile:
+    """One file, mapped. Raises `DamagedError` naming it when it does not verify."""
+
+    def __init__(self, name: str, data: NDArray[np.uint8], *, verify: bool | None = None) -> None:
+        self.name = name
+        raw = data[:_HEAD_SIZE].tobytes()
+        if len(raw) < _HEAD_SIZE or blake3(raw[:-_CHECKSUM]).digest(length=_CHECKSUM) != raw[-_CHECKSUM:]:
+            raise DamagedError(f"the header of index {name} does not verify", hint="Run: incbak check")
+        magic, version, packs, count, digest = _HEAD.unpack_from(raw)
+        if magic != MAGIC or version > VERSION:
+            raise FormatTooNewError(f"index {name} is of version {version}", hint="Use a newer incbak.")
+        if len(data) != _HEAD_SIZE + packs * PACK.itemsize + count * (8 + PLACE.itemsize):
+            raise DamagedError(f"index {name} has a wrong size", hint="Run: incbak check")
+        if (len(data) <= VERIFY_UP_TO if verify is None else verify) and blake3(
+            memoryview(data[_HEAD_SIZE:])  # type: ignore[arg-type]
+        ).digest() != digest:
+            raise DamagedError(f"index {name} does not match its digest", hint="Run: incbak check")
+        at = _HEAD_SIZE
+        self.packs = data[at : at + packs * PACK.itemsize].view(PACK)
+        at += packs * PACK.itemsize
+        self.keys: NDArray[np.uint64] = np.frombuffer(data, dtype="<u8", count=count, offset=at)
+        self.places = np.frombuffer(data, dtype=PLACE, count=count, offset=at + 8 * count)
+        self.names = [bytes(n).hex() for n in self.packs["name"]]
+        self.usable = np.ones(packs, dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def only_packs(self, there: dict[str, int]) -> None:
+        """Believe only in packs that exist with their size: others hold nothing to build on (faults rows 24, 25)."""
+        sizes = self.packs["size"].tolist()
+        self.usable = np.array([there.get(n) == s for n, s in zip(self.names, sizes, strict=True)], dtype=bool)
+
+    def find(self, digests: Digests, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """For each digest its row, or -1. Shape (n,)."""
+        rows = np.full(len(digests), -1, dtype=np.int64)
+        at = np.searchsorted(self.keys, keys)
+        open_ = np.flatnonzero(at < len(self.keys))
+        rest = np.ascontiguousarray(digests[:, 8:]).view("V24").ravel()
+        while len(open_):
+            open_ = open_[self.keys[at[open_]] == keys[open_]]
+            places = self.places[at[open_]]
+            hit = places["rest"] == rest[open_]
+            if len(self.usable):
+                hit &= self.usable[np.minimum(places["pack"], len(self.usable) - 1)]
+            rows[open_[hit]] = at[open_[hit]]
+            open_ = open_[~hit]
+            at[open_] += 1
+            open_ = open_[at[open_] < len(self.keys)]
+        return rows
+
+    def digests(self) -> Iterator[bytes]:
+        """Every digest in the file."""
+        for key, rest in zip(self.keys.tolist(), self.places["rest"], strict=True):
+            yield key.to_bytes(8, "big") + bytes(rest)
+
+
+class Place:
+    """Where one blob lies."""
+
+    __slots__ = ("codec", "offset", "pack", "raw", "stored")
+
+    def __init__(self, pack: str, offset: int, stored: int, raw: int, codec: int) -> None:
+        self.pack, self.offset, self.stored, self.raw, self.codec = pack, offset, stored, raw, codec
+
+
+class Index:
+    """All index files of a repository; `refresh` takes in new ones."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.files: list[IndexFile] = []
+        self.damaged: list[str] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the folder again. A damaged file is noted in `damaged` and left out."""
+        known = {f.name: f for f in self.files}
+        for _ in range(8):
+            names = self._storage.list("index")
+            try:
+                files = [known.get(n) or f for n in names if (f := self._open(n, known)) is not None]
+                break
+            except FileNotFoundError:
+                continue
+        else:
+            raise DamagedError("the index changes faster than it can be read")
+        packs = self._storage.list("packs")
+        for file in files:
+            file.only_packs(packs)
+        self.files = files
+
+    def _open(self, name: str, known: dict[str, IndexFile]) -> IndexFile | None:
+        if name in known:
+            return known[name]
+        try:
+            return IndexFile(name, mapped(self._storage, name))
+        except DamagedError:
+            if name not in self.damaged:
+                self.damaged.append(name)
+            return None
+
+    def have(self, digests: Digests) -> NDArray[np.bool_]:
+        """Which of the digests are stored in packs that exist."""
+        keys = prefixes(digests)
+        found = np.zeros(len(digests), dtype=bool)
+        for file in self.files:
+            found |= file.find(digests, keys) >= 0
+        return found
+
+    def locate(self, digests: Digests) -> list[Place | None]:
+        """One place for each digest, or ``None``."""
+        keys = prefixes(digests)
+        places: list[Place | None] = [None] * len(digests)
+        for file in self.files:
+            rows = file.find(digests, keys)
+            hits = np.flatnonzero(rows >= 0)
+            taken = file.places[rows[hits]]
+            columns = (hits.tolist(), *(taken[f].tolist() for f in ("pack", "offset", "stored", "raw", "codec")))
+            for i, pack, offset, stored, raw, codec in zip(*columns, strict=True):
+                if places[i] is None:
+                    places[i] = Place(file.names[pack], offset, stored, raw, codec)
+        return places
+
+    def places(self, digest: bytes) -> list[Place]:
+        """Every place where a blob lies."""
+        wanted = np.frombuffer(digest, dtype=np.uint8).reshape(1, 32)
+        keys = prefixes(wanted)
+        found = []
+        for file in self.files:
+            if (row := int(file.find(wanted, keys)[0])) >= 0:
+                p = file.places[row]
+                found.append(Place(file.names[p["pack"]], *(int(p[f]) for f in ("offset", "stored", "raw", "codec"))))
+        return found
+
+
+def mapped(storage: Storage, name: str) -> NDArray[np.uint8]:
+    """The bytes of an index file, mapped where the storage allows. Raises `FileNotFoundError`, `DamagedError`."""
+    path: Path | None = storage.path("index", name)
+    if path is None:
+        return np.frombuffer(storage.read("index", name, 1 << 34), dtype=np.uint8)
+    try:
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    except ValueError as e:
+        raise DamagedError(f"index {name} is empty") from e

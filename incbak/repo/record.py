@@ -1,0 +1,102 @@
+"""Backup records: what makes a backup exist. JSON below a line with its BLAKE3, strictly decoded, within limits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from blake3 import blake3
+
+from incbak.errors import DamagedError, FormatTooNewError
+from incbak.repo.ids import is_id
+
+VERSION = 1
+LIMIT = 16 << 20
+MAX_DISKS = 1024
+MAX_DISK_SIZE = 1 << 56
+
+
+class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One disk of a backup. Sizes in bytes; ``root`` is the tree's root digest in hex.
+
+    ``read`` is what was read of the disk, ``changed`` how much of that differs from the base, ``stored`` what new
+    blobs take in the repository. ``reason`` is set when the disk was read whole though an incremental was asked for.
+    """
+
+    name: str
+    size: int
+    kind: Literal["full", "incremental"]
+    base: str | None
+    reason: str | None
+    detail: str = ""
+    read: int
+    changed: int = 0
+    stored: int
+    root: str
+    bitmap: str | None = None
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One backup: all disks of one VM at one instant. Times are ISO 8601 in UTC, for people; order is by ``seq``."""
+
+    version: int = VERSION
+    id: str
+    seq: int
+    vm: str
+    kind: Literal["full", "incremental"]
+    base: str | None
+    started: str
+    finished: str
+    cluster_size: int
+    disks: tuple[DiskRecord, ...]
+    engine: str
+    host: str = ""
+    program: str = ""
+    tags: tuple[str, ...] = ()
+    config: dict[str, Any] = {}
+    attachments: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+
+    def disk(self, name: str) -> DiskRecord | None:
+        """The disk of that name."""
+        return next((d for d in self.disks if d.name == name), None)
+
+
+def encode(record: Record) -> bytes:
+    """The file's content."""
+    body = msgspec.json.encode(record)
+    return blake3(body).hexdigest().encode() + b"\n" + body
+
+
+def decode(name: str, data: bytes) -> Record:
+    """The record of that id. Raises `DamagedError` naming it for anything that it cannot be (faults row 78)."""
+    checksum, _, body = data.partition(b"\n")
+    if blake3(body).hexdigest().encode() != checksum:
+        raise DamagedError(f"the record of backup {name} does not match its digest")
+    try:
+        record = msgspec.json.decode(body, type=Record)
+    except (msgspec.MsgspecError, RecursionError) as e:
+        newer = b'"version":' in body[:40] and not body.startswith(b'{"version":%d,' % VERSION)
+        if newer:
+            raise FormatTooNewError(f"backup {name} is of a newer version", hint="Use a newer incbak.") from e
+        raise DamagedError(f"the record of backup {name} is malformed: {e}") from e
+    if record.version > VERSION:
+        raise FormatTooNewError(f"backup {name} is of version {record.version}", hint="Use a newer incbak.")
+    if problem := _impossible(name, record):
+        raise DamagedError(f"the record of backup {name} is malformed: {problem}")
+    return record
+
+
+def _impossible(name: str, record: Record) -> str | None:
+    if record.id != name or not is_id(name):
+        return "its id is not its name"
+    if not 512 <= record.cluster_size <= 1 << 24 or record.cluster_size & (record.cluster_size - 1):
+        return f"a cluster size of {record.cluster_size}"
+    if len(record.disks) > MAX_DISKS or len({d.name for d in record.disks}) != len(record.disks):
+        return "its disks"
+    for disk in record.disks:
+        if not 0 <= disk.size <= MAX_DISK_SIZE:
+            return f"a disk of {disk.size} bytes"
+        if len(disk.root) != 64 or not set(disk.root) <= set("0123456789abcdef"):
+            return "a root that is no digest"
+    return None

@@ -1,0 +1,221 @@
+"""A repository: the small facade over storage, index, records and locks."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from incbak import durable
+from incbak.errors import DamagedError, FormatTooNewError, LockedError, NoRepositoryError, UsageError
+from incbak.repo import record as records
+from incbak.repo.damage import Damage, read_damage
+from incbak.repo.ids import is_id, new_id
+from incbak.repo.index import Index
+from incbak.repo.merge import merge_small
+from incbak.repo.reader import BlobReader
+from incbak.repo.record import DiskRecord, Record
+from incbak.repo.storage.base import Storage
+from incbak.repo.storage.local import LocalStorage
+from incbak.repo.tree import PAGE, TreeReader, TreeUpdate, clusters_in
+from incbak.repo.writer import Writer
+
+VERSION = 1
+DEFAULT_CLUSTER = 65536
+CLUSTER_SIZES = range(4096, (4 << 20) + 1)
+_CONFIG_LIMIT = 1 << 20
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the file ``config`` holds."""
+
+    version: int
+    id: str
+    cluster_size: int
+    program: str = "incbak"
+
+
+class Repository:
+    """An open repository. Reading is safe beside any other process; one `session` per VM writes."""
+
+    def __init__(self, storage: LocalStorage, config: Config) -> None:
+        self.storage, self.config = storage, config
+        self.id, self.cluster_size = config.id, config.cluster_size
+        self._index: Index | None = None
+        self.unreadable: dict[str, str] = {}
+        """Records that `backups` could not read, with the reason."""
+
+    @classmethod
+    def init(cls, path: Path, cluster_size: int = DEFAULT_CLUSTER) -> Repository:
+        """Make a new repository in a directory that is missing or empty; the config comes last. Raises `UsageError`."""
+        if cluster_size not in CLUSTER_SIZES or cluster_size & (cluster_size - 1):
+            raise UsageError(f"not a cluster size: {cluster_size}", hint="Use a power of two from 4K to 4M.")
+        if (path / "config").exists():
+            raise UsageError(f"{path} is a repository already")
+        if path.exists() and (not path.is_dir() or any(p.name not in _OURS for p in path.iterdir())):
+            raise UsageError(f"{path} is not an empty directory", hint="Choose another path.")
+        durable.make_dir(path)
+        storage = LocalStorage(path)
+        storage.make_directories()
+        config = Config(VERSION, new_id(), cluster_size)
+        durable.write_new(path / "config", [msgspec.json.encode(config)])
+        return cls(storage, config)
+
+    @classmethod
+    def open(cls, path: Path) -> Repository:
+        """Open the repository at ``path``. Raises `NoRepositoryError`, `FormatTooNewError`, `DamagedError`."""
+        storage = LocalStorage(path)
+        try:
+            raw = storage.read(".", "config", _CONFIG_LIMIT)
+        except (FileNotFoundError, NotADirectoryError):
+            what = "is not a repository" if path.exists() else "does not exist"
+            raise NoRepositoryError(f"{path} {what}", hint=f"Make one with: incbak init {path}") from None
+        except OSError as e:
+            raise NoRepositoryError(f"cannot read {path}: {e.strerror}", hint="Check the path and permissions.") from e
+        version = _version_of(raw)
+        if version is not None and version > VERSION:
+            raise FormatTooNewError(f"repository {path} is of format {version}", hint="Use a newer incbak.")
+        try:
+            config = msgspec.json.decode(raw, type=Config)
+        except msgspec.MsgspecError as e:
+            raise DamagedError(f"the config of {path} is malformed: {e}") from e
+        size = config.cluster_size
+        if not is_id(config.id) or size not in CLUSTER_SIZES or size & (size - 1):
+            raise DamagedError(f"the config of {path} is malformed: its id or cluster size")
+        return cls(storage, config)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    @property
+    def index(self) -> Index:
+        """Opened when it is first needed."""
+        if self._index is None:
+            self._index = Index(self.storage)
+        return self._index
+
+    def backups(self, vm: str | None = None) -> list[Record]:
+        """All backups (of one VM), oldest first by sequence. Records that cannot be read are noted in `unreadable`."""
+        found = []
+        self.unreadable = {}
+        for name in self.storage.list("backups"):
+            try:
+                found.append(self.record(name))
+            except FileNotFoundError:
+                continue
+            except DamagedError as e:
+                self.unreadable[name] = str(e)
+        return sorted((r for r in found if vm is None or r.vm == vm), key=lambda r: (r.seq, r.started, r.id))
+
+    def record(self, name: str) -> Record:
+        """One record by its whole id. Raises `DamagedError`, `FileNotFoundError`."""
+        if not is_id(name):
+            raise DamagedError(f"{name[:100]!r} in backups is no backup")
+        return records.decode(name, self.storage.read("backups", name, records.LIMIT))
+
+    def find(self, text: str, vm: str | None = None) -> Record:
+        """A backup by id, unique prefix of one, or ``latest``. Raises `UsageError`; `DamagedError` for a bad record."""
+        if text == "latest":
+            found = self.backups(vm)
+            if len({r.vm for r in found}) > 1:
+                names = ", ".join(sorted({r.vm for r in found}))
+                raise UsageError(f"several VMs share the repository: {names}", hint="Say which with --name.")
+            if not found:
+                what = f" of {vm}" if vm else ""
+                raise UsageError(f"there is no backup{what} in the repository", hint="See: incbak list")
+            return found[-1]
+        matches = (
+            [n for n in self.storage.list("backups") if n.startswith(text)] if re.fullmatch("[0-9a-f]+", text) else []
+        )
+        if len(matches) != 1:
+            what = "several backups begin" if matches else "no backup begins"
+            raise UsageError(f"{what} with {text[:64]!r}", hint="See: incbak list")
+        return self.record(matches[0])
+
+    def reader(self) -> BlobReader:
+        """Reads blobs, verified."""
+        return BlobReader(self.storage, self.index, max(self.cluster_size, PAGE))
+
+    def tree(self, disk: DiskRecord, cluster_size: int | None = None) -> TreeReader:
+        """The tree of a backed-up disk."""
+        clusters = clusters_in(disk.size, cluster_size or self.cluster_size)
+        return TreeReader(self.reader().read, bytes.fromhex(disk.root), clusters)
+
+    def damage(self) -> Damage:
+        """What earlier checks found."""
+        return read_damage(self.storage)
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def vm_lock(self, vm: str, wait: float = 0.0) -> Iterator[Callable[[], None]]:
+        """Only one run per VM. Yields a check, to be called before the commit, that the lock still stands.
+
+        Raises `LockedError` when another run holds it for longer than ``wait`` seconds.
+        """
+        name = f"vm-{quote(vm, safe='')[:200]}.lock"
+        with ExitStack() as stack:
+            stack.enter_context(self.storage.lock("repository.lock", exclusive=False, wait=wait))
+            stack.enter_context(self.storage.lock(name, exclusive=True, wait=wait))
+            before = self._lock_identity(name)
+
+            def still_there() -> None:
+                if self._lock_identity(name) != before:
+                    raise LockedError(f"the lock {name} was removed or replaced during the run; nothing was committed")
+
+            yield still_there
+
+    def _lock_identity(self, name: str) -> tuple[int, int]:
+        try:
+            info = os.stat(self.storage.root / "locks" / name)
+        except FileNotFoundError:
+            return (0, 0)
+        return (info.st_dev, info.st_ino)
+
+    def writer(self, still_locked: Callable[[], None], level: int = 1) -> Writer:
+        """A writer for one backup. Takes the moment to sweep old temporary files and to merge small index files."""
+        self.storage.sweep()
+        merge_small(self.storage)
+        self.index.refresh()
+        return Writer(self.storage, self.index, self.damage().digests, still_locked, level)
+
+    def new_backup_id(self) -> str:
+        """An id whose first 8 digits no backup here has, since bitmaps are named after these."""
+        taken = {name[:8] for name in self.storage.list("backups")}
+        while (fresh := new_id())[:8] in taken:
+            pass
+        return fresh
+
+    def update(self, writer: Writer, base: DiskRecord | None, size: int) -> TreeUpdate:
+        """A tree update for a disk of ``size`` bytes from the tree of ``base``, or from nothing."""
+        root = bytes.fromhex(base.root) if base else None
+        return TreeUpdate(self.reader().read, writer.add_page, root, clusters_in(size, self.cluster_size))
+
+    def close(self) -> None:
+        """Release files."""
+        self.storage.close()
+
+
+_OURS = {"packs", "index", "backups", "damaged", "locks"}
+
+
+def _version_of(raw: bytes) -> int | None:
+    try:
+        found = msgspec.json.decode(raw)
+    except msgspec.MsgspecError:
+        return None
+    version = found.get("version") if isinstance(found, dict) else None
+    return version if isinstance(version, int) else None
+
+
+def host_name() -> str:
+    """For the record."""
+    return socket.gethostname()
+
+
+__all__ = ["Config", "Repository", "Storage", "host_name"]

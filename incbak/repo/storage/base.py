@@ -1,0 +1,70 @@
+"""Where a repository keeps its files: the interface, with what each method must do.
+
+Files are immutable: they appear whole and durable, are read, and are removed. A *kind* is a flat folder. Names are
+checked by the caller (`ids.is_id`) and never come from outside unchecked.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+KINDS = ("packs", "index", "backups", "damaged", "locks")
+
+
+class Stream(ABC):
+    """A file being written; nobody sees it before `commit`."""
+
+    @abstractmethod
+    def append(self, pieces: Iterable[bytes | memoryview]) -> int:
+        """Write all pieces at the end; the file's size afterwards. Raises `DurabilityError`: then `abort`."""
+
+    @abstractmethod
+    def commit(self, name: str) -> None:
+        """The file is durable under ``name`` when this returns. Raises `DurabilityError`; called once."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Forget the file; idempotent; does nothing after `commit`."""
+
+
+class Storage(ABC):
+    """Safe for many threads and many processes."""
+
+    @abstractmethod
+    def list(self, kind: str) -> dict[str, int]:
+        """Names and sizes of the committed files of a kind. Complete for what was committed before the call."""
+
+    @abstractmethod
+    def read(self, kind: str, name: str, limit: int) -> bytes:
+        """A whole file. Raises `FileNotFoundError`, or `DamagedError` if it is larger than ``limit`` bytes."""
+
+    @abstractmethod
+    def read_range(self, kind: str, name: str, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes; fewer only at the file's end. Raises `FileNotFoundError`, `OSError`."""
+
+    @abstractmethod
+    def path(self, kind: str, name: str) -> Path | None:
+        """A local path to map into memory; ``None`` where the storage has none and the file must be read."""
+
+    @abstractmethod
+    def write(self, kind: str, name: str, data: bytes) -> None:
+        """A small durable file. Raises `FileExistsError` when the name is taken, `DurabilityError`."""
+
+    @abstractmethod
+    def stream(self, kind: str) -> Stream:
+        """A new file of unknown size. Raises `DurabilityError`."""
+
+    @abstractmethod
+    def remove(self, kind: str, name: str) -> None:
+        """Gone durably; no error when it was not there."""
+
+    @abstractmethod
+    def lock(self, name: str, *, exclusive: bool, wait: float) -> AbstractContextManager[None]:
+        """Hold a lock that dies with this process. Raises `LockedError` after ``wait`` seconds."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what is open."""

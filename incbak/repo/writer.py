@@ -1,0 +1,182 @@
+"""Writing one backup. The order, which is the proof that a backup is listed only when all of it is durable:
+
+1. blobs are appended to packs under temporary names;
+2. a pack is complete: its table is written, it is synced, gets its name, and the directory is synced;
+3. the index file that names durable packs only is written the same way (in between, too, so that memory is bounded);
+4. the locks are looked at again: a lock file that was removed or replaced meanwhile stops the commit;
+5. the record is written the same way. Now the backup exists.
+
+Killed anywhere before 5, what was written is orphaned: harmless, and used by the next backup that needs the content.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from incbak import durable
+from incbak.errors import IncbakError
+from incbak.repo import blob, pack, record
+from incbak.repo.ids import new_id
+from incbak.repo.index import Digests, Index, encode
+from incbak.repo.storage.base import Storage, Stream
+
+SPILL = 1 << 18
+"""Blobs after which an index file is written, to bound memory: 25 MiB."""
+_BUFFER = 1 << 20
+
+durable.declare(
+    "repo.pack-full", "repo.packs-durable", "repo.index-durable", "repo.locks-checked", "repo.record-durable"
+)
+
+_Item = tuple[bytes, int, int, int, int]
+
+
+class Writer:
+    """Adds blobs and commits one record. Safe for many threads until `commit`. Use as a context manager: an exit
+    without `commit` aborts.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        index: Index,
+        damaged: frozenset[bytes],
+        still_locked: Callable[[], None],
+        level: int = 1,
+    ) -> None:
+        self._storage, self._index, self._damaged, self._still_locked = storage, index, damaged, still_locked
+        self.level = level
+        self._lock = threading.Lock()
+        self._stream: Stream | None = None
+        self._buffer: list[bytes | memoryview] = []
+        self._buffered = self._offset = 0
+        self._items: list[_Item] = []
+        self._new: dict[bytes, None] = {}
+        self._packs: list[tuple[str, int]] = []
+        self._tables: list[pack.Entries] = []
+        self.blobs = self.stored = 0
+        """New blobs, and the bytes that they take."""
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def have(self, digests: Digests) -> NDArray[np.bool_]:
+        """Which of the digests (shape (n, 32)) need not be added; content known to be damaged must be."""
+        found = self._index.have(digests)
+        for i in np.flatnonzero(~found).tolist():
+            found[i] = digests[i].tobytes() in self._new
+        if self._damaged:
+            for i in np.flatnonzero(found).tolist():
+                digest = digests[i].tobytes()
+                found[i] = digest not in self._damaged or digest in self._new
+        return found
+
+    def add(self, digest: bytes, codec: int, stored: bytes | memoryview, raw: int) -> int:
+        """Store a blob, unless this writer has it; the bytes that it takes (0 when it was there).
+
+        ``stored`` must stay as it is. Raises `DurabilityError`.
+        """
+        size = len(stored)
+        with self._lock:
+            if digest in self._new:
+                return 0
+            if self._stream is None:
+                self._begin()
+            self._new[digest] = None
+            self._items.append((digest, self._offset, size, raw, codec))
+            self._offset += size
+            self._buffer.append(stored)
+            self._buffered += size
+            self.blobs += 1
+            self.stored += size
+            if self._buffered >= _BUFFER:
+                self._write_buffer()
+            if self._offset >= pack.TARGET:
+                self._end()
+        return size
+
+    def add_page(self, data: bytes) -> bytes:
+        """Store a page of a tree unless it is there; its digest."""
+        digest = blob.digest_of(data)
+        if not self.have(np.frombuffer(digest, dtype=np.uint8).reshape(1, -1))[0]:
+            self.add(digest, *blob.encode(data, self.level), len(data))
+        return digest
+
+    def _begin(self) -> None:
+        self._stream = self._storage.stream("packs")
+        self._buffer, self._buffered = [pack.head()], pack.HEAD.size
+        self._offset = pack.HEAD.size
+
+    def _write_buffer(self) -> None:
+        assert self._stream
+        self._stream.append(self._buffer)
+        self._buffer, self._buffered = [], 0
+
+    def _end(self) -> None:
+        """Complete the current pack, durable under its name."""
+        if self._stream is None:
+            return
+        entries = np.zeros(len(self._items), dtype=pack.ENTRY)
+        digests, offsets, sizes, raws, codecs = zip(*self._items, strict=True)
+        entries["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
+        entries["offset"], entries["stored"], entries["raw"], entries["codec"] = offsets, sizes, raws, codecs
+        table, name = pack.tail(entries, self._offset)
+        self._buffer.append(table)
+        self._buffered += len(table)
+        size = self._offset + len(table)
+        self._write_buffer()
+        durable.crash_point("repo.pack-full")
+        stream, self._stream = self._stream, None
+        try:
+            stream.commit(name)
+        except FileExistsError:
+            stream.abort()
+        self._packs.append((name, size))
+        self._tables.append(entries)
+        self._items = []
+        if sum(map(len, self._tables)) >= SPILL:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        """Name the durable packs in an index file; have it in the index that we look at."""
+        if not self._packs:
+            return
+        durable.crash_point("repo.packs-durable")
+        numbers = np.repeat(np.arange(len(self._tables), dtype=np.uint32), [len(t) for t in self._tables])
+        self._storage.write("index", new_id(), encode(self._packs, numbers, np.concatenate(self._tables)))
+        durable.crash_point("repo.index-durable")
+        self._packs, self._tables = [], []
+        if not self._damaged:
+            self._index.refresh()
+            self._new = dict.fromkeys(item[0] for item in self._items)
+
+    def finish(self) -> None:
+        """Steps 2 and 3: everything added is durable and indexed."""
+        with self._lock:
+            self._end()
+            self._write_index()
+
+    def commit(self, made: record.Record) -> None:
+        """Steps 2 to 5. Raises `DurabilityError` or `LockedError`; then the backup does not exist."""
+        self.finish()
+        self._still_locked()
+        durable.crash_point("repo.locks-checked")
+        try:
+            self._storage.write("backups", made.id, record.encode(made))
+        except FileExistsError as e:
+            raise IncbakError(f"a backup with the id {made.id} exists already") from e
+        durable.crash_point("repo.record-durable")
+
+    def abort(self) -> None:
+        """Give up what is not in a durable pack; idempotent; nothing after `commit`."""
+        with self._lock:
+            if self._stream is not None:
+                self._stream.abort()
+                self._stream = None
