@@ -1,4 +1,4 @@
-"""The process: opens, listens, says that it is ready, waits, and ends cleanly. The bounds are in the package docstring."""
+"""The process: opens, listens, says that it is ready, waits, ends cleanly. The bounds are in the package docstring."""
 
 from __future__ import annotations
 

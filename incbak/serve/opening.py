@@ -1,21 +1,19 @@
 """Opening and closing what is served: images with their locks, bitmaps with their flag.
 
-The order of a clean end, which is the proof that a bitmap with its flag set is whole: no connection, no job; the gate is
-shut, so no write is in flight or to come; the disk is flushed; the fingerprint is taken; each bitmap is closed clean.
-Where a step fails the flag stays clear, and the next start recovers the bits.
+The order of a clean end, which is the proof that a bitmap with its flag set is whole: no connection, no job; the gate
+is shut, so no write is in flight or to come; the disk is flushed; the fingerprint is taken; each bitmap is closed
+clean. Where a step fails the flag stays clear, and the next start recovers the bits.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 from incbak.bitmap.file import Bitmap, State
 from incbak.bitmap.store import BitmapStore
-from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.disk.file import open_disk, probe_format
 from incbak.errors import DiskError, IncbakError
 from incbak.serve.gate import DrainTimeoutError
 from incbak.serve.tracker import TrackedDisk
@@ -24,7 +22,7 @@ from incbak.serve.vm import Vm
 log = logging.getLogger(__name__)
 
 HEARTBEAT = 0.1
-"""Seconds between notes of the image's mtime."""
+"""Seconds between notes that the owner is alive."""
 
 
 def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: bool = False) -> TrackedDisk:
@@ -79,7 +77,7 @@ def close_tracked(tracked: TrackedDisk, timeout: float) -> bool:
 
 
 class Heartbeat:
-    """Notes the mtime of each image in its bitmaps: what is written to the image afterwards was not tracked."""
+    """Notes in each bitmap that its owner is alive: a change of the image much later was not tracked."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
@@ -90,17 +88,10 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             for tracked in list(self._vm.disks.values()):
-                with suppress(OSError), tracked.reading:
-                    self._beat(tracked)
-
-    def _beat(self, tracked: TrackedDisk) -> None:
-        disk = tracked.disk
-        if not isinstance(disk, FileDisk) or disk.is_block:
-            return
-        mtime = os.fstat(disk.fd).st_mtime_ns
-        for bitmap in list(tracked.bitmaps.values()):
-            if isinstance(bitmap, Bitmap) and bitmap.state is State.DIRTY:
-                bitmap.heartbeat(mtime)
+                with tracked.reading:
+                    for bitmap in list(tracked.bitmaps.values()):
+                        if isinstance(bitmap, Bitmap) and bitmap.state is State.DIRTY:
+                            bitmap.heartbeat()
 
     def stop(self) -> None:
         """No more notes."""
