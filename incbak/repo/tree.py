@@ -75,6 +75,15 @@ class TreeReader:
         """A leaf page: the digests of clusters ``number * FANOUT`` on."""
         return self.page(self.leaf_digest(number))
 
+    def digests(self, first: int, count: int) -> NDArray[np.uint8]:
+        """The digests of ``count`` clusters from ``first`` on. Shape (count, 32)."""
+        parts = []
+        while count > 0:
+            leaf, row = divmod(first, FANOUT)
+            parts.append(self.leaf(leaf)[row : row + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def leaves(self) -> Iterator[tuple[int, bytes]]:
         """(number, digest) of every leaf page that is not zero, in order."""
         yield from self._below(self.root, self.depth - 1, 0)

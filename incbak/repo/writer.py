@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from incbak.repo.storage.base import Storage, Stream
 SPILL = 1 << 18
 """Blobs after which an index file is written, to bound memory: 25 MiB."""
 _BUFFER = 1 << 20
+_SEALING = 2
 
 durable.declare(
     "repo.pack-full", "repo.packs-durable", "repo.index-durable", "repo.locks-checked", "repo.record-durable"
@@ -35,9 +38,18 @@ durable.declare(
 _Item = tuple[bytes, int, int, int, int]
 
 
+class _Pack(NamedTuple):
+    """A pack whose blobs are all written to the stream or the buffer."""
+
+    stream: Stream
+    buffer: list[bytes | memoryview]
+    offset: int
+    items: list[_Item]
+
+
 class Writer:
     """Adds blobs and commits one record. Safe for many threads until `commit`. Use as a context manager: an exit
-    without `commit` aborts.
+    without `commit` aborts. Full packs are made durable by a thread of its own, two at a time at most.
     """
 
     def __init__(
@@ -58,6 +70,8 @@ class Writer:
         self._new: dict[bytes, None] = {}
         self._packs: list[tuple[str, int]] = []
         self._tables: list[pack.Entries] = []
+        self._sealer = ThreadPoolExecutor(1, "seal")
+        self._sealing: list[Future[None]] = []
         self.blobs = self.stored = 0
         """New blobs, and the bytes that they take."""
 
@@ -66,6 +80,12 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
+
+    @property
+    def trusts_bases(self) -> bool:
+        """Whether all packs are there and nothing is noted as damaged: what a tree names need not be looked up."""
+        whole = all(bool(f.usable.all()) for f in self._index.files)
+        return whole and not self._index.damaged and not self._damaged
 
     def have(self, digests: Digests) -> NDArray[np.bool_]:
         """Which of the digests (shape (n, 32)) need not be added; content known to be damaged must be."""
@@ -96,10 +116,10 @@ class Writer:
             self._buffered += size
             self.blobs += 1
             self.stored += size
-            if self._buffered >= _BUFFER:
-                self._write_buffer()
             if self._offset >= pack.TARGET:
                 self._end()
+            elif self._buffered >= _BUFFER:
+                self._write_buffer()
         return size
 
     def add_page(self, data: bytes) -> bytes:
@@ -120,47 +140,58 @@ class Writer:
         self._buffer, self._buffered = [], 0
 
     def _end(self) -> None:
-        """Complete the current pack, durable under its name."""
+        """Hand the current pack over to be made durable; waits when two are under way. Called with the lock."""
         if self._stream is None:
             return
-        entries = np.zeros(len(self._items), dtype=pack.ENTRY)
-        digests, offsets, sizes, raws, codecs = zip(*self._items, strict=True)
+        while len(self._sealing) >= _SEALING:
+            self._sealing.pop(0).result()
+        whole = _Pack(self._stream, self._buffer, self._offset, self._items)
+        self._stream, self._buffer, self._buffered, self._items = None, [], 0, []
+        self._sealing.append(self._sealer.submit(self._seal, whole))
+
+    def _seal(self, whole: _Pack) -> None:
+        """Step 2, and 3 now and then."""
+        entries = np.zeros(len(whole.items), dtype=pack.ENTRY)
+        digests, offsets, sizes, raws, codecs = zip(*whole.items, strict=True)
         entries["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
         entries["offset"], entries["stored"], entries["raw"], entries["codec"] = offsets, sizes, raws, codecs
-        table, name = pack.tail(entries, self._offset)
-        self._buffer.append(table)
-        self._buffered += len(table)
-        size = self._offset + len(table)
-        self._write_buffer()
-        durable.crash_point("repo.pack-full")
-        stream, self._stream = self._stream, None
+        table, name = pack.tail(entries, whole.offset)
         try:
-            stream.commit(name)
+            size = whole.stream.append([*whole.buffer, table])
+            durable.crash_point("repo.pack-full")
+            whole.stream.commit(name)
         except FileExistsError:
-            stream.abort()
+            whole.stream.abort()
+        except BaseException:
+            whole.stream.abort()
+            raise
         self._packs.append((name, size))
         self._tables.append(entries)
-        self._items = []
         if sum(map(len, self._tables)) >= SPILL:
             self._write_index()
 
     def _write_index(self) -> None:
-        """Name the durable packs in an index file; have it in the index that we look at."""
+        """Name the durable packs in an index file, and have it in the index that we look at. One thread at a time."""
         if not self._packs:
             return
         durable.crash_point("repo.packs-durable")
         numbers = np.repeat(np.arange(len(self._tables), dtype=np.uint32), [len(t) for t in self._tables])
-        self._storage.write("index", new_id(), encode(self._packs, numbers, np.concatenate(self._tables)))
+        named = np.concatenate(self._tables)
+        self._storage.write("index", new_id(), encode(self._packs, numbers, named))
         durable.crash_point("repo.index-durable")
         self._packs, self._tables = [], []
         if not self._damaged:
             self._index.refresh()
-            self._new = dict.fromkeys(item[0] for item in self._items)
+            for digest in named["digest"]:
+                self._new.pop(digest.tobytes(), None)
 
     def finish(self) -> None:
         """Steps 2 and 3: everything added is durable and indexed."""
         with self._lock:
             self._end()
+            for sealing in self._sealing:
+                sealing.result()
+            self._sealing = []
             self._write_index()
 
     def commit(self, made: record.Record) -> None:
@@ -177,6 +208,7 @@ class Writer:
     def abort(self) -> None:
         """Give up what is not in a durable pack; idempotent; nothing after `commit`."""
         with self._lock:
+            self._sealer.shutdown(wait=True, cancel_futures=True)
             if self._stream is not None:
                 self._stream.abort()
                 self._stream = None
