@@ -1,0 +1,193 @@
+"""What the runner sees of any engine: one object per run of one VM.
+
+The order of calls is the safety of a backup; the runner keeps to it:
+
+1. `Engine.describe`: the disks and their bitmaps. Changes nothing.
+2. `Engine.cleanup`: what dead runs of this repository have left goes; somebody else's things are never touched.
+3. `Engine.run`: the new bitmaps first, then the point in time of all disks, then the copies. When it raises, everything
+   that it set up is gone again, the new bitmaps too, as far as the engine still answers.
+4. The runner commits to the repository.
+5. `Engine.commit`: only now the older bitmaps of this repository go. Or `Engine.rollback`: the new ones go; the base's
+   bitmaps have kept recording and still hold everything.
+"""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from incbak.reasons import Reason
+
+PREFIX = "incbak"
+
+ProgressCallback = Callable[[str, int, int], None]  # disk, bytes done, bytes in all
+
+
+def bitmap_name(repository: str, backup: str) -> str:
+    """``incbak-<repository id>-<backup id>``, eight hex digits each."""
+    return f"{PREFIX}-{repository}-{backup}"
+
+
+def repository_prefix(repository: str) -> str:
+    """What the names of all things of one repository in an engine begin with."""
+    return f"{PREFIX}-{repository}-"
+
+
+@dataclass(frozen=True)
+class BitmapInfo:
+    """One bitmap as its engine reports it. ``count`` is in bytes; it says nothing unless the bitmap is `sound`."""
+
+    name: str
+    granularity: int
+    count: int
+    recording: bool = True
+    busy: bool = False
+    persistent: bool = False
+    inconsistent: bool = False
+    reason: Reason | None = None  # why it is invalid, where the engine knows
+    found: str = ""  # how it survived: clean, recovered, coarse, created; empty where the engine does not say
+
+    def trouble(self, granularity: int) -> Reason | None:
+        """Why an incremental cannot build on it, or ``None``. A ``count`` of 0 does not mean that nothing changed."""
+        if self.reason is not None:
+            return self.reason
+        if self.inconsistent:
+            return Reason.BITMAP_INCONSISTENT
+        if self.busy:
+            return Reason.BITMAP_BUSY
+        if not self.recording:
+            return Reason.BITMAP_DISABLED
+        return Reason.GRANULARITY if self.granularity != granularity else None
+
+
+@dataclass(frozen=True)
+class EngineDisk:
+    """One disk that can be backed up. ``name`` is stable over restarts; ``node`` is where its bitmaps are."""
+
+    name: str
+    size: int
+    node: str
+    device: str = ""
+    format: str = "raw"
+    can_persist: bool = False
+    bitmaps: tuple[BitmapInfo, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def bitmap(self, name: str) -> BitmapInfo | None:
+        """The bitmap of that name."""
+        return next((b for b in self.bitmaps if b.name == name), None)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A disk that is not backed up, and why: for ``incbak doctor`` and for the notes of a run."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an engine has. ``config`` is any JSON: what else a restore needs, for the backup record."""
+
+    vm: str | None
+    disks: tuple[EngineDisk, ...]
+    engine: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class DiskPlan:
+    """What is to be done with one disk. Without ``base_bitmap`` everything is read, because of ``reason``."""
+
+    disk: EngineDisk
+    new_bitmap: str
+    granularity: int
+    base_bitmap: str | None = None
+    reason: Reason | None = None
+
+
+class Target(Protocol):
+    """Where the clusters of one disk go. The three writes are called from any thread and may block."""
+
+    size: int
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Take the bytes; the caller may reuse them afterwards."""
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """The range reads as zeroes."""
+
+    def flush(self) -> None:
+        """Everything so far has been taken in."""
+
+    def socket(self) -> socket.socket:
+        """A fresh connected socket with an NBD server at the other end; the caller owns it."""
+
+    def address(self) -> tuple[Path, str]:
+        """A Unix socket in a private directory, and the export's name there."""
+
+
+@dataclass(frozen=True)
+class DiskResult:
+    """How the copy of one disk went: the bytes the job says it copied, or why it failed."""
+
+    copied: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How `Engine.run` went.
+
+    ``frozen``: whether the guest's file systems were frozen at the point in time; ``None``: that was not asked for.
+    """
+
+    disks: Mapping[str, DiskResult]
+    frozen: bool | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Engine(ABC):
+    """A process that serves disks and takes commands, or an image that nobody has open. Raises `EngineError`."""
+
+    kind: str = ""
+
+    @abstractmethod
+    async def describe(self) -> Description:
+        """The disks of the VM with their bitmaps. Changes nothing."""
+
+    @abstractmethod
+    async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
+        """Remove jobs, filters, nodes and bitmaps whose names begin with ``prefix``, except the bitmaps in ``keep``.
+
+        The caller holds the VM's lock in the repository, so whatever has the prefix belongs to a dead run. Returns what
+        was removed, for people. Call `describe` again afterwards.
+        """
+
+    @abstractmethod
+    async def run(
+        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
+    ) -> RunResult:
+        """New bitmaps, the point in time of all ``plans`` at one instant, and the copies into ``targets``.
+
+        ``targets`` and the result go by disk name. A disk whose copy fails has its error in the result; what concerns
+        all disks raises.
+        """
+
+    @abstractmethod
+    async def commit(self, plans: Sequence[DiskPlan]) -> None:
+        """The backup exists: of this repository's bitmaps on these disks only the new ones stay."""
+
+    @abstractmethod
+    async def rollback(self, plans: Sequence[DiskPlan]) -> None:
+        """There is no backup: the new bitmaps go, as far as the engine still answers."""
+
+    async def close(self) -> None:  # noqa: B027
+        """Let go of the engine. May be called at any time, more than once."""
