@@ -1,0 +1,157 @@
+"""A raw image or block device that nobody has open: read directly, its bitmaps found in the state directory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+
+from incbak.bitmap.file import Bitmap
+from incbak.bitmap.store import BitmapStore, component, views
+from incbak.disk.file import FileDisk, open_disk
+from incbak.engine.base import BitmapInfo, Copied, Description, DiskPlan, DiskResult, Engine, EngineDisk, Target
+from incbak.errors import DiskError, IncbakError, UsageError
+from incbak.extents import Extent, StatusExtent, align_out, intersect, merge, total
+from incbak.reasons import Reason
+
+CHUNK = 4 << 20
+DEFAULT_DISK = "disk0"
+
+
+class ImageEngine(Engine):
+    """See `Engine`. Holds the image's lock and the bitmaps' from `describe` to `close`: nobody writes meanwhile."""
+
+    kind = "image"
+
+    def __init__(self, path: Path, state_dir: Path, vm: str, disk: str | None) -> None:
+        self._path, self._vm = path, vm
+        self._disk: FileDisk = open_disk(path, read_only=True)
+        self._bitmaps: dict[str, Bitmap] = {}
+        self._bad: dict[str, Reason] = {}
+        try:
+            self._name = disk or _known_disk(state_dir, vm, self._disk.fingerprint().inode)
+            self._store = BitmapStore(state_dir, vm, self._name)
+            self._store.lock()
+        except BaseException:
+            self._disk.close()
+            raise
+
+    async def describe(self) -> Description:
+        if not self._bitmaps and not self._bad:
+            good, self._bad = self._store.open_all(self._disk.fingerprint())
+            self._bitmaps = {b.name: b for b in good}
+        infos = [_info(b) for b in self._bitmaps.values()]
+        infos += [
+            BitmapInfo(name, 0, 0, inconsistent=True, reason=reason, found="invalid")
+            for name, reason in self._bad.items()
+        ]
+        disk = EngineDisk(self._name, self._disk.size, self._name, bitmaps=tuple(infos))
+        return Description(self._vm, (disk,), {"images": {self._name: str(self._path)}})
+
+    async def cleanup(self, prefix: str, keep: set[str]) -> list[str]:
+        gone = [name for name in (*self._bitmaps, *self._bad) if name.startswith(prefix) and name not in keep]
+        for name in gone:
+            self._remove(name)
+        return [f"bitmap {name} of {self._name}" for name in gone]
+
+    async def run(
+        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], copied: Copied
+    ) -> dict[str, DiskResult]:
+        (plan,) = plans
+        new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._disk.fingerprint())
+        self._bitmaps[plan.new_bitmap] = new
+        stop = asyncio.Event()
+        copy = asyncio.to_thread(self._copy, plan, targets[self._name], copied, stop)
+        try:
+            return {self._name: await asyncio.shield(task := asyncio.ensure_future(copy))}
+        except asyncio.CancelledError:
+            stop.set()
+            await asyncio.wait([task])
+            raise
+
+    def _copy(self, plan: DiskPlan, target: Target, copied: Copied, stop: asyncio.Event) -> DiskResult:
+        size = self._disk.size
+        wanted = self._bitmaps[plan.base_bitmap].extents() if plan.base_bitmap else [Extent(0, size)]
+        whole, done = total(wanted), 0
+        try:
+            for extent in pieces(self._disk, wanted, plan.granularity):
+                if stop.is_set():
+                    return DiskResult(done, "interrupted")
+                if extent.zero:
+                    target.write_zeroes(extent.offset, extent.length)
+                else:
+                    buf = memoryview(np.empty(extent.length, dtype=np.uint8))  # type: ignore[arg-type]
+                    self._disk.read_into(buf, extent.offset)
+                    target.write(extent.offset, buf, owned=True)
+                done += extent.length
+                copied(self._name, done, whole)
+            target.flush()
+        except OSError as e:
+            return DiskResult(done, f"cannot read {self._path}: {e.strerror}")
+        except IncbakError as e:
+            return DiskResult(done, str(e))
+        return DiskResult(done)
+
+    async def commit(self, plans: Sequence[DiskPlan]) -> None:
+        for plan in plans:
+            if plan.base_bitmap:
+                self._remove(plan.base_bitmap)
+
+    async def rollback(self, plans: Sequence[DiskPlan]) -> None:
+        for plan in plans:
+            self._remove(plan.new_bitmap)
+
+    def _remove(self, name: str) -> None:
+        if bitmap := self._bitmaps.pop(name, None):
+            bitmap.close(None)
+        self._bad.pop(name, None)
+        self._store.remove(name)
+
+    async def close(self) -> None:
+        if self._disk.fd < 0:
+            return
+        fingerprint = self._disk.fingerprint()
+        for bitmap in self._bitmaps.values():
+            bitmap.close(fingerprint)
+        self._bitmaps = {}
+        self._store.unlock()
+        self._disk.close()
+
+
+def pieces(disk: FileDisk, wanted: list[Extent], granularity: int) -> Iterator[StatusExtent]:
+    """What to read of ``wanted`` (whole clusters), in chunks, and which ranges are holes; tiles ``wanted``."""
+    for extent in wanted:
+        status = disk.extents(extent.offset, extent.length)
+        data = merge(align_out(Extent(e.offset, e.length), granularity, disk.size) for e in status if not e.zero)
+        position = extent.offset
+        for part in intersect(data, [extent]):
+            if part.offset > position:
+                yield StatusExtent(position, part.offset - position, zero=True, hole=True)
+            for offset in range(part.offset, part.end, CHUNK):
+                yield StatusExtent(offset, min(CHUNK, part.end - offset), zero=False, hole=False)
+            position = part.end
+        if position < extent.end:
+            yield StatusExtent(position, extent.end - position, zero=True, hole=True)
+
+
+def _info(bitmap: Bitmap) -> BitmapInfo:
+    return BitmapInfo(
+        bitmap.name, bitmap.granularity, bitmap.count(), recording=bitmap.enabled, found=bitmap.found.value
+    )
+
+
+def _known_disk(state_dir: Path, vm: str, inode: int) -> str:
+    """By which name this image was served: the VM's only disk, or the one whose bitmaps remember the inode."""
+    known = sorted(unquote(p.name) for p in (state_dir / component(vm)).glob("*/") if p.is_dir())
+    if len(known) < 2:
+        return known[0] if known else DEFAULT_DISK
+    same = {v.disk for v in views(state_dir, vm) if v.slot and inode and v.slot.fingerprint.inode == inode}
+    if len(same) != 1:
+        raise UsageError(f"{vm} has several disks: {', '.join(known)}", hint="Say which this image is with --disk.")
+    return same.pop()
+
+
+__all__ = ["CHUNK", "DEFAULT_DISK", "DiskError", "ImageEngine", "pieces"]

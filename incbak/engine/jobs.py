@@ -1,0 +1,66 @@
+"""Waiting for block jobs over QMP: any engine's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from incbak.engine.base import Copied, DiskResult
+from incbak.engine.session import CommandError, Session
+
+_POLL = 0.5
+_ENDED = {"concluded", "null"}
+
+
+async def wait_for_jobs(session: Session, jobs: Mapping[str, str], copied: Copied) -> dict[str, DiskResult]:
+    """Wait until all ``jobs`` (job id to disk) have concluded; dismiss them. Call it with ``auto-dismiss`` off."""
+    results: dict[str, DiskResult] = {}
+    async with session.events("JOB_STATUS_CHANGE") as events:
+        while True:
+            found = {job["id"]: job for job in await session.execute("query-jobs")}
+            for ident, disk in jobs.items():
+                if disk not in results:
+                    await _look(session, found.get(ident), ident, disk, results, copied)
+            if len(results) == len(jobs):
+                return results
+            try:
+                await asyncio.wait_for(events.get(), _POLL)
+            except TimeoutError:
+                continue
+
+
+async def _look(
+    session: Session, job: dict[str, Any] | None, ident: str, disk: str, results: dict[str, DiskResult], copied: Copied
+) -> None:
+    if job is None:
+        results[disk] = DiskResult(None, "the job vanished")
+        return
+    copied(disk, job["current-progress"], job["total-progress"])
+    if job["status"] in _ENDED:
+        error = job.get("error")
+        if error is None and job["current-progress"] != job["total-progress"]:
+            error = "the job was cancelled"
+        results[disk] = DiskResult(job["current-progress"], error)
+        await session.execute("job-dismiss", id=ident)
+
+
+async def cancel_jobs(session: Session, prefix: str, timeout: float = 30.0) -> list[str]:
+    """Cancel and dismiss every job whose id begins with ``prefix``; what was done, in words."""
+    done: list[str] = []
+    deadline = asyncio.get_running_loop().time() + timeout
+    while asyncio.get_running_loop().time() < deadline:
+        ours = [job for job in await session.execute("query-jobs") if job["id"].startswith(prefix)]
+        if not ours:
+            break
+        for job in ours:
+            try:
+                if job["status"] in _ENDED:
+                    await session.execute("job-dismiss", id=job["id"])
+                    done.append(f"job {job['id']}")
+                else:
+                    await session.execute("job-cancel", id=job["id"])
+            except CommandError:
+                continue
+        await asyncio.sleep(0.02)
+    return done

@@ -1,0 +1,128 @@
+"""``incbak serve`` as an engine: one transaction over all disks, pushed to the sinks over their private socket."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from incbak.engine.base import BitmapInfo, Copied, Description, DiskPlan, DiskResult, Engine, EngineDisk, Target
+from incbak.engine.jobs import cancel_jobs, wait_for_jobs
+from incbak.engine.session import CommandError, Session
+from incbak.errors import EngineError
+from incbak.reasons import Reason
+
+
+class ServedEngine(Engine):
+    """See `Engine`. Owns the session."""
+
+    kind = "serve"
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def describe(self) -> Description:
+        name = (await self._session.execute("query-name")).get("name")
+        version = await self._session.execute("query-version")
+        disks = tuple(_disk(entry) for entry in await self._session.execute("query-block") if "inserted" in entry)
+        images = {d.name: d.extra["image"] for d in disks}
+        return Description(name, disks, {"engine": version.get("package", ""), "images": images})
+
+    async def cleanup(self, prefix: str, keep: set[str]) -> list[str]:
+        done = await cancel_jobs(self._session, prefix)
+        for node in await self._session.execute("query-named-block-nodes"):
+            if node["node-name"].startswith(prefix):
+                await self._session.execute("blockdev-del", node_name=node["node-name"])
+                done.append(f"node {node['node-name']}")
+                continue
+            for bitmap in node.get("dirty-bitmaps", []):
+                name = bitmap.get("name", "")
+                if name.startswith(prefix) and name not in keep:
+                    await self._remove(node["node-name"], name)
+                    done.append(f"bitmap {name} of {node['node-name']}")
+        return done
+
+    async def run(
+        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], copied: Copied
+    ) -> dict[str, DiskResult]:
+        actions: list[dict[str, Any]] = []
+        jobs: dict[str, str] = {}
+        for number, plan in enumerate(plans):
+            ident = f"{plan.new_bitmap}-{number}"
+            await self._add_target(f"{ident}-t", targets[plan.disk.name])
+            add = {"node": plan.disk.node, "name": plan.new_bitmap, "granularity": plan.granularity, "persistent": True}
+            actions.append({"type": "block-dirty-bitmap-add", "data": add})
+            actions.append({"type": "blockdev-backup", "data": _backup(plan, ident)})
+            jobs[ident] = plan.disk.name
+        await self._session.call("transaction", {"actions": actions}, timeout=60)
+        results = await wait_for_jobs(self._session, jobs, copied)
+        for ident in jobs:
+            await self._session.execute("blockdev-del", node_name=f"{ident}-t")
+        return results
+
+    async def _add_target(self, node: str, target: Target) -> None:
+        path, export = target.address()
+        server = {"type": "unix", "path": str(path)}
+        await self._session.execute("blockdev-add", driver="nbd", node_name=node, server=server, export=export)
+
+    async def commit(self, plans: Sequence[DiskPlan]) -> None:
+        for plan in plans:
+            if plan.base_bitmap:
+                await self._remove(plan.disk.node, plan.base_bitmap)
+
+    async def rollback(self, plans: Sequence[DiskPlan]) -> None:
+        for plan in plans:
+            await self.cleanup(plan.new_bitmap, set())
+
+    async def _remove(self, node: str, name: str) -> None:
+        try:
+            await self._session.execute("block-dirty-bitmap-remove", node=node, name=name)
+        except CommandError as e:
+            if "not found" not in str(e):
+                raise EngineError(f"cannot remove bitmap {name} of {node}: {e}") from e
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+def _backup(plan: DiskPlan, ident: str) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "device": plan.disk.node,
+        "target": f"{ident}-t",
+        "job-id": ident,
+        "sync": "full",
+        "auto-dismiss": False,
+        "on-cbw-error": "break-snapshot",
+    }
+    if plan.base_bitmap:
+        data |= {"sync": "bitmap", "bitmap": plan.base_bitmap, "bitmap-mode": "never"}
+    return data
+
+
+def _disk(entry: Mapping[str, Any]) -> EngineDisk:
+    inserted = entry["inserted"]
+    bitmaps = tuple(bitmap_info(b) for b in inserted.get("dirty-bitmaps", []))
+    size = int(inserted["image"]["virtual-size"])
+    return EngineDisk(
+        name=entry["device"],
+        size=size,
+        node=inserted["node-name"],
+        device=entry["device"],
+        bitmaps=bitmaps,
+        extra={"image": inserted.get("file", "")},
+    )
+
+
+def bitmap_info(raw: Mapping[str, Any]) -> BitmapInfo:
+    """A bitmap from QMP's ``BlockDirtyInfo``."""
+    reason = raw.get("x-incbak-reason")
+    return BitmapInfo(
+        name=raw.get("name", ""),
+        granularity=int(raw["granularity"]),
+        count=int(raw["count"]),
+        recording=bool(raw["recording"]),
+        busy=bool(raw["busy"]),
+        persistent=bool(raw["persistent"]),
+        inconsistent=bool(raw.get("inconsistent", False)),
+        reason=Reason(reason) if reason in set(Reason) else None,
+        found=str(raw.get("x-incbak-found", "")),
+    )
