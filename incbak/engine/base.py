@@ -1,50 +1,79 @@
-"""An engine as the runner sees it: what serves a VM's disks and can push a point in time of them to targets.
+"""What the runner sees of any engine: one object per run of one VM.
 
-The runner decides what is read (`DiskPlan`); an engine knows how its kind of process does it. One engine object serves
-one run. Whatever an engine leaves behind carries our prefix in its name, so that the next run finds and removes it.
+The order of calls is the safety of a backup; the runner keeps to it:
+
+1. `Engine.describe`: the disks and their bitmaps. Changes nothing.
+2. `Engine.cleanup`: what dead runs of this repository have left goes; somebody else's things are never touched.
+3. `Engine.run`: the new bitmaps first, then the point in time of all disks, then the copies. When it raises, everything
+   that it set up is gone again, the new bitmaps too, as far as the engine still answers.
+4. The runner commits to the repository.
+5. `Engine.commit`: only now the older bitmaps of this repository go. Or `Engine.rollback`: the new ones go; the base's
+   bitmaps have kept recording and still hold everything.
 """
 
 from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from incbak.reasons import Reason
 
+PREFIX = "incbak"
+
+ProgressCallback = Callable[[str, int, int], None]  # disk, bytes done, bytes in all
+
+
+def bitmap_name(repository: str, backup: str) -> str:
+    """``incbak-<repository id>-<backup id>``, eight hex digits each."""
+    return f"{PREFIX}-{repository}-{backup}"
+
+
+def repository_prefix(repository: str) -> str:
+    """What the names of all things of one repository in an engine begin with."""
+    return f"{PREFIX}-{repository}-"
+
 
 @dataclass(frozen=True)
 class BitmapInfo:
-    """One bitmap of a disk, as its engine reports it. ``count``: dirty bytes, of no meaning when ``inconsistent``.
-
-    ``reason`` says why it is inconsistent, where the engine knows; ``found`` how it came through the last end of its
-    engine (``clean``, ``recovered``, ``coarse``), or is empty.
-    """
+    """One bitmap as its engine reports it. ``count`` is in bytes; it says nothing unless the bitmap is `sound`."""
 
     name: str
     granularity: int
     count: int
     recording: bool = True
     busy: bool = False
-    persistent: bool = True
+    persistent: bool = False
     inconsistent: bool = False
-    reason: Reason | None = None
-    found: str = ""
+    reason: Reason | None = None  # why it is invalid, where the engine knows
+    found: str = ""  # how it survived: clean, recovered, coarse, created; empty where the engine does not say
+
+    def trouble(self, granularity: int) -> Reason | None:
+        """Why an incremental cannot build on it, or ``None``. A ``count`` of 0 does not mean that nothing changed."""
+        if self.reason is not None:
+            return self.reason
+        if self.inconsistent:
+            return Reason.BITMAP_INCONSISTENT
+        if self.busy:
+            return Reason.BITMAP_BUSY
+        if not self.recording:
+            return Reason.BITMAP_DISABLED
+        return Reason.GRANULARITY if self.granularity != granularity else None
 
 
 @dataclass(frozen=True)
 class EngineDisk:
-    """A disk that can be backed up. ``node`` and ``device`` are the engine's own names for it."""
+    """One disk that can be backed up. ``name`` is stable over restarts; ``node`` is where its bitmaps are."""
 
     name: str
     size: int
     node: str
     device: str = ""
     format: str = "raw"
-    can_persist: bool = True
+    can_persist: bool = False
     bitmaps: tuple[BitmapInfo, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,92 +83,111 @@ class EngineDisk:
 
 
 @dataclass(frozen=True)
-class Description:
-    """What an engine says of its VM. ``config`` goes into the backup record as it is; ``notes`` are for the user."""
+class LeftOut:
+    """A disk that is not backed up, and why: for ``incbak doctor`` and for the notes of a run."""
 
-    vm: str | None
-    disks: tuple[EngineDisk, ...]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    name: str
+    why: str
 
 
 @dataclass(frozen=True)
+class Description:
+    """What an engine has. ``config`` is any JSON: what else a restore needs, for the backup record."""
+
+    vm: str | None
+    disks: tuple[EngineDisk, ...]
+    engine: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
 class DiskPlan:
-    """What to do with one disk: add ``new_bitmap``, copy all (``base_bitmap`` of ``None``) or what that one marks."""
+    """What is to be done with one disk. Without ``base_bitmap`` everything is read, because of ``reason``."""
 
     disk: EngineDisk
     new_bitmap: str
-    base_bitmap: str | None
     granularity: int
+    base_bitmap: str | None = None
+    reason: Reason | None = None
+
+
+class Target(Protocol):
+    """Where the clusters of one disk go. The three writes are called from any thread and may block."""
+
+    size: int
+
+    def write(self, offset: int, view: memoryview, *, owned: bool = False) -> None:
+        """Take the bytes; the caller may reuse them afterwards, unless it gives the buffer away (``owned``)."""
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """The range reads as zeroes."""
+
+    def flush(self) -> None:
+        """Everything so far has been taken in."""
+
+    def socket(self) -> socket.socket:
+        """A fresh connected socket with an NBD server at the other end; the caller owns it."""
+
+    def address(self) -> tuple[Path, str]:
+        """A Unix socket in a private directory, and the export's name there."""
 
 
 @dataclass(frozen=True)
 class DiskResult:
-    """How a disk's job ended. ``copied``: the bytes that the job says it sent, ``None`` where it does not say exactly."""
+    """How the copy of one disk went: the bytes the job says it copied, or why it failed."""
 
-    copied: int | None
+    copied: int = 0
     error: str | None = None
 
 
-class Target(Protocol):
-    """Where one disk's content goes; provided by the runner."""
+@dataclass(frozen=True)
+class RunResult:
+    """How `Engine.run` went.
 
-    name: str
-    size: int
+    ``frozen``: whether the guest's file systems were frozen at the point in time; ``None``: that was not asked for.
+    """
 
-    def write(self, offset: int, data: memoryview, *, owned: bool = False) -> None:
-        """Content, from within this process; ``owned``: the buffer is given away."""
-
-    def write_zeroes(self, offset: int, length: int) -> None:
-        """Zeroes, from within this process."""
-
-    def flush(self) -> None:
-        """All is sent, from within this process."""
-
-    def address(self) -> tuple[Path, str]:
-        """A private Unix socket and the export's name there, for engines that connect by path."""
-
-    def socket(self) -> socket.socket:
-        """The engine's end of a new connection to an NBD server that exports this target; the caller closes it."""
-
-
-Copied = Callable[[str, int, int], None]
-"""Called with disk, bytes done, bytes in all, while jobs run."""
+    disks: Mapping[str, DiskResult]
+    frozen: bool | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Engine(ABC):
-    """One run's way to a VM's disks. Methods are called in the order in which they stand here; `close` always."""
+    """A process that serves disks and takes commands, or an image that nobody has open. Raises `EngineError`."""
 
-    kind: str
+    kind: str = ""
 
     @abstractmethod
     async def describe(self) -> Description:
-        """Look at the disks; changes nothing. Raises `EngineError`, `ImageInUseError`."""
+        """The disks of the VM with their bitmaps. Changes nothing."""
 
     @abstractmethod
-    async def cleanup(self, prefix: str, keep: set[str]) -> list[str]:
-        """Remove what dead runs left: jobs, nodes and filters named after ``prefix``, and bitmaps with the prefix that
-        are not in ``keep``. Touches nothing else; says in words what it removed. May be called twice.
+    async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
+        """Remove jobs, filters, nodes and bitmaps whose names begin with ``prefix``, except the bitmaps in ``keep``.
+
+        The caller holds the VM's lock in the repository, so whatever has the prefix belongs to a dead run. Returns what
+        was removed, for people. Call `describe` again afterwards.
         """
 
     @abstractmethod
     async def run(
-        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], copied: Copied
-    ) -> dict[str, DiskResult]:
-        """All disks at one instant: new bitmaps record from it on, and jobs copy what the disks held at it.
+        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
+    ) -> RunResult:
+        """New bitmaps, the point in time of all ``plans`` at one instant, and the copies into ``targets``.
 
-        Returns when all jobs have ended, with a result for each disk. Raises `EngineError` when it could not start;
-        then nothing of it is left. Cancelled: nothing is left but, perhaps, what `rollback` removes.
+        ``targets`` and the result go by disk name. A disk whose copy fails has its error in the result; what concerns
+        all disks raises.
         """
 
     @abstractmethod
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
-        """The backup is durable: give up the base bitmaps. Idempotent; a failure is only a leftover."""
+        """The backup exists: of this repository's bitmaps on these disks only the new ones stay."""
 
     @abstractmethod
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
-        """The backup failed: remove the new bitmaps and all else of this run; the bases keep recording. Idempotent."""
+        """There is no backup: the new bitmaps go, as far as the engine still answers."""
 
-    @abstractmethod
-    async def close(self) -> None:
-        """Let go; idempotent; raises nothing."""
+    async def close(self) -> None:  # noqa: B027
+        """Let go of the engine. May be called at any time, more than once."""

@@ -10,7 +10,7 @@ from incbak.disk.file import probe_format
 from incbak.engine.base import Engine
 from incbak.engine.image import ImageEngine
 from incbak.engine.served import ServedEngine
-from incbak.engine.session import Session, parse_address
+from incbak.engine.session import Address, Session
 from incbak.errors import UsageError
 
 
@@ -27,7 +27,7 @@ class Source:
 async def open_engine(source: Source) -> Engine:
     """Connect to the monitor or open the image. Raises `EngineError`, `DiskError`, `UsageError`."""
     if source.text.startswith("qmp:"):
-        session = await Session.connect(parse_address(source.text.removeprefix("qmp:")))
+        session = await Session.connect(Address.parse(source.text))
         try:
             return await _over_qmp(session)
         except BaseException:
@@ -45,4 +45,4 @@ async def _over_qmp(session: Session) -> Engine:
     version = await session.execute("query-version")
     if str(version.get("package", "")).startswith("incbak"):
         return ServedEngine(session)
-    raise UsageError(f"monitor {session.name} is not of incbak serve")
+    raise UsageError(f"monitor {session.address} is not of incbak serve")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,7 +12,17 @@ import numpy as np
 from incbak.bitmap.file import Bitmap
 from incbak.bitmap.store import BitmapStore, component, views
 from incbak.disk.file import FileDisk, open_disk
-from incbak.engine.base import BitmapInfo, Copied, Description, DiskPlan, DiskResult, Engine, EngineDisk, Target
+from incbak.engine.base import (
+    BitmapInfo,
+    Description,
+    DiskPlan,
+    DiskResult,
+    Engine,
+    EngineDisk,
+    ProgressCallback,
+    RunResult,
+    Target,
+)
 from incbak.errors import DiskError, IncbakError, UsageError
 from incbak.extents import Extent, StatusExtent, align_out, intersect, merge, total
 from incbak.reasons import Reason
@@ -48,10 +58,10 @@ class ImageEngine(Engine):
             BitmapInfo(name, 0, 0, inconsistent=True, reason=reason, found="invalid")
             for name, reason in self._bad.items()
         ]
-        disk = EngineDisk(self._name, self._disk.size, self._name, bitmaps=tuple(infos))
-        return Description(self._vm, (disk,), {"images": {self._name: str(self._path)}})
+        disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos))
+        return Description(self._vm, (disk,), "image", {"images": {self._name: str(self._path)}})
 
-    async def cleanup(self, prefix: str, keep: set[str]) -> list[str]:
+    async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         gone = [name for name in (*self._bitmaps, *self._bad) if name.startswith(prefix) and name not in keep]
         for name in gone:
             self._remove(name)
@@ -64,15 +74,15 @@ class ImageEngine(Engine):
         new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._disk.fingerprint())
         self._bitmaps[plan.new_bitmap] = new
         stop = asyncio.Event()
-        copy = asyncio.to_thread(self._copy, plan, targets[self._name], copied, stop)
+        copy = asyncio.to_thread(self._copy, plan, targets[self._name], progress, stop)
         try:
-            return {self._name: await asyncio.shield(task := asyncio.ensure_future(copy))}
+            return RunResult({self._name: await asyncio.shield(task := asyncio.ensure_future(copy))})
         except asyncio.CancelledError:
             stop.set()
             await asyncio.wait([task])
             raise
 
-    def _copy(self, plan: DiskPlan, target: Target, copied: Copied, stop: asyncio.Event) -> DiskResult:
+    def _copy(self, plan: DiskPlan, target: Target, progress: ProgressCallback, stop: asyncio.Event) -> DiskResult:
         size = self._disk.size
         wanted = self._bitmaps[plan.base_bitmap].extents() if plan.base_bitmap else [Extent(0, size)]
         whole, done = total(wanted), 0
@@ -87,7 +97,7 @@ class ImageEngine(Engine):
                     self._disk.read_into(buf, extent.offset)
                     target.write(extent.offset, buf, owned=True)
                 done += extent.length
-                copied(self._name, done, whole)
+                progress(self._name, done, whole)
             target.flush()
         except OSError as e:
             return DiskResult(done, f"cannot read {self._path}: {e.strerror}")

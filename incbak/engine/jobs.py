@@ -6,17 +6,18 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from incbak.engine.base import Copied, DiskResult
-from incbak.engine.session import CommandError, Session
+from incbak.engine.base import DiskResult, ProgressCallback
+from incbak.engine.session import CommandFailed, Session
 
 _POLL = 0.5
 _ENDED = {"concluded", "null"}
 
 
-async def wait_for_jobs(session: Session, jobs: Mapping[str, str], copied: Copied) -> dict[str, DiskResult]:
+async def wait_for_jobs(session: Session, jobs: Mapping[str, str], copied: ProgressCallback) -> dict[str, DiskResult]:
     """Wait until all ``jobs`` (job id to disk) have concluded; dismiss them. Call it with ``auto-dismiss`` off."""
     results: dict[str, DiskResult] = {}
-    async with session.events("JOB_STATUS_CHANGE") as events:
+    events = session.listen("JOB_STATUS_CHANGE")
+    try:
         while True:
             found = {job["id"]: job for job in await session.execute("query-jobs")}
             for ident, disk in jobs.items():
@@ -28,13 +29,20 @@ async def wait_for_jobs(session: Session, jobs: Mapping[str, str], copied: Copie
                 await asyncio.wait_for(events.get(), _POLL)
             except TimeoutError:
                 continue
+    finally:
+        session.forget(events)
 
 
 async def _look(
-    session: Session, job: dict[str, Any] | None, ident: str, disk: str, results: dict[str, DiskResult], copied: Copied
+    session: Session,
+    job: dict[str, Any] | None,
+    ident: str,
+    disk: str,
+    results: dict[str, DiskResult],
+    copied: ProgressCallback,
 ) -> None:
     if job is None:
-        results[disk] = DiskResult(None, "the job vanished")
+        results[disk] = DiskResult(error="the job vanished")
         return
     copied(disk, job["current-progress"], job["total-progress"])
     if job["status"] in _ENDED:
@@ -42,7 +50,7 @@ async def _look(
         if error is None and job["current-progress"] != job["total-progress"]:
             error = "the job was cancelled"
         results[disk] = DiskResult(job["current-progress"], error)
-        await session.execute("job-dismiss", id=ident)
+        await session.execute("job-dismiss", {"id": ident})
 
 
 async def cancel_jobs(session: Session, prefix: str, timeout: float = 30.0) -> list[str]:
@@ -56,11 +64,11 @@ async def cancel_jobs(session: Session, prefix: str, timeout: float = 30.0) -> l
         for job in ours:
             try:
                 if job["status"] in _ENDED:
-                    await session.execute("job-dismiss", id=job["id"])
+                    await session.execute("job-dismiss", {"id": job["id"]})
                     done.append(f"job {job['id']}")
                 else:
-                    await session.execute("job-cancel", id=job["id"])
-            except CommandError:
+                    await session.execute("job-cancel", {"id": job["id"]})
+            except CommandFailed:
                 continue
         await asyncio.sleep(0.02)
     return done

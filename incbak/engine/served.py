@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from incbak.engine.base import BitmapInfo, Copied, Description, DiskPlan, DiskResult, Engine, EngineDisk, Target
+from incbak.engine.base import (
+    BitmapInfo,
+    Description,
+    DiskPlan,
+    Engine,
+    EngineDisk,
+    ProgressCallback,
+    RunResult,
+    Target,
+)
 from incbak.engine.jobs import cancel_jobs, wait_for_jobs
-from incbak.engine.session import CommandError, Session
+from incbak.engine.session import CommandFailed, Session
 from incbak.errors import EngineError
 from incbak.reasons import Reason
 
@@ -25,13 +34,13 @@ class ServedEngine(Engine):
         version = await self._session.execute("query-version")
         disks = tuple(_disk(entry) for entry in await self._session.execute("query-block") if "inserted" in entry)
         images = {d.name: d.extra["image"] for d in disks}
-        return Description(name, disks, {"engine": version.get("package", ""), "images": images})
+        return Description(name, disks, str(version.get("package", "")), {"images": images})
 
-    async def cleanup(self, prefix: str, keep: set[str]) -> list[str]:
+    async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         done = await cancel_jobs(self._session, prefix)
         for node in await self._session.execute("query-named-block-nodes"):
             if node["node-name"].startswith(prefix):
-                await self._session.execute("blockdev-del", node_name=node["node-name"])
+                await self._session.execute("blockdev-del", {"node-name": node["node-name"]})
                 done.append(f"node {node['node-name']}")
                 continue
             for bitmap in node.get("dirty-bitmaps", []):
@@ -53,16 +62,17 @@ class ServedEngine(Engine):
             actions.append({"type": "block-dirty-bitmap-add", "data": add})
             actions.append({"type": "blockdev-backup", "data": _backup(plan, ident)})
             jobs[ident] = plan.disk.name
-        await self._session.call("transaction", {"actions": actions}, timeout=60)
-        results = await wait_for_jobs(self._session, jobs, copied)
+        await self._session.execute("transaction", {"actions": actions})
+        results = await wait_for_jobs(self._session, jobs, progress)
         for ident in jobs:
-            await self._session.execute("blockdev-del", node_name=f"{ident}-t")
-        return results
+            await self._session.execute("blockdev-del", {"node-name": f"{ident}-t"})
+        return RunResult(results)
 
     async def _add_target(self, node: str, target: Target) -> None:
         path, export = target.address()
         server = {"type": "unix", "path": str(path)}
-        await self._session.execute("blockdev-add", driver="nbd", node_name=node, server=server, export=export)
+        add = {"driver": "nbd", "node-name": node, "server": server, "export": export}
+        await self._session.execute("blockdev-add", add)
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
@@ -71,12 +81,12 @@ class ServedEngine(Engine):
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            await self.cleanup(plan.new_bitmap, set())
+            await self.cleanup(plan.new_bitmap, ())
 
     async def _remove(self, node: str, name: str) -> None:
         try:
-            await self._session.execute("block-dirty-bitmap-remove", node=node, name=name)
-        except CommandError as e:
+            await self._session.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
+        except CommandFailed as e:
             if "not found" not in str(e):
                 raise EngineError(f"cannot remove bitmap {name} of {node}: {e}") from e
 
@@ -107,6 +117,7 @@ def _disk(entry: Mapping[str, Any]) -> EngineDisk:
         size=size,
         node=inserted["node-name"],
         device=entry["device"],
+        can_persist=True,
         bitmaps=bitmaps,
         extra={"image": inserted.get("file", "")},
     )

@@ -1,113 +1,203 @@
-"""A QMP session with a deadline on every wait."""
+"""A QMP session with a deadline on every wait.
+
+A QEMU monitor serves one client at a time: while another is connected, ours gets no greeting. So `connect` waits for
+the greeting until its deadline, and then says that the monitor is busy. Every command has a deadline too, since a
+monitor that hangs must not hang a backup. Failures are `EngineError`; those that QEMU reports are `CommandFailed`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import os
 import socket
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, cast
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
-from qemu.qmp.protocol import ConnectError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, StateError
 
 from incbak.errors import EngineError, UsageError
 
-CONNECT_TIMEOUT = 10.0
-COMMAND_TIMEOUT = 30.0
-
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+GREETING_SECONDS = 20.0
+COMMAND_SECONDS = 60.0
 
 
-class CommandError(EngineError):
-    """The engine refused a command; ``error_class`` is QMP's."""
+class CommandFailed(EngineError):
+    """The engine answered a command with an error; ``error_class`` and ``description`` are its own words."""
 
-    code = "command"
-
-    def __init__(self, message: str, error_class: str) -> None:
-        super().__init__(message)
-        self.error_class = error_class
+    def __init__(self, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"{command}: {description}")
+        self.error_class, self.description = error_class, description
 
 
-def parse_address(text: str) -> str | tuple[str, int]:
-    """A Unix socket's path, or (host, port), from what follows ``qmp:``. Raises `UsageError`."""
-    host, colon, port = text.rpartition(":")
-    if colon and port.isdigit() and "/" not in text:
-        return host or "localhost", int(port)
-    if not text or "/" not in text:
-        raise UsageError(f"not a monitor: qmp:{text}", hint="Write qmp:/path/to/qmp.sock or qmp:HOST:PORT.")
-    return text
+class EngineGone(EngineError):
+    """The connection to the engine ended."""
+
+    retry = True
 
 
-class Session:
-    """One connection to a monitor. Raises `EngineError` on every failure, with the command's name."""
+class EngineSilent(EngineError):
+    """The engine did not answer within the deadline."""
 
-    def __init__(self, client: QMPClient, name: str) -> None:
-        self._client, self.name = client, name
+    retry = True
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a monitor listens: a Unix socket's ``path``, or ``host`` and ``port``."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
 
     @classmethod
-    async def connect(cls, address: str | tuple[str, int], timeout: float = CONNECT_TIMEOUT) -> Session:
-        """Connect and negotiate. A monitor serves one client at a time: a busy one does not answer in time."""
-        name = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
-        client = QMPClient("incbak")
-        try:
-            await asyncio.wait_for(client.connect(address), timeout)
-        except TimeoutError:
-            hint = (
-                "It may be busy with another client, such as a management tool: try again, or give it another monitor."
-            )
-            raise EngineError(f"monitor {name} does not answer within {timeout:g} s", hint=hint) from None
-        except (ConnectError, QMPError, OSError) as e:
-            raise EngineError(f"cannot connect to monitor {name}: {_cause(e)}", hint="Is the VM running?") from e
-        return cls(client, name)
+    def parse(cls, text: str) -> Address:
+        """From ``/run/x.qmp``, ``qmp:/run/x.qmp``, ``host:port`` or ``qmp:host:port``. Raises `UsageError`."""
+        text = text.removeprefix("qmp:")
+        host, colon, port = text.rpartition(":")
+        if "/" not in text and colon and port.isdecimal():
+            return cls(host=host.strip("[]") or "localhost", port=int(port))
+        if not text:
+            raise UsageError("the monitor's address is empty", hint="Write qmp:/path/of/socket or qmp:host:port.")
+        return cls(path=text)
 
     @property
     def is_unix(self) -> bool:
         """Whether descriptors can be passed."""
-        return "/" in self.name
+        return bool(self.path)
 
-    async def execute(self, command: str, /, _timeout: float = COMMAND_TIMEOUT, **arguments: Any) -> Any:
-        """Run a command; underscores in argument names become dashes. Raises `CommandError` or `EngineError`."""
-        return await self.call(command, {k.replace("_", "-"): v for k, v in arguments.items()}, _timeout)
+    def __str__(self) -> str:
+        return self.path or f"{self.host}:{self.port}"
 
-    async def call(self, command: str, arguments: Mapping[str, Any], timeout: float = COMMAND_TIMEOUT) -> Any:
-        """Run a command with its arguments as they are."""
+
+class Session:
+    """One connection to a monitor. Use from one event loop."""
+
+    def __init__(self, address: Address, client: QMPClient, sock: socket.socket) -> None:
+        self.address = address
+        self._client = client
+        self._socket = sock
+        self._listeners: list[EventListener] = []
+
+    @classmethod
+    async def connect(cls, address: Address, *, timeout: float = GREETING_SECONDS) -> Session:
+        """Connect and negotiate. Raises `EngineError` when nobody listens, or the monitor is busy or silent."""
+        sock = await asyncio.to_thread(_dial, address, timeout)
+        held = sock.dup()  # asyncio owns the other; this one lives until close, for peers and guards
+        client = QMPClient("incbak")
         try:
-            execute = self._client.execute(command, cast("dict[str, object]", dict(arguments)) or None)
-            return await asyncio.wait_for(execute, timeout)
-        except TimeoutError:
-            raise EngineError(f"monitor {self.name}: {command} did not return within {timeout:g} s") from None
-        except ExecuteError as e:
-            raise CommandError(f"{command}: {e.error.desc}", e.error.class_) from e
+            await asyncio.wait_for(client.connect(sock), timeout)
+        except TimeoutError as e:
+            held.close()
+            raise EngineSilent(
+                f"monitor {address} is busy: no greeting within {timeout:g} s",
+                hint="A monitor serves one client at a time; give QEMU another -qmp socket, or end the other client.",
+            ) from e
         except (QMPError, OSError) as e:
-            raise EngineError(f"monitor {self.name} went away during {command}", hint="Is the VM still running?") from e
+            held.close()
+            raise EngineError(f"monitor {address}: {_cause(e)}", hint="Is it a QMP monitor, not a human one?") from e
+        return cls(address, client, held)
 
-    async def pass_descriptor(self, sock: socket.socket | int, command: str, **arguments: Any) -> Any:
-        """Send a descriptor along with the command that takes it (``getfd``, ``add-fd``); Unix monitors only."""
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """What the engine said of itself on connecting."""
+        greeting = self._client.greeting
+        return greeting._asdict() if greeting else {}
+
+    def duplicate(self) -> socket.socket:
+        """A second descriptor of the connection, for a guard that outlives this process. The caller closes it."""
+        return self._socket.dup()
+
+    def peer_uid(self) -> int | None:
+        """The user that the engine runs as, where the socket tells."""
+        if not self.address.is_unix:
+            return None
+        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int(struct.unpack("3i", raw)[1])
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = COMMAND_SECONDS
+    ) -> Any:
+        """Run a command and return its result. Raises `CommandFailed`, `EngineGone` or `EngineSilent`."""
         try:
-            self._client.send_fd_scm(sock if isinstance(sock, int) else sock.fileno())
-        except (QMPError, OSError, ValueError) as e:
-            raise EngineError(f"cannot pass a descriptor to monitor {self.name}: {e}") from e
-        return await self.execute(command, **arguments)
+            return await asyncio.wait_for(self._client.execute(command, dict(arguments or {})), timeout)
+        except ExecuteError as e:
+            raise CommandFailed(command, e.error_class, str(e)) from e
+        except TimeoutError as e:
+            raise EngineSilent(f"monitor {self.address}: no answer to {command} within {timeout:g} s") from e
+        except (QMPError, OSError, EOFError) as e:
+            raise EngineGone(f"monitor {self.address}: the engine went away during {command}") from e
 
-    @asynccontextmanager
-    async def events(self, *names: str) -> AsyncIterator[EventListener]:
-        """Listen for events of these names from now on."""
-        with self._client.listener(names or None) as listener:
-            yield listener
+    async def try_execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> bool:
+        """Run a command whose refusal does not matter (cleaning up); whether it was done."""
+        try:
+            await self.execute(command, arguments)
+        except CommandFailed:
+            return False
+        return True
+
+    async def pass_fd(self, fd: int, command: str, arguments: Mapping[str, Any]) -> Any:
+        """Run ``command`` with ``fd`` passed along; only on Unix sockets."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError, StateError) as e:
+            raise EngineGone(f"monitor {self.address}: cannot pass a descriptor: {_cause(e)}") from e
+        return await self.execute(command, arguments)
+
+    def listen(self, *names: str) -> EventListener:
+        """Events of these names from now on; `forget` it when done."""
+        listener = EventListener(names)
+        self._client.register_listener(listener)
+        self._listeners.append(listener)
+        return listener
+
+    def forget(self, listener: EventListener) -> None:
+        """Stop listening."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+            self._client.remove_listener(listener)
 
     async def close(self) -> None:
-        """Disconnect; raises nothing."""
-        try:
+        """Disconnect. The engine goes on."""
+        for listener in list(self._listeners):
+            self.forget(listener)
+        with suppress(QMPError, OSError, EOFError, TimeoutError):
             await asyncio.wait_for(self._client.disconnect(), 5)
-        except (QMPError, OSError, TimeoutError, asyncio.CancelledError, EOFError):
-            pass
+        self._socket.close()
 
 
-def _cause(e: BaseException) -> str:
-    while e.__cause__ is not None:
-        e = e.__cause__
-    if isinstance(e, OSError) and e.strerror:
-        return e.strerror
-    return str(e) or type(e).__name__
+def _dial(address: Address, timeout: float) -> socket.socket:
+    try:
+        if not address.is_unix:
+            return socket.create_connection((address.host, address.port), timeout)
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(timeout)
+        try:
+            sock.connect(address.path)
+        except BaseException:
+            sock.close()
+            raise
+    except TimeoutError as e:
+        raise EngineSilent(f"monitor {address} is busy", hint="Other clients wait for it already.") from e
+    except OSError as e:
+        hint = "Is the VM running, and is this its QMP socket?"
+        raise EngineError(f"cannot connect to monitor {address}: {e.strerror or e}", hint=hint) from e
+    _check_peer(sock, address)
+    return sock
+
+
+def _check_peer(sock: socket.socket, address: Address) -> None:
+    """A socket that somebody else has put there would be given our commands; root may talk to everybody's engines."""
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if os.geteuid() not in (0, uid) and uid != 0:
+        sock.close()
+        raise EngineError(
+            f"monitor {address} belongs to user {uid}, not to you", hint="Run incbak as that user or as root."
+        )
+
+
+def _cause(error: BaseException) -> str:
+    inner = error.exc if isinstance(error, ConnectError) else error
+    return str(inner) or type(inner).__name__

@@ -16,13 +16,3 @@ def new_id() -> str:
 def is_id(text: str) -> bool:
     """Whether ``text`` has the form of an id; what does not is never used as a file name."""
     return _ID.fullmatch(text) is not None
-
-
-def bitmap_name(repository: str, backup: str) -> str:
-    """The name of the bitmap that records what was written since ``backup``: it carries the state, so none is lost."""
-    return f"incbak-{repository[:8]}-{backup[:8]}"
-
-
-def bitmap_prefix(repository: str) -> str:
-    """How all our bitmaps of a repository begin."""
-    return f"incbak-{repository[:8]}-"
