@@ -68,8 +68,8 @@ class ImageEngine(Engine):
         return [f"bitmap {name} of {self._name}" for name in gone]
 
     async def run(
-        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], copied: Copied
-    ) -> dict[str, DiskResult]:
+        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
+    ) -> RunResult:
         (plan,) = plans
         new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._disk.fingerprint())
         self._bitmaps[plan.new_bitmap] = new

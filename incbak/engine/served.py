@@ -51,8 +51,8 @@ class ServedEngine(Engine):
         return done
 
     async def run(
-        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], copied: Copied
-    ) -> dict[str, DiskResult]:
+        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
+    ) -> RunResult:
         actions: list[dict[str, Any]] = []
         jobs: dict[str, str] = {}
         for number, plan in enumerate(plans):

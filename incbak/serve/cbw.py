@@ -1,16 +1,16 @@
 """Copy-before-write: a disk as it was at one instant, while a guest goes on writing to it.
 
 Each cluster that the job still has to copy is in one of two states: its old content is **on the disk** (bit in
-`_todo`), or **saved** in the scratch file (bit in `_left` only). A *claim* is a run of clusters that somebody is
-reading: the job, or a saver on behalf of a guest write. Nobody writes to a cluster of `_todo` that is claimed; claims
-are short, none waits for a target.
+`_todo`), or **held** (bit in `_left` only): in memory, or in the scratch file. A *claim* is a run of clusters that
+somebody is reading: the job, or a guest's write that has to save them. Nobody writes to a cluster of `_todo` that is
+claimed; claims are short, none waits for a target.
 
 The promises:
 
-- A bit of `_todo` is cleared only when the old content is safe: in scratch, or read by the job. Whoever finds it
-  clear may overwrite the cluster; it is never set again. So a look without the lock errs on the safe side only.
-- `before_write` returns within `TIMEOUT`, with the content safe or the copy broken (``break-snapshot``), or it
-  raises (``break-guest-write``). Saving is done by a thread of its own: a stalled write cannot be called off.
+- A bit of `_todo` is cleared only when the old content is safe: held, or read by the job. Whoever finds it clear may
+  overwrite the cluster; it is never set again. So a look without the lock errs on the safe side only.
+- `before_write` returns within `TIMEOUT` of waiting, with the content safe or the copy broken (``break-snapshot``), or
+  it raises (``break-guest-write``). It waits only where memory is full and scratch slow, or for the job to read a run.
 - Once broken, a copy stays broken: it never hands out content again, so no new data gets into an old point in time.
 """
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -30,15 +29,16 @@ import numpy as np
 
 from incbak.bitmap import bits as kernels
 from incbak.disk.base import Disk
+from incbak.extents import StatusExtent
+from incbak.serve.held import MEMORY, Held
 from incbak.serve.scratch import Scratch
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 10.0
-"""Seconds that one guest write may wait for its old content to be saved."""
+"""Seconds that one guest write may wait for its old content to be safe."""
 CHUNK = 1 << 20
-"""Bytes read at once, by the job and by a saver."""
-SAVERS = 2
+"""Bytes read at once, by the job and before a write."""
 _WINDOW = 1 << 16
 """Bytes of packed bits searched at a time."""
 
@@ -57,8 +57,6 @@ class Run:
     first: int
     count: int
     saved: bool
-    error: OSError | None = None
-    """Set when saving failed and the claim is over."""
 
     @property
     def end(self) -> int:
@@ -82,6 +80,7 @@ class CopyBeforeWrite:
         on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT,
         on_break: Callable[[], None] = lambda: None,
         timeout: float = TIMEOUT,
+        memory: int = MEMORY,
     ) -> None:
         self.disk, self.granularity, self._scratch = disk, granularity, scratch
         self.clusters = -(-disk.size // granularity)
@@ -90,20 +89,15 @@ class CopyBeforeWrite:
         self._todo: kernels.Bits = np.zeros(kernels.bytes_for(self.clusters), dtype=np.uint8)
         self._left = self._todo.copy()
         self._changed = threading.Condition()
+        self._held = Held(scratch, self._shift, self._changed, memory)
         self._claims: list[Run] = []
-        self._held: dict[int, int] = {}
-        """Bytes of scratch per saved cluster; none for one that was all hole."""
         self._broken: OSError | None = None
-        self._queue: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self._running = 0
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Start the savers; takes time, so before the drain."""
-        self._running = SAVERS
-        for number in range(SAVERS):
-            threading.Thread(target=self._saver, name=f"saver-{number}", daemon=True).start()
+        """Start what needs starting; before the drain."""
+        self._held.start()
 
     def begin(self, todo: kernels.Bits) -> None:
         """This is the instant. The disk is drained; ``todo`` is taken over."""
@@ -111,13 +105,11 @@ class CopyBeforeWrite:
         self._left = todo.copy()
 
     def close(self) -> None:
-        """Nothing is handed out or saved any more; waiting writes go on. The scratch goes with the last saver."""
+        """Nothing is handed out or saved any more; waiting writes go on."""
         with self._changed:
             self._broken = self._broken or BrokenError(errno.ECANCELED, "the job has ended")
             self._todo = np.zeros_like(self._todo)
-            self._changed.notify_all()
-        for _ in range(SAVERS):
-            self._queue.put(None)
+            self._held.close()
 
     @property
     def broken(self) -> OSError | None:
@@ -137,9 +129,18 @@ class CopyBeforeWrite:
     # -- the guest's side -----------------------------------------------------------------------------------------
 
     def wants(self, offset: int, length: int) -> bool:
-        """Whether a write there has to wait for old content to be saved. A hint: takes no lock."""
+        """Whether a write there first has to save old content. A hint: takes no lock."""
         last = (offset + length - 1) >> self._shift
         return kernels.any_in_range(self._todo, offset >> self._shift, last)
+
+    def may_wait(self, offset: int, length: int) -> bool:
+        """Whether `before_write` may wait for the storage: a guess, from room in memory and one page of old content."""
+        if not self.wants(offset, length):
+            return False
+        if length > CHUNK or not self._held.has_room(self.granularity):
+            return True
+        probe = memoryview(bytearray(1))
+        return not self.disk.read_nowait(probe, offset)
 
     def before_write(self, offset: int, length: int) -> None:
         """Return once old content of the range is safe, or the copy is broken.
@@ -150,67 +151,67 @@ class CopyBeforeWrite:
             return
         first, last = offset >> self._shift, (offset + length - 1) >> self._shift
         deadline = time.monotonic() + self._timeout
+        try:
+            while run := self._claim_for_guest(first, last, deadline):
+                self._save(run)
+                first = run.end
+        except BrokenError:
+            raise
+        except OSError as e:
+            if self._on_error is OnCbwError.BREAK_GUEST_WRITE:
+                raise
+            self.break_off(e)
+
+    def _claim_for_guest(self, first: int, last: int, deadline: float) -> Run | None:
+        """A claim, with room for its content; ``None`` when nothing is left to save. Raises `OSError`: no room."""
         with self._changed:
             while not self._broken and (cluster := self._next(self._todo, first, last + 1)) is not None:
-                self._await_saved(cluster, last, deadline)
+                if self._claim_on(cluster) is None:
+                    run = self._claim(cluster, last + 1, CHUNK, saved=False)
+                    if self._held.reserve(run.count << self._shift):
+                        return run
+                    self._claims.remove(run)
+                    if self._held.error:
+                        raise self._held.error
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise OSError(errno.ETIMEDOUT, f"old content was not saved within {self._timeout:g} s")
+            return None
 
-    def _await_saved(self, cluster: int, last: int, deadline: float) -> None:
-        """Have ``cluster`` (and what follows, up to ``last``) saved, or wait for who reads it now; the lock is held."""
-        claim = self._claim_on(cluster)
-        if claim is None:
-            claim = self._claim(cluster, last + 1, CHUNK, saved=False)
-            self._queue.put(claim)
-        over = self._changed.wait_for(lambda: self._broken or self._over(claim, cluster), deadline - time.monotonic())
-        error = claim.error if over else OSError(errno.ETIMEDOUT, f"not saved within {self._timeout:g} s")
-        if error and self._on_error is OnCbwError.BREAK_GUEST_WRITE:
-            raise error
-        if error:
-            self.break_off(error)
-
-    def _saver(self) -> None:
-        buffer = memoryview(bytearray(CHUNK))
+    def _save(self, run: Run) -> None:
+        """Read the old content of a claimed run and hold it: only then may the guest overwrite it."""
+        found: dict[int, memoryview] | None = None
         try:
-            while (run := self._queue.get()) is not None:
-                self._save(run, buffer)
+            found = self._old_content(run)
         finally:
             with self._changed:
-                self._running -= 1
-                last = not self._running
-            if last:
-                self._scratch.close()
+                self._hold(run, found or {})
+                if found is not None:
+                    kernels.clear_range(self._todo, run.first, run.end - 1)
+                self._claims.remove(run)
+                self._changed.notify_all()
 
-    def _save(self, run: Run, buffer: memoryview) -> None:
-        held: dict[int, int] = {}
-        error: OSError | None = None
-        try:
-            if not self._broken:
-                self._copy_to_scratch(run, buffer, held)
-        except OSError as e:
-            error = e
-        with self._changed:
-            if error is None and not self._broken:
-                self._held.update(held)
-                kernels.clear_range(self._todo, run.first, run.end - 1)
-            run.error = error
-            self._claims.remove(run)
-            self._changed.notify_all()
+    def _hold(self, run: Run, found: dict[int, memoryview]) -> None:
+        for cluster, content in found.items():
+            self._held.put(cluster, content)
+        kept = sum(len(content) for content in found.values())
+        self._held.unreserve((run.count << self._shift) - kept)
 
-    def _copy_to_scratch(self, run: Run, buffer: memoryview, held: dict[int, int]) -> None:
-        """Holes cost nothing: the scratch file has them already."""
+    def _old_content(self, run: Run) -> dict[int, memoryview]:
+        """By cluster; those that are all zeroes are left out. Raises `OSError`."""
         start = run.first << self._shift
         end = min(run.end << self._shift, self.disk.size)
-        for extent in self.disk.extents(start, end - start):
-            if extent.zero:
-                continue
-            offset, stop = extent.offset, extent.offset + extent.length
-            while offset < stop:
-                cluster = offset >> self._shift
-                part = buffer[: min(stop, (cluster + 1) << self._shift) - offset]
-                part = part[:CHUNK]
-                self.disk.read_into(part, offset)
-                self._scratch.write(part, offset)
-                held[cluster] = held.get(cluster, 0) + len(part)
-                offset += len(part)
+        buffer = memoryview(bytearray(end - start))
+        for extent in self._worth_reading(start, end - start):
+            at = extent.offset - start
+            self.disk.read_into(buffer[at : at + extent.length], extent.offset)
+        parts = ((c, buffer[(c << self._shift) - start :][: self.granularity]) for c in range(run.first, run.end))
+        return {c: part for c, part in parts if np.frombuffer(part, dtype=np.uint8).any()}
+
+    def _worth_reading(self, offset: int, length: int) -> list[StatusExtent]:
+        """What is not known to be holes; for a short range it costs more to ask than to read."""
+        if length < CHUNK:
+            return [StatusExtent(offset, length, zero=False, hole=False)]
+        return [e for e in self.disk.extents(offset, length) if not e.zero]
 
     # -- the job's side -------------------------------------------------------------------------------------------
 
@@ -265,8 +266,10 @@ class CopyBeforeWrite:
 
     def read_into(self, run: Run, buffer: memoryview) -> None:
         """The content of a claimed run, as it was. Raises `OSError`."""
-        source = self._scratch if run.saved else self.disk
-        source.read_into(buffer, run.first << self._shift)
+        if run.saved:
+            self._held.read_into(run.first, run.count, buffer)
+        else:
+            self.disk.read_into(buffer, run.first << self._shift)
 
     def done(self, run: Run) -> None:
         """The job has the content of a claimed run: the guest may overwrite it, scratch lets it go.
@@ -280,7 +283,8 @@ class CopyBeforeWrite:
                 raise self._broken
             kernels.clear_range(self._todo, run.first, run.end - 1)
             kernels.clear_range(self._left, run.first, run.end - 1)
-            held = sum(self._held.pop(c, 0) for c in range(run.first, run.end)) if run.saved else 0
+            held = self._held.drop(run.first, run.count) if run.saved else 0
+            self._held.error = None
         if held:
             start = run.first << self._shift
             self._scratch.discard(start, min(run.end << self._shift, self.disk.size) - start, held)
@@ -306,10 +310,6 @@ class CopyBeforeWrite:
 
     def _claim_on(self, cluster: int) -> Run | None:
         return next((c for c in self._claims if c.first <= cluster < c.end), None)
-
-    def _over(self, claim: Run, cluster: int) -> bool:
-        """Whether ``claim`` is no longer on ``cluster``: it has ended, or been shrunk."""
-        return claim not in self._claims or cluster >= claim.end
 
     def _claim(self, first: int, end: int, limit: int, *, saved: bool) -> Run:
         """The longest run from ``first`` that is all in one state, unclaimed, and at most ``limit`` bytes."""

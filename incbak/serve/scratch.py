@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 from incbak.errors import DiskError
@@ -22,15 +23,20 @@ class Budget:
         self.directory = directory
         self._limit = limit
         self._lock = threading.Lock()
+        self._asked = (0.0, 0)
         self.used = 0
 
     @property
     def limit(self) -> int:
-        """Bytes; without a fixed one, half of what was free in the directory when nothing was used."""
+        """Bytes; without a fixed one, half of what is free in the directory besides; asked once a second."""
         if self._limit is not None:
             return self._limit
-        stat = os.statvfs(self.directory)
-        return (stat.f_bavail * stat.f_frsize + self.used) // 2
+        when, limit = self._asked
+        if time.monotonic() > when + 1 or not limit:
+            stat = os.statvfs(self.directory)
+            limit = (stat.f_bavail * stat.f_frsize + self.used) // 2
+            self._asked = (time.monotonic(), limit)
+        return limit
 
     @property
     def pressed(self) -> bool:

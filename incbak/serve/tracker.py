@@ -101,7 +101,7 @@ class TrackedDisk:
         """Whether `before_write` may take long: a first write to a region, or old content to be saved."""
         first, last = offset >> 26, (offset + length - 1) >> 26
         return any(b.known.find(0, first, last + 1) >= 0 for b in self._recording) or any(
-            c.wants(offset, length) for c in self._copies
+            c.may_wait(offset, length) for c in self._copies
         )
 
     def before_write(self, offset: int, length: int) -> None:
