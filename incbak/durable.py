@@ -154,10 +154,11 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
     return count
 
 
-def commit(temporary: Path, path: Path) -> None:
+def commit(temporary: Path, path: Path, *, replace: bool = False) -> None:
     """Give a file that was written under another name its own: sync it, rename, sync the directory.
 
-    Refuses to replace (`FileExistsError`). For files too large for :func:`write_new`. Raises `DurabilityError`.
+    Refuses to replace (`FileExistsError`) unless told to. For files too large for :func:`write_new`. Raises
+    `DurabilityError`.
     """
     try:
         fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -167,7 +168,7 @@ def commit(temporary: Path, path: Path) -> None:
             crash_point("durable.synced")
         finally:
             os.close(fd)
-        _name(temporary, path, replace=False)
+        _name(temporary, path, replace=replace)
     except FileExistsError:
         raise
     except OSError as e:

@@ -31,6 +31,11 @@ class Counts:
     stored: int = 0
     flushes: int = 0
 
+    @property
+    def received(self) -> int:
+        """All bytes that came, as content or as zeroes."""
+        return self.written + self.zeroed
+
 
 class DiskSink:
     """Where one disk's clusters go. Safe for many threads until `finish`.
@@ -66,6 +71,11 @@ class DiskSink:
         self._flying = 0
         self._idle = threading.Condition(self._lock)
 
+    @property
+    def changed(self) -> int:
+        """Bytes of clusters whose content differs from the tree that this one started from."""
+        return min(self._update.changed * self.cluster_size, self.size)
+
     # -- taking ---------------------------------------------------------------------------------------------------
 
     def write(self, offset: int, data: memoryview, *, owned: bool = False) -> None:
@@ -77,7 +87,8 @@ class DiskSink:
         if length == 0:
             return
         self._check(offset, length)
-        self.counts.written += length
+        with self._lock:
+            self.counts.written += length
         head = -offset % step
         end = offset + length
         whole_end = end if end == self.size else end - end % step
@@ -96,7 +107,8 @@ class DiskSink:
         if length <= 0:
             return
         self._check(offset, length)
-        self.counts.zeroed += length
+        with self._lock:
+            self.counts.zeroed += length
         step, end = self.cluster_size, offset + length
         first = -(-offset // step)
         last = self.clusters if end == self.size else end // step

@@ -32,9 +32,10 @@ POWER_CUT_SLACK_NS = 120_000_000_000
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What ``disk.json`` holds: who this disk is, whatever its image is called."""
+    """What ``disk.json`` holds: who this disk is, and where its image was when it was last opened."""
 
     uuid: str
+    image: str = ""
 
 
 def component(name: str) -> str:
@@ -77,15 +78,18 @@ class BitmapStore:
 
     def _identity(self) -> bytes:
         path = self.directory / "disk.json"
-        try:
-            return uuid.UUID(msgspec.json.decode(path.read_bytes(), type=Identity).uuid).bytes
-        except FileNotFoundError:
-            pass
-        except (msgspec.MsgspecError, ValueError):
-            durable.remove(path)
-        fresh = uuid.uuid4()
-        durable.write_new(path, [msgspec.json.encode(Identity(str(fresh)))])
-        return fresh.bytes
+        found = _read_identity(path)
+        if found is None:
+            found = Identity(str(uuid.uuid4()))
+            durable.write_new(path, [msgspec.json.encode(found)], replace=True)
+        return uuid.UUID(found.uuid).bytes
+
+    def note_image(self, image: Path) -> None:
+        """Remember where the image is, so that `disown` finds the bitmaps of an image that is overwritten."""
+        path = self.directory / "disk.json"
+        found, real = _read_identity(path), os.path.realpath(image)
+        if found and found.image != real:
+            durable.write_new(path, [msgspec.json.encode(Identity(found.uuid, real))], replace=True)
 
     def path(self, name: str) -> Path:
         """Where the bitmap ``name`` is."""
@@ -141,6 +145,15 @@ class BitmapStore:
         """Remove a bitmap's file durably; one that is open must be closed by the caller first or after."""
         durable.remove(self.directory / (component(name) + SUFFIX + ".invalid"))
         durable.remove(self.path(name))
+
+
+def _read_identity(path: Path) -> Identity | None:
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Identity)
+        uuid.UUID(found.uuid)
+    except (FileNotFoundError, msgspec.MsgspecError, ValueError):
+        return None
+    return found
 
 
 def _names(directory: Path) -> Iterator[str]:
@@ -296,8 +309,8 @@ def get_dirty_blocks(state_dir: Path, vm: str, disk: str, name: str) -> list[Ext
     return view(state_dir, vm, disk, name).extents()
 
 
-def invalidate(state_dir: Path, vm: str, disk: str, name: str) -> None:
-    """Make a bitmap invalid by hand. Raises `LockedError` when an owner has it open."""
+def invalidate(state_dir: Path, vm: str, disk: str, name: str, reason: Reason = Reason.INVALIDATED) -> None:
+    """Make a bitmap invalid durably. Raises `LockedError` when an owner has it open."""
     store = BitmapStore(state_dir, vm, disk)
     if not store.path(name).exists():
         raise BitmapError(f"no bitmap {name} of disk {disk} of {vm}", hint="See: incbak bitmap list")
@@ -307,10 +320,25 @@ def invalidate(state_dir: Path, vm: str, disk: str, name: str) -> None:
         if isinstance(slot, Reason):
             return
         bitmap = Bitmap(store.path(name), slot, Found.INVALID, State.DIRTY)
-        bitmap.invalidate(Reason.INVALIDATED)
+        bitmap.invalidate(reason)
         bitmap.close(None)
     finally:
         store.unlock()
 
 
-__all__ = ["EMPTY", "BitmapStore", "BitmapView", "get_dirty_blocks", "invalidate", "view", "views"]
+def disown(state_dir: Path, image: Path) -> list[str]:
+    """Invalidate the bitmaps of ``image``, which is about to be overwritten by something else than its guest.
+
+    A block device has no time of change that would tell so later. Returns their names; raises as `invalidate` does.
+    """
+    real = os.path.realpath(image)
+    done = []
+    for found in views(state_dir):
+        identity = _read_identity(found.path.parent / "disk.json")
+        if identity and identity.image == real and found.reason is None:
+            invalidate(state_dir, found.vm, found.disk, found.name, Reason.DISK_CHANGED)
+            done.append(found.name)
+    return done
+
+
+__all__ = ["EMPTY", "BitmapStore", "BitmapView", "disown", "get_dirty_blocks", "invalidate", "view", "views"]

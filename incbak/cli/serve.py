@@ -9,7 +9,8 @@ import click
 
 from incbak import host
 from incbak.bitmap.store import component
-from incbak.errors import IncbakError, UsageError
+from incbak.cli.settings import common, settings
+from incbak.errors import UsageError
 from incbak.serve.daemon import Daemon, ServeOptions
 from incbak.units import parse_size
 
@@ -19,7 +20,6 @@ from incbak.units import parse_size
 @click.option("--socket", "nbd", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket for NBD.")
 @click.option("--monitor", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket for QMP.")
 @click.option("--tcp", metavar="HOST:PORT", help="Serve NBD on TCP too. There is no TLS: trusted networks only.")
-@click.option("--state-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where bitmaps are kept.")
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
 @click.option("--stdio", is_flag=True, help="Serve one NBD connection on stdin and stdout, then end.")
 @click.option(
@@ -33,12 +33,12 @@ from incbak.units import parse_size
 @click.option("--scratch-limit", metavar="SIZE", help="At most so much of it.  [default: half of what is free]")
 @click.option("--max-connections", type=click.IntRange(1, 10000), default=100, show_default=True, metavar="N")
 @click.argument("disks", nargs=-1, required=True, metavar="DISK=IMAGE...")
+@common
 def serve(
     name: str,
     nbd: Path | None,
     monitor: Path | None,
     tcp: str | None,
-    state_dir: Path | None,
     read_only: bool,
     stdio: bool,
     scratch_dir: Path,
@@ -55,7 +55,7 @@ def serve(
     options = ServeOptions(
         name=name,
         disks=[_disk(d) for d in disks],
-        state_dir=state_dir or host.default_state_dir(),
+        state_dir=settings().state_dir,
         nbd_socket=nbd or runtime / "nbd.sock",
         monitor_socket=monitor or (None if stdio else runtime / "qmp.sock"),
         tcp=_address(tcp) if tcp else None,
@@ -81,16 +81,3 @@ def _address(text: str) -> tuple[str, int]:
     if not colon or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"not HOST:PORT: {text}", hint="Write for example 127.0.0.1:10809.")
     return host_name.strip("[]") or "127.0.0.1", int(port)
-
-
-def main() -> None:
-    """``python -m incbak.cli.serve``: the command alone."""
-    try:
-        serve(standalone_mode=True)
-    except IncbakError as e:
-        print(f"incbak: {e.message}{'. ' + e.hint if e.hint else ''}", file=sys.stderr)
-        sys.exit(e.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -37,6 +37,12 @@ def repository_prefix(repository: str) -> str:
     return f"{PREFIX}-{repository}-"
 
 
+def superseded(plan: DiskPlan) -> list[str]:
+    """The bitmaps of the same repository on the plan's disk that the new one replaces, once the backup exists."""
+    prefix = plan.new_bitmap.rpartition("-")[0] + "-"
+    return [b.name for b in plan.disk.bitmaps if b.name.startswith(prefix) and b.name != plan.new_bitmap]
+
+
 @dataclass(frozen=True)
 class BitmapInfo:
     """One bitmap as its engine reports it. ``count`` is in bytes; it says nothing unless the bitmap is `sound`."""

@@ -22,6 +22,7 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    superseded,
 )
 from incbak.errors import DiskError, IncbakError, UsageError
 from incbak.extents import Extent, StatusExtent, align_out, intersect, merge, total
@@ -45,6 +46,7 @@ class ImageEngine(Engine):
             self._name = disk or _known_disk(state_dir, vm, self._disk.fingerprint().inode)
             self._store = BitmapStore(state_dir, vm, self._name)
             self._store.lock()
+            self._store.note_image(path)
         except BaseException:
             self._disk.close()
             raise
@@ -107,8 +109,8 @@ class ImageEngine(Engine):
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            if plan.base_bitmap:
-                self._remove(plan.base_bitmap)
+            for name in superseded(plan):
+                self._remove(name)
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:

@@ -14,6 +14,7 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    superseded,
 )
 from incbak.engine.jobs import cancel_jobs, wait_for_jobs
 from incbak.engine.session import CommandFailed, Session
@@ -76,8 +77,8 @@ class ServedEngine(Engine):
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            if plan.base_bitmap:
-                await self._remove(plan.disk.node, plan.base_bitmap)
+            for name in superseded(plan):
+                await self._remove(plan.disk.node, name)
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
+import numpy as np
 
 from incbak import durable
 from incbak.errors import DamagedError, FormatTooNewError, LockedError, NoRepositoryError, UsageError
@@ -145,6 +146,20 @@ class Repository:
         """The tree of a backed-up disk."""
         clusters = clusters_in(disk.size, cluster_size or self.cluster_size)
         return TreeReader(self.reader().read, bytes.fromhex(disk.root), clusters)
+
+    def is_whole(self, record: Record) -> bool:
+        """Whether every page of a backup's trees verifies and every cluster is in a pack that is there."""
+        reader = self.reader()
+        try:
+            for disk in record.disks:
+                tree = TreeReader(reader.read, bytes.fromhex(disk.root), clusters_in(disk.size, record.cluster_size))
+                for _digest, level, page in tree.pages(set()):
+                    rows = page[page.any(axis=1)]
+                    if level == 0 and not self.index.have(np.ascontiguousarray(rows)).all():
+                        return False
+        except DamagedError:
+            return False
+        return True
 
     def damage(self) -> Damage:
         """What earlier checks found."""

@@ -34,6 +34,7 @@ def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: b
     store = BitmapStore(state_dir, vm.name, name)
     try:
         store.lock()
+        store.note_image(path)
         good, bad = store.open_all(disk.fingerprint())
     except BaseException:
         disk.close()

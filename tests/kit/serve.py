@@ -100,7 +100,7 @@ class Serve:
         self.directory, self.nbd, self.monitor = directory, directory / "nbd.sock", directory / "qmp.sock"
         for path in (self.nbd, self.monitor):
             path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "incbak.cli.serve", "--name", "vm", "--state-dir", str(directory / "state")]
+        command = [sys.executable, "-m", "incbak", "serve", "--name", "vm", "--state-dir", str(directory / "state")]
         command += ["--socket", str(self.nbd), "--monitor", str(self.monitor), *options]
         command += [f"{name}={path}" for name, path in disks.items()]
         self.log = (directory / "serve.log").open("a+b")

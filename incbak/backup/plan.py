@@ -1,0 +1,125 @@
+"""What is to be done with each disk, and why: a pure function of what the engine has and what the repository has.
+
+The base of a disk is the newest backup in the repository whose bitmap is on the disk and may be believed. Where there
+is none everything is read, for that disk only, and the reason is the one that concerns the newest backup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from incbak.engine.base import Description, DiskPlan, EngineDisk, bitmap_name, repository_prefix
+from incbak.errors import UsageError
+from incbak.reasons import Reason
+from incbak.repo.record import DiskRecord, Record
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the repository knows of a VM. ``records`` are oldest first; ``damaged`` are ids that are no base."""
+
+    repository: str
+    cluster_size: int
+    records: Sequence[Record]
+    damaged: Collection[str] = frozenset()
+    unreadable: Collection[str] = frozenset()
+
+    def bitmap(self, backup: str) -> str:
+        """The name of the bitmap of the writes since ``backup``."""
+        return bitmap_name(self.repository[:8], backup[:8])
+
+    @property
+    def prefix(self) -> str:
+        """How the names of all bitmaps of this repository begin."""
+        return repository_prefix(self.repository[:8])
+
+
+@dataclass
+class Planned:
+    """One disk's part of a run.
+
+    ``base``: the backup whose bitmap says what to read; ``None``: everything is read. ``before``: the disk in the base
+    or else in the newest whole backup of that size; content that is at its place there is not stored again.
+    """
+
+    plan: DiskPlan
+    base: Record | None = None
+    before: DiskRecord | None = None
+
+    @property
+    def name(self) -> str:
+        """The disk's name."""
+        return self.plan.disk.name
+
+
+@dataclass(frozen=True)
+class Request:
+    """``incremental`` or full; ``backup`` is the new backup's id; ``strays``: bitmaps that no backup stands for."""
+
+    incremental: bool
+    backup: str
+    strays: Collection[tuple[str, str]] = field(default=frozenset())
+
+
+def choose(description: Description, include: Sequence[str], exclude: Sequence[str]) -> tuple[EngineDisk, ...]:
+    """The disks asked for, by name, device or node. Raises `UsageError` for a name that nothing has, or no disk."""
+    disks = description.disks
+
+    def named(text: str) -> list[EngineDisk]:
+        found = [d for d in disks if text in (d.name, d.device, d.node)]
+        if not found:
+            why = next((f": {x.why}" for x in description.left_out if x.name == text), "")
+            have = ", ".join(d.name for d in disks) or "none"
+            raise UsageError(f"there is no disk {text!r} to back up{why}", hint=f"The disks are: {have}.")
+        return found
+
+    wanted = [d for text in include for d in named(text)] or list(disks)
+    unwanted = {d.name for text in exclude for d in named(text)}
+    chosen = {d.name: d for d in wanted if d.name not in unwanted}
+    if not chosen:
+        raise UsageError("there is no disk to back up", hint="Look at what the monitor has, and at --disk, --exclude.")
+    return tuple(chosen.values())
+
+
+def make_plan(disks: Sequence[EngineDisk], known: Known, request: Request) -> list[Planned]:
+    """One `Planned` per disk, in order."""
+    return [_disk(disk, known, request) for disk in disks]
+
+
+def _disk(disk: EngineDisk, known: Known, request: Request) -> Planned:
+    plan = DiskPlan(disk, known.bitmap(request.backup), known.cluster_size)
+    whole = [(r, d) for r in reversed(known.records) if (d := r.disk(disk.name)) and r.id not in known.damaged]
+    if request.incremental:
+        for record, before in whole:
+            if _trouble(disk, before, record, known) is None:
+                plan.base_bitmap = known.bitmap(record.id)
+                return Planned(plan, record, before)
+        plan.reason = _why_not(disk, known, request)
+    same_size = next((d for _, d in whole if d.size == disk.size), None)
+    return Planned(plan, None, same_size)
+
+
+def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known) -> Reason | None:
+    """Why ``record`` cannot be the base of ``disk``."""
+    if record.id in known.damaged:
+        return Reason.BASE_DAMAGED
+    if before.size != disk.size:
+        return Reason.RESIZED
+    bitmap = disk.bitmap(known.bitmap(record.id))
+    return bitmap.trouble(known.cluster_size) if bitmap else Reason.BITMAP_MISSING
+
+
+def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
+    """Why no backup can be the base: what is wrong with the newest that has the disk."""
+    newest = next(((r, d) for r in reversed(known.records) if (d := r.disk(disk.name))), None)
+    if any(disk.bitmap(known.bitmap(ident)) for ident in known.unreadable):
+        return Reason.BASE_DAMAGED
+    stray = any(name == disk.name for name, _bitmap in request.strays)
+    if newest is None:
+        if stray:
+            return Reason.BASE_MISSING
+        return Reason.NEW_DISK if known.records else Reason.NO_BASE
+    reason = _trouble(disk, newest[1], newest[0], known)
+    assert reason
+    return Reason.BASE_MISSING if reason is Reason.BITMAP_MISSING and stray else reason

@@ -1,0 +1,366 @@
+"""One backup run, from the lock to the last bitmap that goes. The order, which is what makes it safe:
+
+1. the VM's lock in the repository: no other run can be alive, so everything with our prefix is a dead run's;
+2. leftovers go; what the engine and the repository have decides the plan;
+3. the engine sets up the new bitmaps and the point in time, and copies into the sinks;
+4. each sink has seen a flush and exactly the bytes that the job says it copied; the trees are finished;
+5. the repository's commit: packs, index, locks looked at again, record. Now the backup exists;
+6. only now the bitmaps that it replaces go.
+
+Whatever fails before 5 is complete takes the new bitmaps out again; the base's have kept recording. Killed anywhere,
+the next run finds its way from the names alone: either the record is there and so is its bitmap, or neither counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from incbak import __version__, durable
+from incbak.backup.pipeline import Pipeline
+from incbak.backup.plan import Known, Planned, Request, choose, make_plan
+from incbak.backup.sink import DiskSink
+from incbak.backup.target import SinkServer, SinkTarget
+from incbak.bitmap.format import NAME_LIMIT
+from incbak.engine.base import Description, DiskResult, Engine, RunResult
+from incbak.errors import BackupError, DamagedError, FallbackRefusedError, IncbakError, LockedError, UsageError
+from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
+from incbak.reasons import Reason
+from incbak.repo.damage import add_note
+from incbak.repo.record import DiskRecord, Record
+from incbak.repo.repository import Repository, host_name
+from incbak.repo.writer import Writer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+durable.declare("runner.planned", "runner.copied", "runner.committed", "runner.done")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asked for. ``lock_wait`` in seconds; ``fallback``: whether an incremental may read everything."""
+
+    incremental: bool
+    name: str | None = None
+    disks: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    fallback: bool = True
+    lock_wait: float = 0.0
+    dry_run: bool = False
+    tags: Sequence[str] = ()
+    level: int = 1
+    attachments: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``record``: the backup that was made (``None`` for a dry run). ``failed``: disks that are not in it, and why."""
+
+    vm: str
+    planned: Sequence[Planned]
+    record: Record | None = None
+    failed: Mapping[str, str] | None = None
+
+
+async def run(repo: Repository, engine: Engine, options: Options, report: Reporter = silent) -> Outcome:
+    """Make one backup. Raises `IncbakError`: then there is none, and the engine is as it was, as far as it answers."""
+    vm = options.name or (await engine.describe()).vm
+    if not vm:
+        raise UsageError("the monitor does not say what the VM is called", hint="Name it with --name.")
+    if len(vm.encode()) > NAME_LIMIT:
+        raise UsageError(f"the VM's name is longer than {NAME_LIMIT} bytes", hint="Give a shorter one with --name.")
+    async with _locked(repo, vm, options.lock_wait) as still_locked:
+        distrusted: set[str] = set()
+        while True:
+            attempt = _Attempt(repo, engine, options, report, vm, distrusted)
+            try:
+                return await attempt.run(still_locked)
+            except DamagedError as e:
+                bases = attempt.bases() - distrusted
+                if not bases:
+                    raise
+                distrusted |= bases
+                add_note(repo.storage, set(), bases)
+                report(Warned(f"the base cannot be relied on, so the run begins again without it: {e}"))
+
+
+@asynccontextmanager
+async def _locked(repo: Repository, vm: str, wait: float) -> AsyncIterator[Any]:
+    """The VM's lock, without holding up the event loop while it waits."""
+    deadline = time.monotonic() + wait
+    while True:
+        lock = repo.vm_lock(vm)
+        try:
+            still_locked = lock.__enter__()
+            break
+        except LockedError:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(0.1)
+    try:
+        yield still_locked
+    finally:
+        lock.__exit__(None, None, None)
+
+
+class _Attempt:
+    """One try at a run."""
+
+    def __init__(
+        self, repo: Repository, engine: Engine, options: Options, report: Reporter, vm: str, distrusted: set[str]
+    ) -> None:
+        self._repo, self._engine, self._options, self._report, self._vm = repo, engine, options, report, vm
+        self._distrusted = distrusted
+        self._planned: list[Planned] = []
+        self._started = _now()
+        self._id = repo.new_backup_id()
+
+    def bases(self) -> set[str]:
+        """The backups that this try reads from."""
+        return {p.base.id for p in self._planned if p.base} | self._before
+
+    @property
+    def _before(self) -> set[str]:
+        records = self._repo.backups(self._vm)
+        used = {(p.name, p.before.root) for p in self._planned if p.before}
+        return {r.id for r in records for d in r.disks if (d.name, d.root) in used}
+
+    async def run(self, still_locked: Any) -> Outcome:
+        description = await self._plan()
+        if self._options.dry_run:
+            return Outcome(self._vm, self._planned)
+        self._tell_fallbacks()
+        durable.crash_point("runner.planned")
+        writer = await asyncio.to_thread(self._repo.writer, still_locked, self._options.level)
+        pipeline = Pipeline(writer, self._repo.cluster_size)
+        try:
+            return await self._copy_and_commit(description, writer, pipeline)
+        finally:
+            await asyncio.to_thread(pipeline.close)
+            await asyncio.to_thread(writer.abort)
+
+    # -- before the copy ------------------------------------------------------------------------------------------
+
+    async def _plan(self) -> Description:
+        all_backups = await asyncio.to_thread(self._repo.backups)
+        known = Known(
+            self._repo.id,
+            self._repo.cluster_size,
+            [r for r in all_backups if r.vm == self._vm],
+            frozenset(),
+            tuple(self._repo.unreadable),
+        )
+        keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
+        description = await self._engine.describe()
+        strays = {
+            (d.name, b.name)
+            for d in description.disks
+            for b in d.bitmaps
+            if b.name.startswith(known.prefix) and b.name not in keep
+        }
+        if not self._options.dry_run:
+            for removed in await self._engine.cleanup(known.prefix, keep):
+                self._report(Notice(f"removed what an earlier run left: {removed}"))
+            description = await self._engine.describe()
+        disks = choose(description, self._options.disks, self._options.exclude)
+        damaged = await asyncio.to_thread(self._damaged, known.records)
+        known = Known(known.repository, known.cluster_size, known.records, damaged, known.unreadable)
+        self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
+        if not self._options.fallback and (bad := next((p for p in self._planned if p.plan.reason), None)):
+            reason = bad.plan.reason
+            assert reason
+            message = f"disk {bad.name} would have to be read whole: {reason.text} ({reason})"
+            raise FallbackRefusedError(message, reason=reason, hint="Run without --no-fallback, or make a full.")
+        return description
+
+    def _damaged(self, records: Sequence[Record]) -> frozenset[str]:
+        """Backups that are no base: noted by a check, found wrong in this run, or missing a pack."""
+        noted = self._repo.damage().backups | self._distrusted
+        index = self._repo.index
+        index.refresh()
+        if all(bool(f.usable.all()) for f in index.files) and not index.damaged:
+            return frozenset(noted)
+        newest = {d.name: r for r in records for d in r.disks}
+        lost = {r.id for r in newest.values() if not self._repo.is_whole(r)}
+        return frozenset(noted | lost)
+
+    def _tell_fallbacks(self) -> None:
+        for planned in self._planned:
+            if planned.plan.reason:
+                self._report(Fallback(planned.name, planned.plan.reason))
+
+    # -- the copy -------------------------------------------------------------------------------------------------
+
+    async def _copy_and_commit(self, description: Description, writer: Writer, pipeline: Pipeline) -> Outcome:
+        plans = [p.plan for p in self._planned]
+        committed = False
+        try:
+            sinks = {p.name: await asyncio.to_thread(self._sink, p, writer, pipeline) for p in self._planned}
+            result = await self._copy(sinks, pipeline)
+            durable.crash_point("runner.copied")
+            roots, failed = await asyncio.to_thread(_finish, sinks, result, pipeline)
+            if not roots:
+                raise _cause(failed, pipeline)
+            record = self._record(description, sinks, roots, result, failed)
+            await _to_the_end(asyncio.to_thread(writer.commit, record))
+            committed = True
+        finally:
+            if not committed:
+                await _to_the_end(self._roll_back(plans))
+        durable.crash_point("runner.committed")
+        await _to_the_end(self._give_up_replaced(set(roots)))
+        durable.crash_point("runner.done")
+        return Outcome(self._vm, self._planned, record, failed)
+
+    def _sink(self, planned: Planned, writer: Writer, pipeline: Pipeline) -> DiskSink:
+        full = planned.base is None
+        disk = planned.plan.disk
+        return DiskSink(self._repo, writer, pipeline, disk.name, disk.size, planned.before, full)
+
+    async def _copy(self, sinks: Mapping[str, DiskSink], pipeline: Pipeline) -> RunResult:
+        with SinkServer(sinks) as server:
+            targets = {name: SinkTarget(sink, server) for name, sink in sinks.items()}
+
+            def progress(disk: str, done: int, total: int) -> None:
+                self._report(Progress(disk, done, total))
+
+            try:
+                return await self._engine.run([p.plan for p in self._planned], targets, progress)
+            except IncbakError as e:
+                if pipeline.failure:
+                    raise _root(pipeline.failure) from e
+                raise
+
+    async def _roll_back(self, plans: Sequence[Any]) -> None:
+        try:
+            await self._engine.rollback(plans)
+        except IncbakError as e:
+            log.warning("the new bitmaps stay until the next run: %s", e)
+
+    async def _give_up_replaced(self, done: set[str]) -> None:
+        """The backup exists, so trouble here is only worth a warning: a bitmap too many harms nothing."""
+        try:
+            await self._engine.rollback([p.plan for p in self._planned if p.name not in done])
+            await self._engine.commit([p.plan for p in self._planned if p.name in done])
+        except IncbakError as e:
+            self._report(Warned(f"the backup is made, but older bitmaps could not be removed: {e}"))
+
+    # -- the record -----------------------------------------------------------------------------------------------
+
+    def _record(
+        self,
+        description: Description,
+        sinks: Mapping[str, DiskSink],
+        roots: Mapping[str, bytes],
+        result: RunResult,
+        failed: Mapping[str, str],
+    ) -> Record:
+        disks = tuple(_disk_record(p, sinks[p.name], roots[p.name]) for p in self._planned if p.name in roots)
+        bases = [p.base for p in self._planned if p.base and p.name in roots]
+        notes = [*description.notes, *result.notes]
+        notes += [f"disk {x.name} was left out: {x.why}" for x in description.left_out]
+        notes += [f"disk {name} failed: {why}" for name, why in failed.items()]
+        if result.frozen is not None:
+            notes.append("the guest's file systems were frozen" if result.frozen else "the guest was not frozen")
+        everything = self._repo.backups()
+        return Record(
+            id=self._id,
+            seq=max((r.seq for r in everything), default=0) + 1,
+            vm=self._vm,
+            kind="incremental" if bases else "full",
+            base=max(bases, key=lambda r: r.seq).id if bases else None,
+            started=self._started,
+            finished=_now(),
+            cluster_size=self._repo.cluster_size,
+            disks=disks,
+            engine=description.engine,
+            host=host_name(),
+            program=f"incbak {__version__}",
+            tags=tuple(self._options.tags),
+            config=dict(description.config),
+            attachments=dict(self._options.attachments or {}),
+            notes=tuple(notes),
+        )
+
+
+def _disk_record(planned: Planned, sink: DiskSink, root: bytes) -> DiskRecord:
+    reason: Reason | None = planned.plan.reason
+    return DiskRecord(
+        name=planned.name,
+        size=sink.size,
+        kind="incremental" if planned.base else "full",
+        base=planned.base.id if planned.base else None,
+        reason=reason.value if reason else None,
+        read=sink.counts.received,
+        changed=sink.changed,
+        stored=sink.counts.stored,
+        root=root.hex(),
+        bitmap=planned.plan.new_bitmap,
+    )
+
+
+def _finish(
+    sinks: Mapping[str, DiskSink], result: RunResult, pipeline: Pipeline
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Roots of the disks whose copy is proven whole, and why the others are not."""
+    roots: dict[str, bytes] = {}
+    failed: dict[str, str] = {}
+    for name, sink in sinks.items():
+        copy = result.disks.get(name, DiskResult(error="the engine says nothing of it"))
+        if copy.error:
+            failed[name] = copy.error
+        elif sink.counts.received != copy.copied:
+            failed[name] = f"the job says it copied {copy.copied} bytes, {sink.counts.received} came"
+        else:
+            try:
+                roots[name] = sink.finish()
+            except DamagedError:
+                raise
+            except BackupError as e:
+                failed[name] = str(e)
+    if pipeline.failure:
+        raise _root(pipeline.failure)
+    return roots, failed
+
+
+def _cause(failed: Mapping[str, str], pipeline: Pipeline) -> IncbakError:
+    if pipeline.failure:
+        return _root(pipeline.failure)
+    why = "; ".join(f"disk {name}: {error}" for name, error in failed.items())
+    return BackupError(f"no backup was made: {why}", hint="The next run goes on from the same base.")
+
+
+def _root(failure: BaseException) -> IncbakError:
+    """What stopped the pipeline: that is what the user has to mend, not the I/O errors that followed from it."""
+    return failure if isinstance(failure, IncbakError) else BackupError(f"cannot store the backup: {failure}")
+
+
+async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do ``work`` whole even if this task is cancelled meanwhile; the cancellation is forgotten only when it worked."""
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+            cancelled = True
+        except Exception:  # noqa: BLE001 - raised again below, from the task itself
+            break
+    if cancelled and (current := asyncio.current_task()):
+        with suppress(AttributeError):
+            current.uncancel()
+    return task.result()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,164 @@
+"""``incbak full`` and ``incbak incremental``."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import click
+
+from incbak.backup.runner import Options, Outcome, run
+from incbak.cli.settings import Settings, common, settings
+from incbak.engine.base import Engine
+from incbak.engine.detect import Source, open_engine
+from incbak.errors import IncompleteError, LockedError
+from incbak.report.backups import as_json, disk_line
+from incbak.report.console import Console
+from incbak.units import parse_duration
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def _source_options(command: C) -> C:
+    options = (
+        click.argument("source", metavar="SOURCE"),
+        click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]"),
+        click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated."),
+        click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated."),
+        click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM."),
+        click.option("--tag", "tags", multiple=True, metavar="TAG", help="Note in the record; may be repeated."),
+        click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(short_help="Back up every cluster of a VM's disks.")
+@_source_options
+@common
+def full(source: str, **options: Any) -> None:
+    """Back up all disks of SOURCE at one point in time, reading every cluster.
+
+    SOURCE is a monitor (qmp:/run/web1.qmp or qmp:HOST:PORT), or an image that nobody has open.
+
+    \b
+    Example:
+      incbak -r /backup full qmp:/run/incbak/web1/qmp.sock
+    """
+    _back_up(source, incremental=False, fallback=True, **options)
+
+
+@click.command(short_help="Back up the clusters written since the last backup.")
+@_source_options
+@click.option("--no-fallback", is_flag=True, help="Exit with 4 rather than read a disk whole.")
+@common
+def incremental(source: str, no_fallback: bool, **options: Any) -> None:
+    """Back up what the disks' bitmaps say was written since the last backup of SOURCE.
+
+    A disk without a bitmap that can be believed is read whole; the reason is printed and kept in the record.
+
+    \b
+    Example:
+      incbak -r /backup incremental qmp:/run/incbak/web1/qmp.sock
+    """
+    _back_up(source, incremental=True, fallback=not no_fallback, **options)
+
+
+def _back_up(
+    source: str,
+    *,
+    incremental: bool,
+    fallback: bool,
+    name: str | None,
+    disks: tuple[str, ...],
+    exclude: tuple[str, ...],
+    lock_wait: str,
+    tags: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    here = settings()
+    wait = parse_duration(lock_wait)
+    options = Options(
+        incremental=incremental,
+        name=name,
+        disks=disks,
+        exclude=exclude,
+        fallback=fallback,
+        lock_wait=wait,
+        dry_run=dry_run,
+        tags=tags,
+    )
+    console = here.reporter()
+    try:
+        wanted = Source(source, here.state_dir, name, disks)
+        outcome = interruptible(_run(here, wanted, options, console))
+    finally:
+        console.end()
+    _tell(here, outcome)
+
+
+async def _run(here: Settings, source: Source, options: Options, console: Console) -> Outcome:
+    repo = here.open()
+    engine = await _open(source, options.lock_wait)
+    try:
+        return await run(repo, engine, options, console)
+    finally:
+        await engine.close()
+        repo.close()
+
+
+async def _open(source: Source, wait: float) -> Engine:
+    """An image that another run holds is waited for, as its lock in the repository is."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            return await open_engine(source)
+        except LockedError:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(0.2)
+
+
+def interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work``; SIGINT and SIGTERM cancel it, so that it can clean up. Raises `KeyboardInterrupt` then."""
+
+    async def body() -> T:
+        task = asyncio.current_task()
+        assert task
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with suppress(NotImplementedError, RuntimeError, ValueError):
+                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(body())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def _tell(here: Settings, outcome: Outcome) -> None:
+    record = outcome.record
+    if record is None:
+        for planned in outcome.planned:
+            why = f" [{planned.plan.reason}]" if planned.plan.reason else ""
+            how = f"incremental on {planned.base.id[:8]}" if planned.base else "full"
+            if here.json:
+                base = planned.base.id if planned.base else None
+                kind = "incremental" if base else "full"
+                here.tell({"vm": outcome.vm, "disk": planned.name, "kind": kind, "base": base,
+                           "reason": planned.plan.reason, "dry_run": True})  # fmt: skip
+            here.say(f"{outcome.vm} {planned.name}: would be {how}{why}")
+        return
+    if here.json:
+        here.tell(as_json(record))
+    for disk in record.disks:
+        here.say(disk_line(record, disk))
+    if outcome.failed:
+        why = "; ".join(f"disk {name}: {error}" for name, error in outcome.failed.items())
+        raise IncompleteError(f"backup {record.id[:8]} lacks disks: {why}", hint="The next run tries them again.")

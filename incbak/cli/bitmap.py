@@ -1,0 +1,173 @@
+"""``incbak bitmap``: look at bitmap files, without disturbing who owns them."""
+
+from __future__ import annotations
+
+import click
+import numpy as np
+
+from incbak.bitmap.format import REGION, TOUCHED, Flag, layout
+from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, view, views
+from incbak.cli.settings import common, printable, settings
+from incbak.errors import BitmapError, UsageError
+from incbak.extents import total
+from incbak.report.backups import table
+from incbak.units import format_size
+
+_WIDTH = 64
+_SHADES = " .:-=+*#%@"
+
+
+@click.group("bitmap", short_help="List, show and invalidate dirty bitmaps.")
+@common
+def bitmap() -> None:
+    """Look at dirty bitmaps in the state directory; a bitmap is named after the backup it counts from."""
+
+
+@bitmap.command("list", short_help="List the bitmaps.")
+@click.option("--name", metavar="VM", help="Only of this VM.")
+@common
+def list_bitmaps(name: str | None) -> None:
+    """List all bitmaps with their state and dirty bytes."""
+    here = settings()
+    found = views(here.state_dir, name)
+    if here.json:
+        for each in found:
+            here.tell(_as_json(each))
+        return
+    rows = [["VM", "DISK", "BITMAP", "STATE", "DIRTY"]]
+    rows += [[v.vm, v.disk, v.name, _state(v), format_size(_dirty(v))] for v in found]
+    if found or not here.quiet:
+        click.echo(printable(table(rows)) if found else "no bitmaps")
+
+
+def _dirty(found: BitmapView) -> int:
+    try:
+        return total(found.extents())
+    except BitmapError:
+        return 0
+
+
+def _state(found: BitmapView) -> str:
+    if found.reason:
+        return f"invalid ({found.reason})"
+    assert found.slot
+    if found.in_use:
+        return "in use"
+    return "clean" if found.slot.flags & Flag.CLEAN else "unclean"
+
+
+def _as_json(found: BitmapView) -> dict[str, object]:
+    return {
+        "vm": found.vm,
+        "disk": found.disk,
+        "name": found.name,
+        "state": "invalid" if found.reason else _state(found),
+        "reason": found.reason,
+        "size": found.slot.size if found.slot else None,
+        "granularity": found.slot.granularity if found.slot else None,
+        "dirty": _dirty(found),
+    }
+
+
+def _pick(vm: str, disk: str | None, name: str | None) -> BitmapView:
+    """The one bitmap meant; the newest file when no name was given."""
+    here = settings()
+    if disk and name:
+        return view(here.state_dir, vm, disk, name)
+    matching = [v for v in views(here.state_dir, vm) if disk in (None, v.disk) and (name is None or name in v.name)]
+    if not matching:
+        raise UsageError(f"there is no such bitmap of {vm}", hint="See: incbak bitmap list")
+    if len({v.disk for v in matching}) > 1:
+        names = ", ".join(sorted({v.disk for v in matching}))
+        raise UsageError(f"{vm} has bitmaps of several disks: {names}", hint="Say which with --disk.")
+    if name is not None and len(matching) > 1:
+        raise UsageError(f"several bitmaps of {vm} match {name!r}", hint="Give the whole name.")
+    return max(matching, key=lambda v: v.slot.created_ns if v.slot else 0)
+
+
+_pick_options = (
+    click.argument("vm"),
+    click.option("--disk", metavar="DISK", help="Which disk."),
+    click.option("--bitmap", "name", metavar="NAME", help="Which bitmap, or part of its name.  [default: the newest]"),
+)
+
+
+@bitmap.command("show", short_help="Show a bitmap's header and a map of it.")
+@_pick_options[0]
+@_pick_options[1]
+@_pick_options[2]
+@common
+def show(vm: str, disk: str | None, name: str | None) -> None:
+    """Show a bitmap of VM: its header, and which parts of the disk are dirty."""
+    here = settings()
+    found = _pick(vm, disk, name)
+    if here.json:
+        here.tell(_as_json(found))
+        return
+    lines = [f"bitmap       {found.name}", f"file         {found.path}", f"state        {_state(found)}"]
+    if found.reason:
+        lines.append(f"reason       {found.reason.text}")
+    if slot := found.slot:
+        regions, touched = slot.regions, _touched(found)
+        lines += [
+            f"disk         {found.disk} of {found.vm}, {slot.size} bytes",
+            f"granularity  {format_size(slot.granularity)}",
+            f"dirty        {format_size(_dirty(found))}",
+            f"regions      {touched} of {regions} of {format_size(REGION)} touched",
+            f"map          [{_map(found)}]",
+        ]
+    click.echo(printable("\n".join(lines)))
+
+
+def _touched(found: BitmapView) -> int:
+    assert found.slot
+    _start, coarse, _end = layout(found.slot)
+    with found.path.open("rb") as f:
+        f.seek(coarse)
+        return f.read(found.slot.regions).count(bytes([TOUCHED]))
+
+
+def _map(found: BitmapView) -> str:
+    """One character per part of the disk: the darker, the more of it is dirty."""
+    assert found.slot
+    width = max(min(_WIDTH, found.slot.clusters), 1)
+    dirty, per = np.zeros(width), found.slot.clusters / width
+    for first, count in found.runs().tolist():
+        start, end = first / per, (first + count) / per
+        for cell in range(int(start), min(int(np.ceil(end)), width)):
+            dirty[cell] += min(end, cell + 1) - max(start, cell)
+    return "".join(_SHADES[0 if d == 0 else max(1, min(9, round(d * 9)))] for d in dirty.tolist())
+
+
+@bitmap.command("dirty", short_help="List what was written since the backup.")
+@_pick_options[0]
+@_pick_options[1]
+@_pick_options[2]
+@common
+def dirty(vm: str, disk: str | None, name: str | None) -> None:
+    """List the dirty ranges of a bitmap of VM: offset and length in bytes."""
+    here = settings()
+    found = _pick(vm, disk, name)
+    for extent in get_dirty_blocks(here.state_dir, found.vm, found.disk, found.name):
+        if here.json:
+            here.tell({"offset": extent.offset, "length": extent.length})
+        else:
+            click.echo(f"{extent.offset} {extent.length}")
+
+
+@bitmap.command("invalidate", short_help="Make the next backup read everything.")
+@_pick_options[0]
+@_pick_options[1]
+@_pick_options[2]
+@common
+def invalidate_bitmap(vm: str, disk: str | None, name: str | None) -> None:
+    """Make a bitmap of VM invalid: the next incremental reads the whole disk, and stores what differs.
+
+    For use after the image was changed by something that incbak did not see, such as a file system repair.
+    """
+    here = settings()
+    found = _pick(vm, disk, name)
+    invalidate(here.state_dir, found.vm, found.disk, found.name)
+    if here.json:
+        here.tell({"vm": found.vm, "disk": found.disk, "name": found.name, "state": "invalid"})
+    here.say(f"bitmap {found.name} of {found.disk} of {found.vm} is invalid now")

@@ -1,0 +1,106 @@
+"""The command line: one group, one place where an error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from types import MappingProxyType
+from typing import NoReturn
+
+import click
+
+from incbak import __version__
+from incbak.cli.settings import common, debugging, printable
+from incbak.errors import IncbakError
+
+INTERRUPTED = 130
+
+_COMMANDS = MappingProxyType(
+    {
+        "init": "repository:init",
+        "full": "backup:full",
+        "incremental": "backup:incremental",
+        "inc": "backup:incremental",
+        "list": "repository:list_backups",
+        "show": "repository:show",
+        "diff": "repository:diff",
+        "restore": "restore:restore",
+        "check": "repository:check",
+        "bitmap": "bitmap:bitmap",
+        "serve": "serve:serve",
+    }
+)
+"""Where each command is: its module is imported when it is needed, so that a start is quick."""
+
+
+class Lazy(click.Group):
+    """A group that imports a command when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in _COMMANDS if name != "inc"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name].partition(":")
+        found: click.Command = getattr(importlib.import_module(f"incbak.cli.{module}"), attribute)
+        return found
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
+@click.version_option(__version__, prog_name="incbak")
+@common
+def cli() -> None:
+    """Incremental backups of virtual machine disks that a crash does not spoil.
+
+    \b
+    A first backup and a restore:
+      incbak init -r /backup
+      incbak -r /backup full qmp:/run/incbak/web1/qmp.sock
+      incbak -r /backup incremental qmp:/run/incbak/web1/qmp.sock
+      incbak -r /backup restore latest web1.raw
+    """
+
+
+def main() -> NoReturn:
+    """The console script. Always raises `SystemExit`."""
+    logging.basicConfig(format="incbak: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    for name in ("qemu.qmp", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        status = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except IncbakError as e:
+        _say_error(str(e), e.hint)
+        status = e.exit_code
+    except click.ClickException as e:
+        context = getattr(e, "ctx", None)
+        _say_error(e.format_message(), f"Try: {context.command_path} --help" if context else "")
+        status = e.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say_error("interrupted", "")
+        status = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except MemoryError:
+        _say_error("out of memory", "")
+        status = 1
+    except OSError as e:
+        _say_error(f"{e.filename or 'the system'}: {e.strerror or e}", "")
+        status = 1
+    except Exception as e:  # noqa: BLE001 - whatever it is: a message and an exit code, never a traceback
+        if debugging():
+            traceback.print_exc()
+        _say_error(f"internal error: {type(e).__name__}: {e}", "Please report it, with what INCBAK_DEBUG=1 prints.")
+        status = 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _say_error(message: str, hint: str) -> None:
+    print(printable(f"incbak: error: {message}"), file=sys.stderr)
+    if hint:
+        print(printable(f"incbak: {hint}"), file=sys.stderr)

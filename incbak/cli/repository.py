@@ -1,0 +1,162 @@
+"""``incbak init``, ``list``, ``show``, ``diff`` and ``check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+
+from incbak.cli.settings import Settings, common, printable, settings
+from incbak.errors import DamagedError, UsageError
+from incbak.repo import check as checks
+from incbak.repo.record import Record
+from incbak.repo.repository import DEFAULT_CLUSTER, Repository
+from incbak.repo.tree import differing
+from incbak.report.backups import as_json, details, listing
+from incbak.units import format_size, parse_size
+
+
+@click.command(short_help="Make a new repository.")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--cluster-size", metavar="SIZE", default=str(DEFAULT_CLUSTER), help="4K to 4M.  [default: 64K]")
+@common
+def init(path: Path | None, cluster_size: str) -> None:
+    """Make a repository in PATH (or where -r says), which must be missing or empty.
+
+    \b
+    Example:
+      incbak init /backup
+    """
+    here = settings()
+    where = path or here.repository_path()
+    repo = Repository.init(where, parse_size(cluster_size))
+    if here.json:
+        here.tell({"repository": str(where), "id": repo.id, "cluster_size": repo.cluster_size})
+    here.say(f"made repository {repo.id[:8]} in {where}, clusters of {format_size(repo.cluster_size)}")
+
+
+@click.command("list", short_help="List the backups.")
+@click.option("--name", metavar="VM", help="Only of this VM.")
+@common
+def list_backups(name: str | None) -> None:
+    """List the backups, oldest first."""
+    here = settings()
+    repo = here.open()
+    records = repo.backups(name)
+    if here.json:
+        for record in records:
+            here.tell(as_json(record))
+    elif records:
+        click.echo(printable(listing(records)))
+    elif not here.quiet:
+        click.echo("no backups")
+    if repo.unreadable:
+        why = "; ".join(repo.unreadable.values())
+        raise DamagedError(f"{len(repo.unreadable)} records cannot be read: {why}", hint="Run: incbak check")
+
+
+@click.command(short_help="Show one backup in full.")
+@click.argument("backup")
+@click.option("--name", metavar="VM", help="Which VM's latest.")
+@click.option("--vm", is_flag=True, help="Show what the engine said of the VM, as JSON.")
+@common
+def show(backup: str, name: str | None, vm: bool) -> None:
+    """Show a backup: an id, a unique prefix of one, or "latest"."""
+    here = settings()
+    record = here.open().find(backup, name)
+    if vm:
+        click.echo(msgspec.json.format(msgspec.json.encode(record.config)).decode())
+    elif here.json:
+        here.tell(as_json(record) | {"config": record.config, "host": record.host, "program": record.program})
+    else:
+        click.echo(printable(details(record)))
+
+
+@click.command(short_help="List the clusters that differ between two backups.")
+@click.argument("a")
+@click.argument("b")
+@click.option("--disk", metavar="DISK", help="Only this disk.")
+@click.option("--name", metavar="VM", help="Which VM's latest.")
+@common
+def diff(a: str, b: str, disk: str | None, name: str | None) -> None:
+    """List the ranges that differ between backups A and B: disk, offset, length, in bytes.
+
+    Only the pages of the two trees that differ are read.
+    """
+    here = settings()
+    repo = here.open()
+    left, right = repo.find(a, name), repo.find(b, name)
+    names = [d.name for d in left.disks if right.disk(d.name)] if disk is None else [disk]
+    if not names:
+        raise UsageError(f"backups {left.id[:8]} and {right.id[:8]} have no disk in common")
+    total = 0
+    for each in names:
+        for offset, length in _differing(repo, left, right, each):
+            total += length
+            if here.json:
+                here.tell({"disk": each, "offset": offset, "length": length})
+            else:
+                click.echo(f"{printable(each)} {offset} {length}")
+    if not here.json and not here.quiet:
+        click.echo(f"{format_size(total)} differ", err=True)
+
+
+def _differing(repo: Repository, left: Record, right: Record, name: str) -> list[tuple[int, int]]:
+    x, y = left.disk(name), right.disk(name)
+    if x is None or y is None:
+        raise UsageError(f"not both backups have a disk {name!r}", hint="See: incbak show BACKUP")
+    if x.size != y.size:
+        raise UsageError(f"disk {name} has {x.size} bytes in the one and {y.size} in the other backup")
+    step = left.cluster_size
+    runs = differing(repo.tree(x, step), repo.tree(y, step))
+    return [(first * step, min(count * step, x.size - first * step)) for first, count in runs]
+
+
+@click.command(short_help="Verify the repository.")
+@click.option("--read-data", is_flag=True, help="Read and verify every blob.")
+@click.option("--read-data-subset", metavar="PERCENT", help="Read and verify such a part of the packs, drawn anew.")
+@click.option("--rebuild-index", is_flag=True, help="First make the index anew from the packs.")
+@common
+def check(read_data: bool, read_data_subset: str | None, rebuild_index: bool) -> None:
+    """Verify config, packs, index, records and trees; with --read-data the digest of everything that is stored.
+
+    Exits with 13 when something is damaged. What is damaged is stored again by the next backup that reads it.
+    """
+    here = settings()
+    repo = here.open()
+    fraction = _fraction(read_data_subset) if read_data_subset else 1.0
+    if rebuild_index:
+        with repo.storage.lock("repository.lock", exclusive=True, wait=0):
+            here.say(f"made the index anew: {checks.rebuild_index(repo)} blobs")
+    console = here.reporter()
+    try:
+        found = checks.check(repo, read_data=read_data or bool(read_data_subset), fraction=fraction, report=console)
+    finally:
+        console.end()
+    _tell(here, found)
+
+
+def _tell(here: Settings, found: checks.Report) -> None:
+    if here.json:
+        problems = [{"what": p.what, "backups": list(p.backups)} for p in found.problems]
+        here.tell({"problems": problems, "backups": found.backups, "packs": found.packs, "blobs": found.blobs,
+                   "bytes_read": found.bytes_read})  # fmt: skip
+    for problem in found.problems:
+        click.echo(printable(f"incbak: {problem.what}"), err=True)
+    if found.problems:
+        hurt = sorted({b[:8] for p in found.problems for b in p.backups})
+        what = f"backups that are not whole: {', '.join(hurt)}" if hurt else "every backup is whole"
+        raise DamagedError(f"{len(found.problems)} problems; {what}", hint="The next backup stores anew what it can.")
+    read = f", {format_size(found.bytes_read)} read" if found.bytes_read else ""
+    here.say(f"no problems: {found.backups} backups, {found.packs} packs, {found.blobs} blobs{read}")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / 100
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise UsageError(f"not a percentage: {text!r}", hint="Write for example 5%.")
+    return value

@@ -1,0 +1,113 @@
+"""The options that every command takes, before or after the command's name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from incbak import host
+from incbak.errors import UsageError
+from incbak.repo.repository import Repository
+from incbak.report.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Settings:
+    """What the common options said."""
+
+    repository: Path | None = None
+    state: Path | None = None
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+
+    @property
+    def state_dir(self) -> Path:
+        """Where bitmaps are."""
+        return self.state or host.default_state_dir()
+
+    def repository_path(self) -> Path:
+        """Raises `UsageError` when none was given."""
+        if self.repository is None:
+            raise UsageError("no repository was given", hint="Give -r DIR, or set INCBAK_REPOSITORY.")
+        return self.repository
+
+    def open(self) -> Repository:
+        """The repository."""
+        return Repository.open(self.repository_path())
+
+    def reporter(self) -> Console:
+        """For the library's events."""
+        return Console(-1 if self.quiet else int(self.verbose))
+
+    def say(self, text: str) -> None:
+        """A result for people, on stdout; not with ``--quiet`` or ``--json``."""
+        if not self.quiet and not self.json:
+            click.echo(printable(text))
+
+    def tell(self, what: dict[str, Any]) -> None:
+        """A result for scripts: one line of JSON on stdout."""
+        click.echo(json.dumps(what))
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters: names may come from a repository that somebody else wrote."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def settings() -> Settings:
+    """Of the command that runs."""
+    return click.get_current_context().ensure_object(Settings)
+
+
+def _keep(field: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        here = ctx.ensure_object(Settings)
+        from_environment = ctx.get_parameter_source(param.name or "") is ParameterSource.ENVIRONMENT
+        if value not in (None, False) and not (from_environment and getattr(here, field)):
+            setattr(here, field, value)
+        return value
+
+    return callback
+
+
+def common(command: F) -> F:
+    """Decorate a command (or the group) with the common options."""
+    path = click.Path(path_type=Path)
+    options = (
+        click.option(
+            "-r", "--repository", type=path, metavar="DIR", envvar="INCBAK_REPOSITORY", help="The repository.",
+            callback=_keep("repository"), expose_value=False,
+        ),
+        click.option(
+            "--state-dir", type=path, metavar="DIR", help="Where bitmaps are kept.  [env: INCBAK_STATE_DIR]",
+            callback=_keep("state"), expose_value=False,
+        ),
+        click.option(
+            "-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors.",
+            callback=_keep("quiet"), expose_value=False,
+        ),
+        click.option(
+            "-v", "--verbose", is_flag=True, help="Print more.", callback=_keep("verbose"), expose_value=False
+        ),
+        click.option(
+            "--json", is_flag=True, help="Print one JSON object per line.", callback=_keep("json"), expose_value=False
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted."""
+    return bool(os.environ.get("INCBAK_DEBUG"))
