@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +17,7 @@ from blake3 import blake3
 from incbak import durable, host
 from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
-from incbak.bitmap.format import REGION_SHIFT, TOUCHED, UNTOUCHED, Flag, Slot
+from incbak.bitmap.format import REGION, REGION_SHIFT, TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.errors import BitmapError, DurabilityError
 from incbak.extents import Extent
 from incbak.fingerprint import Fingerprint
@@ -80,6 +82,27 @@ class Bitmap:
         self._sync_lock = threading.Lock()
         self._started = self._done = 0
         self._durable = bytearray(slot.regions)
+        self._failed = False
+        """Something could not be made durable, and the bitmap not yet invalid: no call may succeed before it is."""
+
+    @contextmanager
+    def _syncing(self) -> Iterator[None]:
+        """Hold the sync lock. A failure within is final: the bitmap is durably invalid before the lock is let go.
+
+        Were it let go earlier, the next thread's sync would succeed, since the kernel reports a failure once only.
+        """
+        with self._sync_lock:
+            if self._failed:
+                self._invalidate(Reason.TRACKING_FAILED)
+            if self.state is State.INVALID:
+                raise BitmapError(f"bitmap {self.name} is invalid", reason=self.reason)
+            try:
+                yield
+            except (OSError, DurabilityError) as e:
+                self._failed = True
+                self._invalidate(Reason.TRACKING_FAILED)
+                why = f"cannot record writes in bitmap {self.name}: {e}"
+                raise BitmapError(why, reason=Reason.TRACKING_FAILED) from e
 
     # -- marking --------------------------------------------------------------------------------------------------
 
@@ -111,26 +134,17 @@ class Bitmap:
         first, last = offset >> REGION_SHIFT, (offset + length - 1) >> REGION_SHIFT
         if self.known.find(0, first, last + 1) < 0:
             return
-        if self.state is State.INVALID:
-            raise BitmapError(f"bitmap {self.name} is invalid", reason=self.reason)
-        try:
-            self._touch(first, last)
-        except (OSError, DurabilityError) as e:
-            self.invalidate(Reason.TRACKING_FAILED)
-            raise BitmapError(f"cannot record writes in bitmap {self.name}: {e}", reason=Reason.TRACKING_FAILED) from e
-
-    def _touch(self, first: int, last: int) -> None:
         with self._lock:
             self._coarse[first : last + 1] = TOUCHED
             wanted = self._started + 1
-        durable.crash_point("bitmap.region-set")
-        with self._sync_lock:
+        with self._syncing():
+            durable.crash_point("bitmap.region-set")
             if self.state is State.CLEAN:
                 self._clear_flag()
             if self._durable.find(0, first, last + 1) >= 0 and self._done < wanted:
                 self._sync_regions()
-        durable.crash_point("bitmap.region-synced")
-        self._durable[first : last + 1] = self.known[first : last + 1] = b"\1" * (last + 1 - first)
+            durable.crash_point("bitmap.region-synced")
+            self._durable[first : last + 1] = self.known[first : last + 1] = b"\1" * (last + 1 - first)
 
     def _sync_regions(self) -> None:
         """One sync for all coarse bytes that were set before it began: who set one waits for it, none skips it."""
@@ -172,7 +186,7 @@ class Bitmap:
 
     def adopt(self) -> None:
         """This process and this boot own the file from now on: a later look must not see the former owner."""
-        with self._sync_lock:
+        with self._syncing():
             self._clear_flag()
 
     def last_heartbeat(self) -> int | None:
@@ -181,7 +195,7 @@ class Bitmap:
 
     def mark_touched_regions(self) -> None:
         """Mark every cluster of the touched regions: what a power cut leaves of the bits is less than was written."""
-        per_region = max(1, fmt.REGION >> self._shift)
+        per_region = max(1, REGION >> self._shift)
         for region in np.flatnonzero(self._coarse == TOUCHED).tolist():
             first = (region << REGION_SHIFT) >> self._shift
             kernels.set_range(self._bits, first, min(first + per_region, self.slot.clusters) - 1)
@@ -218,15 +232,13 @@ class Bitmap:
     def merge_bits(self, other: kernels.Bits) -> None:
         """Set all bits that ``other`` (packed, of the same granularity and size) has; durable as marks are."""
         found = kernels.runs(other, self.slot.clusters)
-        per_region = max(1, (1 << REGION_SHIFT) >> self._shift)
-        for region in (
-            np.unique(np.concatenate([found[:, 0], found.sum(axis=1) - 1]) // per_region) if len(found) else ()
-        ):
-            self.touch(int(region) << REGION_SHIFT, 1)
-        for first, length in found[found[:, 1] > per_region]:
-            self.touch(
-                int(first) << self._shift, min(int(length) << self._shift, self.size - (int(first) << self._shift))
-            )
+        starts = found[:, 0] << self._shift
+        lasts = np.minimum(found.sum(axis=1) << self._shift, self.size) - 1
+        within = lasts - starts < REGION
+        for region in np.unique(np.concatenate([starts[within], lasts[within]]) >> REGION_SHIFT).tolist():
+            self.touch(region << REGION_SHIFT, 1)
+        for start, last in zip(starts[~within].tolist(), lasts[~within].tolist(), strict=True):
+            self.touch(start, last + 1 - start)
         with self._lock:
             np.bitwise_or(self._bits, other, out=self._bits)
 
@@ -236,7 +248,7 @@ class Bitmap:
         The caller has stopped writers. At every moment the bits are a superset of the outcome, so that a kill within
         loses none; the coarse map stays as it is.
         """
-        with self._sync_lock:
+        with self._syncing():
             if self.state is State.CLEAN:
                 self._clear_flag()
         with self._lock:
@@ -244,7 +256,9 @@ class Bitmap:
 
     def clear(self) -> None:
         """Forget all marks. The caller has stopped writers. Interrupted, the bitmap is invalid, never half cleared."""
-        with self._sync_lock:
+        with self._syncing():
+            if self.state is State.CLEAN:
+                self._clear_flag()
             points = ("bitmap.clear-first-slot", "bitmap.clear-second-slot")
             hurt = replace(self.slot, reason=Reason.INVALIDATED.value).with_flags(self._flags() | Flag.INVALID)
             self._write_slots(hurt, *points)
@@ -252,14 +266,13 @@ class Bitmap:
             self._coarse[:] = UNTOUCHED
             self.known[:] = self._durable[:] = bytes(len(self.known))
             durable.sync_file(self._fd, f"bitmap {self.path}")
-            self.state = State.DIRTY
             self._write_slots(replace(self.slot, reason="").with_flags(self._flags()), *points)
 
     def set_enabled(self, enabled: bool) -> None:
         """Record writes, or not. The caller has stopped writers."""
         if enabled == self.enabled:
             return
-        with self._sync_lock:
+        with self._syncing():
             self.enabled = enabled
             slot = self.slot.with_flags(self.slot.flags & ~Flag.ENABLED | self._flags())
             self._write_slots(slot, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
@@ -269,15 +282,19 @@ class Bitmap:
 
         If the header cannot be written the file is renamed to ``*.invalid``. Raises `BitmapError` if that fails too.
         """
+        with self._sync_lock:
+            self._invalidate(reason)
+
+    def _invalidate(self, reason: Reason) -> None:
+        """``state`` says invalid only when the disk does: whoever reads it lets writes go out untracked."""
         if self.state is State.INVALID:
             return
-        with self._sync_lock:
-            self.reason, self.state, self.found = reason, State.INVALID, Found.INVALID
-            try:
-                slot = replace(self.slot, reason=reason.value).with_flags(self._flags() | Flag.INVALID)
-                self._write_slots(slot, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
-            except (OSError, DurabilityError):
-                self._bury(reason)
+        try:
+            slot = replace(self.slot, reason=reason.value).with_flags(self._flags() | Flag.INVALID)
+            self._write_slots(slot, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
+        except (OSError, DurabilityError):
+            self._bury(reason)
+        self.reason, self.state, self.found = reason, State.INVALID, Found.INVALID
 
     def _bury(self, reason: Reason) -> None:
         grave = self.path.with_name(f"{self.path.name}.invalid")
@@ -300,21 +317,26 @@ class Bitmap:
         """Let go. With the ``fingerprint`` of the flushed disk: a clean shutdown, the flag is set last.
 
         The order: bits and coarse map synced; digest and fingerprint in one slot with the flag, synced; the other slot.
+        Raises `BitmapError` when that fails; then the bitmap is durably invalid, or stays unclean. Closed in any case.
         """
         if self.state is State.CLOSED:
             return
         try:
             if fingerprint is not None and self.state is not State.INVALID and self._must_write(fingerprint):
-                durable.sync_file(self._fd, f"bitmap {self.path}")
-                durable.crash_point("bitmap.close-bits")
-                clean = replace(self.slot, digest=digest_of(self._body), fingerprint=fingerprint)
-                flags = self._flags() | Flag.CLEAN
-                self._write_slots(clean.with_flags(flags), "bitmap.close-first-slot", "bitmap.close-second-slot")
+                with self._syncing():
+                    self._set_flag(fingerprint)
         finally:
             self.state = State.CLOSED
             os.close(self._fd)
             self._view.release()
             self._release()
+
+    def _set_flag(self, fingerprint: Fingerprint) -> None:
+        durable.sync_file(self._fd, f"bitmap {self.path}")
+        durable.crash_point("bitmap.close-bits")
+        clean = replace(self.slot, digest=digest_of(self._body), fingerprint=fingerprint)
+        flags = self._flags() | Flag.CLEAN
+        self._write_slots(clean.with_flags(flags), "bitmap.close-first-slot", "bitmap.close-second-slot")
 
     def _must_write(self, fingerprint: Fingerprint) -> bool:
         return self.state is State.DIRTY or fingerprint != self.slot.fingerprint
@@ -341,6 +363,7 @@ def create_file(path: Path, slot: Slot) -> None:
     try:
         os.posix_fallocate(fd, 0, end)
         os.pwrite(fd, bytes([UNTOUCHED]) * slot.regions, coarse)
+        os.pwrite(fd, fmt.encode_beat(time.time_ns()), fmt.HEARTBEAT)
         other = replace(slot, sequence=slot.sequence + 1)
         for copy in (slot, other):
             os.pwrite(fd, fmt.encode(copy), copy.sequence % 2 * fmt.SECTOR)

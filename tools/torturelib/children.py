@@ -58,6 +58,8 @@ class Child:
 def spawn(argv: list[str], log: Path, *, crash_at: str | None = None, fault_at: str | None = None) -> Child:
     """Start ``incbak argv`` with crash points armed; its output goes to ``log.out`` and ``log.err``."""
     child = Child(0, argv, log.with_suffix(".out"), log.with_suffix(".err"))
+    for old in (child.out, child.err):
+        old.unlink(missing_ok=True)
     child.pid = os.fork()
     if child.pid == 0:
         _become(child, lambda: durable.arm(crash_at, fault_at))
