@@ -134,13 +134,12 @@ class Bitmap:
         first, last = offset >> REGION_SHIFT, (offset + length - 1) >> REGION_SHIFT
         if self.known.find(0, first, last + 1) < 0:
             return
+        self._begin()
         with self._lock:
             self._coarse[first : last + 1] = TOUCHED
             wanted = self._started + 1
         with self._syncing():
             durable.crash_point("bitmap.region-set")
-            if self.state is State.CLEAN:
-                self._clear_flag()
             if self._durable.find(0, first, last + 1) >= 0 and self._done < wanted:
                 self._sync_regions()
             durable.crash_point("bitmap.region-synced")
@@ -153,6 +152,13 @@ class Bitmap:
             mine = self._started
         durable.sync_file(self._fd, f"bitmap {self.path}")
         self._done = mine
+
+    def _begin(self) -> None:
+        """The flag is off on disk when this returns. Nothing else changes before: the digest is of what is there."""
+        if self.state is State.CLEAN:
+            with self._syncing():
+                if self.state is State.CLEAN:
+                    self._clear_flag()
 
     def _clear_flag(self) -> None:
         """The flag is off on disk when this returns: both slots, one after the other, each synced."""
@@ -248,17 +254,14 @@ class Bitmap:
         The caller has stopped writers. At every moment the bits are a superset of the outcome, so that a kill within
         loses none; the coarse map stays as it is.
         """
-        with self._syncing():
-            if self.state is State.CLEAN:
-                self._clear_flag()
+        self._begin()
         with self._lock:
             np.bitwise_and(self._bits, other, out=self._bits)
 
     def clear(self) -> None:
         """Forget all marks. The caller has stopped writers. Interrupted, the bitmap is invalid, never half cleared."""
+        self._begin()
         with self._syncing():
-            if self.state is State.CLEAN:
-                self._clear_flag()
             points = ("bitmap.clear-first-slot", "bitmap.clear-second-slot")
             hurt = replace(self.slot, reason=Reason.INVALIDATED.value).with_flags(self._flags() | Flag.INVALID)
             self._write_slots(hurt, *points)
