@@ -26,7 +26,8 @@ async def wait_for_jobs(session: Session, jobs: Mapping[str, str], copied: Progr
             if len(results) == len(jobs):
                 return results
             try:
-                await asyncio.wait_for(events.get(), _POLL)
+                async with asyncio.timeout(_POLL):
+                    await events.get()
             except TimeoutError:
                 continue
     finally:

@@ -1,5 +1,7 @@
 """A QMP session with a deadline on every wait.
 
+Deadlines are `asyncio.timeout`: in Python 3.11 `asyncio.wait_for` forgets a cancellation that comes with the answer.
+
 A QEMU monitor serves one client at a time: while another is connected, ours gets no greeting. So `connect` waits for
 the greeting until its deadline, and then says that the monitor is busy. Every command has a deadline too, since a
 monitor that hangs must not hang a backup. Failures are `EngineError`; those that QEMU reports are `CommandFailed`.
@@ -88,7 +90,8 @@ class Session:
         held = sock.dup()  # asyncio owns the other; this one lives until close, for peers and guards
         client = QMPClient("incbak")
         try:
-            await asyncio.wait_for(client.connect(sock), timeout)
+            async with asyncio.timeout(timeout):
+                await client.connect(sock)
         except TimeoutError as e:
             held.close()
             raise EngineSilent(
@@ -122,7 +125,8 @@ class Session:
     ) -> Any:
         """Run a command and return its result. Raises `CommandFailed`, `EngineGone` or `EngineSilent`."""
         try:
-            return await asyncio.wait_for(self._client.execute(command, dict(arguments or {})), timeout)
+            async with asyncio.timeout(timeout):
+                return await self._client.execute(command, dict(arguments or {}))
         except ExecuteError as e:
             raise CommandFailed(command, e.error_class, str(e)) from e
         except TimeoutError as e:
@@ -164,7 +168,8 @@ class Session:
         for listener in list(self._listeners):
             self.forget(listener)
         with suppress(QMPError, OSError, EOFError, TimeoutError):
-            await asyncio.wait_for(self._client.disconnect(), 5)
+            async with asyncio.timeout(5):
+                await self._client.disconnect()
         self._socket.close()
 
 
