@@ -9,9 +9,10 @@ from pathlib import Path
 from incbak.disk.file import probe_format
 from incbak.engine.base import Engine
 from incbak.engine.image import ImageEngine
+from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import Address, Session
-from incbak.errors import UsageError
+from incbak.errors import EngineError, UsageError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,14 @@ class Source:
     state_dir: Path
     name: str | None = None
     disks: Sequence[str] = ()
+    scratch_dir: Path | None = None
+    scratch_limit: int | None = None
+    speed: int = 0
+
+    def qemu_options(self) -> QemuOptions:
+        """What of it concerns a running QEMU."""
+        directory = self.scratch_dir or DEFAULT_SCRATCH
+        return QemuOptions(scratch_dir=directory, scratch_limit=self.scratch_limit, speed=self.speed)
 
 
 async def open_engine(source: Source) -> Engine:
@@ -29,7 +38,7 @@ async def open_engine(source: Source) -> Engine:
     if source.text.startswith("qmp:"):
         session = await Session.connect(Address.parse(source.text))
         try:
-            return await _over_qmp(session)
+            return await _over_qmp(session, source)
         except BaseException:
             await session.close()
             raise
@@ -41,8 +50,17 @@ async def open_engine(source: Source) -> Engine:
     return ImageEngine(path, source.state_dir, source.name or path.stem, source.disks[0] if source.disks else None)
 
 
-async def _over_qmp(session: Session) -> Engine:
+async def _over_qmp(session: Session, source: Source) -> Engine:
     version = await session.execute("query-version")
     if str(version.get("package", "")).startswith("incbak"):
         return ServedEngine(session)
-    raise UsageError(f"monitor {session.address} is not of incbak serve")
+    commands = {c["name"] for c in await session.execute("query-commands")}
+    number = (int(version["qemu"]["major"]), int(version["qemu"]["minor"]))
+    if number < OLDEST:
+        raise EngineError(
+            f"monitor {session.address} is of QEMU {number[0]}.{number[1]}",
+            hint=f"QEMU {OLDEST[0]}.{OLDEST[1]} is the oldest that can back up without risk to its guest.",
+        )
+    if "cont" in commands:
+        return QemuEngine(session, source.qemu_options())
+    raise UsageError(f"monitor {session.address} is neither of QEMU nor of incbak serve")

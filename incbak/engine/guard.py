@@ -1,0 +1,151 @@
+"""A process of its own that undoes what a dead incbak would leave behind. Run as a script; imports nothing of incbak.
+
+``guard.py watch CONTROL MONITOR WINDOW SILENCE SINK...`` (descriptors and seconds) reads single bytes from CONTROL:
+
+- ``h``: the owner is alive. After SILENCE seconds without any byte, or at the end of file, the sinks' sockets are shut
+  down, so that no drain in QEMU waits for them.
+- ``s``: the VM is about to be stopped. At the end of file, or WINDOW seconds later, ``cont`` goes to MONITOR.
+- ``c``: it runs again. The answer is ``c``; or ``r`` if the guard has resumed it, so that there is no point in time.
+- ``q``: the end.
+
+``guard.py child CONTROL COMMAND...`` runs a command that must not outlive its owner: at the end of file it gets
+SIGTERM, and after `_PATIENCE` SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+_CONT = b'{"execute": "cont", "id": "incbak-guard"}\n'
+_RESET = b"\xff"  # ends a message that was cut off
+_ANSWER_SECONDS = 5.0
+_PATIENCE = 60.0
+_NEVER = float("inf")
+
+
+class Watch:
+    """The state of ``watch``."""
+
+    def __init__(self, control: socket.socket, monitor: socket.socket, window: float, silence: float) -> None:
+        self._control, self._monitor = control, monitor
+        self._window, self._silence = window, silence
+        self._sinks: list[socket.socket] = []
+        self._resume_at = _NEVER
+        self._cut_at = time.monotonic() + silence
+        self._resumed = False
+
+    def add_sink(self, sock: socket.socket) -> None:
+        """A socket that is shut down when the owner is gone."""
+        self._sinks.append(sock)
+
+    def run(self) -> None:
+        """Until the owner says ``q`` or is gone."""
+        self._control.sendall(b"g")
+        while True:
+            wait = min(self._resume_at, self._cut_at) - time.monotonic()
+            ready, _, _ = select.select([self._control], [], [], None if wait == _NEVER else max(wait, 0))
+            now = time.monotonic()
+            if now >= self._resume_at:
+                self._resume(orphan=False)
+            if not ready:
+                if now >= self._cut_at:
+                    self._cut()
+                continue
+            for byte in self._receive():
+                if not self._take(bytes([byte])):
+                    return
+
+    def _receive(self) -> bytes:
+        try:
+            return self._control.recv(64) or b"x"
+        except OSError:
+            return b"x"
+
+    def _take(self, byte: bytes) -> bool:
+        self._cut_at = time.monotonic() + self._silence
+        if byte == b"s":
+            self._resume_at = time.monotonic() + self._window
+        elif byte == b"c":
+            self._resume_at = _NEVER
+            with suppress(OSError):
+                self._control.sendall(b"r" if self._resumed else b"c")
+            self._resumed = False
+        elif byte == b"x":
+            if self._resume_at != _NEVER:
+                self._resume(orphan=True)
+            self._cut()
+            return False
+        elif byte == b"q":
+            if self._resume_at != _NEVER:
+                self._resume(orphan=False)
+            return False
+        return True
+
+    def _resume(self, orphan: bool) -> None:
+        self._resume_at, self._resumed = _NEVER, True
+        with suppress(OSError):
+            self._monitor.settimeout(_ANSWER_SECONDS) if orphan else None
+            self._monitor.sendall(_RESET + _CONT if orphan else _CONT)
+            if orphan:
+                self._wait_answer()
+
+    def _wait_answer(self) -> None:
+        seen, deadline = b"", time.monotonic() + _ANSWER_SECONDS
+        while b"incbak-guard" not in seen and time.monotonic() < deadline:
+            if not (data := self._monitor.recv(1 << 16)):
+                return
+            seen = seen[-64:] + data
+
+    def _cut(self) -> None:
+        self._cut_at = _NEVER
+        for sock in self._sinks:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _watch(arguments: list[str]) -> int:
+    control, monitor, window, silence, *sinks = arguments
+    watch = Watch(socket.socket(fileno=int(control)), socket.socket(fileno=int(monitor)), float(window), float(silence))
+    for fd in sinks:
+        watch.add_sink(socket.socket(fileno=int(fd)))
+    watch.run()
+    return 0
+
+
+def _child(arguments: list[str]) -> int:
+    control, *command = arguments
+    end = int(control)
+    os.set_inheritable(end, False)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    exited = os.pidfd_open(process.pid)
+    while True:
+        ready, _, _ = select.select([end, exited], [], [])
+        if exited in ready:
+            return process.wait()
+        if not os.read(end, 64):
+            break
+    process.terminate()
+    try:
+        return process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def main() -> int:
+    """See the module's docstring."""
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, lambda *_: None)  # a handler, unlike SIG_IGN, does not pass on to a child
+    modes = {"watch": _watch, "child": _child}
+    return modes[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

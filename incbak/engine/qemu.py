@@ -1,0 +1,379 @@
+"""A running QEMU as an engine. The guest comes first: see `QemuEngine.run` for the order of things, and why."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from incbak.engine.base import (
+    Description,
+    DiskPlan,
+    DiskResult,
+    Engine,
+    ProgressCallback,
+    RunResult,
+    Target,
+    superseded,
+)
+from incbak.engine.jobs import cancel_jobs, wait_for_jobs
+from incbak.engine.qemu_disks import Graph, find_disks, layout, qom_path
+from incbak.engine.qemu_filter import DiskFilter, cut_target, remove_fds
+from incbak.engine.qemu_guard import Guard
+from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Session
+from incbak.errors import EngineError, IncbakError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SCRATCH = Path("/var/tmp")
+OLDEST = (7, 1)
+_NO_LOCKS = 9  # from this major version on, nodes can be added beside running I/O threads
+_WINDOW_COMMAND = 3.0
+_FLUSH_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class QemuOptions:
+    """How to treat the guest.
+
+    ``scratch_limit``: bytes per disk of old content that may wait to be copied (``None``: half of the free space,
+    shared by the disks). ``stall``: seconds after which a copy that does not get on is given up. ``speed``: bytes per
+    second and disk, 0 for no limit.
+    """
+
+    scratch_dir: Path = DEFAULT_SCRATCH
+    scratch_limit: int | None = None
+    stall: float = 120.0
+    speed: int = 0
+
+
+class QemuEngine(Engine):
+    """See `Engine`. Owns the session."""
+
+    kind = "qemu"
+
+    def __init__(self, session: Session, options: QemuOptions | None = None) -> None:
+        self._session, self._options = session, options or QemuOptions()
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    async def describe(self) -> Description:
+        version = await self._session.execute("query-version")
+        name = (await self._session.execute("query-name")).get("name")
+        devices = await self._session.execute("query-block")
+        graph = await self._graph()
+        disks, left_out = find_disks(devices, graph)
+        status = await self._session.execute("query-status")
+        number = version["qemu"]
+        config = {
+            "qemu": f"{number['major']}.{number['minor']}.{number['micro']}",
+            "package": str(version.get("package", "")),
+            "machine": await self._machine(),
+            "uuid": (await self._session.execute("query-uuid"))["UUID"],
+            "images": {d.name: d.extra["image"] for d in disks},
+            "blocks": layout(graph),
+            "devices": await self._devices(devices),
+        }
+        notes = () if status["running"] else (f"the VM is not running ({status['status']}), and stays so",)
+        return Description(name, tuple(disks), f"QEMU {config['qemu']}", config, tuple(left_out), notes)
+
+    async def _graph(self) -> Graph:
+        nodes = await self._session.execute("query-named-block-nodes", {"flat": True})
+        return Graph.of(nodes, await self._session.execute("x-debug-query-block-graph"))
+
+    async def _machine(self) -> str:
+        try:
+            return str(await self._session.execute("qom-get", {"path": "/machine", "property": "type"}))
+        except CommandFailed:
+            return ""
+
+    async def _devices(self, blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+        """The guest's devices that somebody named, and those with a medium."""
+        listed = await self._session.execute("qom-list", {"path": "/machine/peripheral"})
+        named = [
+            {"id": d["name"], "type": d["type"].removeprefix("child<")[:-1]} for d in listed if d["name"] != "type"
+        ]
+        disks = [{"block": qom_path(b), "drive": str(b.get("device", ""))} for b in blocks if b.get("qdev")]
+        return named + disks
+
+    # -- cleaning up ----------------------------------------------------------------------------------------------
+
+    async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
+        done: list[str] = []
+        graph = await self._graph()
+        ours = [n for n in graph.nodes if n.startswith(prefix)]
+        for node in ours:
+            if graph.nodes[node]["drv"] == "nbd":
+                await cut_target(self._session, node)
+        done += await cancel_jobs(self._session, prefix)
+        done += await self._remove_nodes([n for n in ours if graph.nodes[n]["drv"] in ("nbd", "snapshot-access")])
+        for device in await self._session.execute("query-block"):
+            top = str((device.get("inserted") or {}).get("node-name", ""))
+            if top.startswith(prefix):
+                await self._move(device, graph.without_ours(top))
+                done.append(f"filter {top}")
+        order = {"copy-before-write": 0, "qcow2": 1}
+        rest = sorted(
+            (n for n in ours if graph.nodes[n]["drv"] not in ("nbd", "snapshot-access")),
+            key=lambda n: order.get(graph.nodes[n]["drv"], 2),
+        )
+        done += await self._remove_nodes(rest)
+        await remove_fds(self._session, prefix)
+        return done + await self._remove_bitmaps(graph, prefix, keep)
+
+    async def _move(self, device: Mapping[str, Any], node: str) -> None:
+        await self._session.execute("qom-set", {"path": qom_path(device), "property": "drive", "value": node})
+
+    async def _remove_nodes(self, nodes: Sequence[str]) -> list[str]:
+        done = []
+        for node in nodes:
+            if await self._session.try_execute("blockdev-del", {"node-name": node}):
+                done.append(f"node {node}")
+            else:
+                log.warning("node %s of a dead run is still in use in QEMU", node)
+        return done
+
+    async def _remove_bitmaps(self, graph: Graph, prefix: str, keep: Collection[str]) -> list[str]:
+        done = []
+        for node, info in graph.nodes.items():
+            for bitmap in info.get("dirty-bitmaps", ()):
+                name = bitmap.get("name", "")
+                if name.startswith(prefix) and name not in keep and not node.startswith(prefix):
+                    if await self._session.try_execute("block-dirty-bitmap-remove", {"node": node, "name": name}):
+                        done.append(f"bitmap {name} of {node}")
+                    else:
+                        log.warning("bitmap %s of %s cannot be removed now", name, node)
+        return done
+
+    # -- the backup -----------------------------------------------------------------------------------------------
+
+    async def run(
+        self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
+    ) -> RunResult:
+        """See `Engine.run`.
+
+        1. Connect to the targets, make the scratch files and the filters: trouble here does not touch the guest.
+        2. The new bitmaps begin to record.
+        3. The guest's devices are moved to the filters; with more than one disk, or with I/O threads, the VM is stopped
+           meanwhile. A write
+           between 2 and 3 is both copied and marked, which is safe.
+        4. The jobs run. Each disk's filter goes as soon as its job is over.
+        """
+        limit = self._limit(len(plans))
+        disks = [DiskFilter(self._session, plan, n, self._options.scratch_dir, limit) for n, plan in enumerate(plans)]
+        notes: list[str] = []
+        try:
+            async with AsyncExitStack() as stack:
+                guard = await stack.enter_async_context(self._guard(disks, targets))
+                for disk in disks:
+                    await disk.connect(targets[disk.disk])
+                    await disk.prepare()
+                for disk in disks:
+                    notes += await self._add_bitmap(disk.plan)
+                await self._flush(disks)
+                await self._point_in_time(disks, guard)
+                for disk in disks:
+                    await disk.start(self._options.speed)
+                results = await _together(self._copy(disk, targets[disk.disk], progress) for disk in disks)
+        except BaseException:
+            await self._abandon(disks)
+            raise
+        finally:
+            for disk in disks:
+                disk.close()
+        return RunResult({d.disk: r for d, r in zip(disks, results, strict=True)}, None, tuple(notes))
+
+    def _limit(self, count: int) -> int:
+        if self._options.scratch_limit is not None:
+            return self._options.scratch_limit
+        try:
+            free = os.statvfs(self._options.scratch_dir)
+        except OSError as e:
+            raise EngineError(f"scratch directory {self._options.scratch_dir}: {e.strerror}") from e
+        return free.f_bavail * free.f_frsize // 2 // max(count, 1)
+
+    def _guard(self, disks: Sequence[DiskFilter], targets: Mapping[str, Target]) -> Guard:
+        """The guard has the targets' sockets before QEMU does."""
+        for disk in disks:
+            if self._session.address.is_unix:
+                disk.socket = targets[disk.disk].socket()
+        return Guard(self._session.duplicate(), [disk.socket.dup() for disk in disks if disk.socket])
+
+    async def _add_bitmap(self, plan: DiskPlan) -> list[str]:
+        one = {"node": plan.disk.node, "name": plan.new_bitmap}
+        add = one | {"granularity": plan.granularity, "persistent": plan.disk.can_persist}
+        try:
+            await self._session.execute("block-dirty-bitmap-add", add)
+        except CommandFailed as e:
+            if not plan.disk.can_persist:
+                raise
+            await self._session.execute("block-dirty-bitmap-add", add | {"persistent": False})
+            return [f"disk {plan.disk.name}: its bitmap is lost when QEMU ends, the image cannot store it: {e}"]
+        return []
+
+    async def _flush(self, disks: Sequence[DiskFilter]) -> None:
+        """Stopping a VM flushes its disks while the guest waits; so get most of that done before."""
+        if len(disks) > 1 or await self._must_be_still():
+            paths = [str(disk.plan.disk.extra.get("image", "")) for disk in disks]
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(_sync_files, paths), 30)
+
+    async def _point_in_time(self, disks: Sequence[DiskFilter], guard: Guard) -> None:
+        still = await self._must_be_still()
+        before, inside, after = (lambda d: d.add_filter()), (lambda d: d.insert()), (lambda d: d.add_access())
+        if not still:
+            await _each(disks, before)
+        async with self._stopped(guard) if still or len(disks) > 1 else _nothing():
+            for step in (before, inside, after) if still else (inside,):
+                await _each(disks, step)
+        if not still:
+            await _each(disks, after)
+
+    async def _must_be_still(self) -> bool:
+        """Whether nodes can be added only while the VM is stopped: see `incbak.engine.qemu_filter`."""
+        version = (await self._session.execute("query-version"))["qemu"]
+        return version["major"] < _NO_LOCKS and bool(await self._session.execute("query-iothreads"))
+
+    @asynccontextmanager
+    async def _stopped(self, guard: Guard) -> AsyncIterator[None]:
+        """The VM does not run inside; afterwards it runs if it did before."""
+        before = (await self._session.execute("query-status"))["running"]
+        if before:
+            guard.stopping()
+            try:
+                await self._session.execute("stop", timeout=_WINDOW_COMMAND)
+                yield
+            finally:
+                await self._session.execute("cont", timeout=_WINDOW_COMMAND)
+                in_time = await guard.running()
+            if not in_time:
+                raise EngineError("the VM had to be resumed before all disks were set up")
+            return
+        yield
+        if (await self._session.execute("query-status"))["running"]:
+            raise EngineError("the VM was resumed by somebody while its disks were set up")
+
+    async def _copy(self, disk: DiskFilter, target: Target, progress: ProgressCallback) -> DiskResult:
+        """Wait for one disk's job, and take its filter out."""
+        clock = asyncio.get_running_loop().time
+        seen = [clock(), -1.0]
+
+        def moved(name: str, done: int, whole: int) -> None:
+            if done != seen[1]:
+                seen[:] = [clock(), float(done)]
+            progress(name, done, whole)
+
+        stalled = asyncio.create_task(self._watch(disk, seen))
+        try:
+            result = (await wait_for_jobs(self._session, {disk.ident: disk.disk}, moved))[disk.disk]
+        finally:
+            stalled.cancel()
+        if result.error:
+            result = DiskResult(result.copied, await self._explain(disk, result.error, stalled))
+        left = await disk.remove()
+        for text in left:
+            log.warning("%s", text)
+        if result.error is None:
+            result = await _flush_target(target, result)
+        return result
+
+    async def _watch(self, disk: DiskFilter, seen: list[float]) -> str:
+        """Cut a copy off that does not get on; a drain in QEMU would wait for it, and the guest with it."""
+        clock = asyncio.get_running_loop().time
+        while clock() - seen[0] < self._options.stall:
+            await asyncio.sleep(min(1.0, self._options.stall / 4))
+        await disk.cut()
+        return f"the copy did not get on for {self._options.stall:g} s"
+
+    async def _explain(self, disk: DiskFilter, error: str, stalled: asyncio.Task[str]) -> str:
+        if stalled.done() and not stalled.cancelled() and not stalled.exception():
+            return stalled.result()
+        if disk.scratch_full():
+            return f"the scratch file was full ({disk.bound} bytes): {error}"
+        return error
+
+    async def _abandon(self, disks: Sequence[DiskFilter]) -> None:
+        """Undo what was set up, as far as QEMU answers."""
+        for disk in disks:
+            try:
+                await disk.cut()
+                await cancel_jobs(self._session, disk.ident)
+                for text in await disk.remove():
+                    log.warning("%s", text)
+            except (EngineGone, EngineSilent) as e:
+                log.warning("cannot clean up: %s", e)
+                return
+            except EngineError as e:
+                log.warning("cannot clean up: %s", e)
+        with suppress(EngineError):
+            await self.rollback([disk.plan for disk in disks])
+
+    async def commit(self, plans: Sequence[DiskPlan]) -> None:
+        for plan in plans:
+            for name in superseded(plan):
+                await self._remove_bitmap(plan.disk.node, name)
+
+    async def rollback(self, plans: Sequence[DiskPlan]) -> None:
+        for plan in plans:
+            await self._remove_bitmap(plan.disk.node, plan.new_bitmap)
+
+    async def _remove_bitmap(self, node: str, name: str) -> None:
+        try:
+            await self._session.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
+        except CommandFailed as e:
+            if "not found" not in str(e) and "Cannot find" not in str(e):
+                raise EngineError(f"cannot remove bitmap {name} of {node}: {e}") from e
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+async def _each(disks: Sequence[DiskFilter], step: Callable[[DiskFilter], Coroutine[Any, Any, None]]) -> None:
+    for disk in disks:
+        await step(disk)
+
+
+@asynccontextmanager
+async def _nothing() -> AsyncIterator[None]:
+    yield
+
+
+def _sync_files(paths: Sequence[str]) -> None:
+    for path in paths:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            os.fdatasync(fd)
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+
+
+async def _together(copies: Iterable[Coroutine[Any, Any, DiskResult]]) -> list[DiskResult]:
+    """All of them; when one raises, the others are stopped first."""
+    tasks = [asyncio.ensure_future(copy) for copy in copies]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _flush_target(target: Target, result: DiskResult) -> DiskResult:
+    """The job's writes have all been answered; the target takes them in, and nothing in QEMU waits for that."""
+    try:
+        await asyncio.wait_for(asyncio.to_thread(target.flush), _FLUSH_SECONDS)
+    except TimeoutError:
+        return DiskResult(result.copied, f"the target did not flush within {_FLUSH_SECONDS:g} s")
+    except IncbakError as e:
+        return DiskResult(result.copied, str(e))
+    return result

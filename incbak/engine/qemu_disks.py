@@ -1,0 +1,147 @@
+"""Which disks a running QEMU has: pure functions of what its monitor says.
+
+A disk is a guest device with a medium that is neither removable nor read-only. Its bitmaps are on the node that holds
+the image, below whatever filters there are; our own filters, left by a dead run, are looked through too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from incbak.engine.base import PREFIX, EngineDisk, LeftOut
+from incbak.engine.served import bitmap_info
+
+_FILTERS = {
+    "copy-before-write",
+    "copy-on-read",
+    "throttle",
+    "compress",
+    "preallocate",
+    "blkverify",
+    "blklogwrites",
+    "mirror_top",
+    "commit_top",
+}
+_PERIPHERAL = "/machine/peripheral/"
+_QCOW2_V2 = "0.10"
+
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """QEMU's nodes by name, and which are below which: (parent's name, edge) to the child's name."""
+
+    nodes: Mapping[str, Raw]
+    edges: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, nodes: Iterable[Raw], graph: Raw) -> Graph:
+        """From ``query-named-block-nodes`` and ``x-debug-query-block-graph``."""
+        names = {n["id"]: n["name"] for n in graph["nodes"]}
+        edges = {(names[e["parent"]], e["name"]): names[e["child"]] for e in graph["edges"]}
+        return cls({n["node-name"]: n for n in nodes}, edges)
+
+    def below(self, node: str) -> str | None:
+        """What a filter filters."""
+        return self.edges.get((node, "file")) or self.edges.get((node, "backing"))
+
+    def without_ours(self, node: str) -> str:
+        """The node below our own filters."""
+        while node.startswith(f"{PREFIX}-") and (child := self.below(node)):
+            node = child
+        return node
+
+    def image(self, node: str) -> str:
+        """The node below all filters: where bitmaps are."""
+        while self.nodes.get(node, {}).get("drv") in _FILTERS and (child := self.below(node)):
+            node = child
+        return node
+
+
+def qom_path(device: Raw) -> str:
+    """Where the guest device's ``drive`` property is."""
+    qdev = str(device.get("qdev", ""))
+    return qdev if qdev.startswith("/") else _PERIPHERAL + qdev
+
+
+def stable_name(device: Raw, node: str) -> str:
+    """The drive's id, else the guest device's id, else the node's name; "" where none of them is stable."""
+    if device.get("device"):
+        return str(device["device"])
+    path = qom_path(device)
+    ident = path.removeprefix(_PERIPHERAL).partition("/")[0] if path.startswith(_PERIPHERAL) else ""
+    return ident or (node if not node.startswith("#") else "")
+
+
+def find_disks(devices: Sequence[Raw], graph: Graph) -> tuple[list[EngineDisk], list[LeftOut]]:
+    """The disks of ``query-block``, and what is left out, with the reason."""
+    disks: list[EngineDisk] = []
+    left_out: list[LeftOut] = []
+    taken: dict[str, str] = {}
+    for device in devices:
+        inserted: Raw = device.get("inserted") or {}
+        top = graph.without_ours(str(inserted.get("node-name", "")))
+        node = graph.image(top)
+        name = stable_name(device, top)
+        why = _why_not(device, graph.nodes.get(node), name)
+        if not why and node in taken:
+            why = f"it is the same image as {taken[node]}"
+        if why:
+            left_out.append(LeftOut(name or top or str(device.get("qdev", "")), why))
+            continue
+        taken[node] = name
+        disks.append(_disk(device, name, top, graph.nodes[node]))
+    return disks, left_out
+
+
+def _why_not(device: Raw, node: Raw | None, name: str) -> str:
+    if not device.get("qdev"):
+        return "no guest device uses it"
+    if device.get("removable"):
+        return "it is removable"
+    if node is None:
+        return "it has no medium"
+    if node["ro"]:
+        return "it is read-only"
+    if not node["image"]["virtual-size"]:
+        return "it is empty"
+    return "" if name else "it has no stable name; give its -device or -drive an id"
+
+
+def _disk(device: Raw, name: str, top: str, node: Raw) -> EngineDisk:
+    bitmaps = tuple(bitmap_info(b) for b in node.get("dirty-bitmaps", ()) if b.get("name"))
+    return EngineDisk(
+        name=name,
+        size=int(node["image"]["virtual-size"]),
+        node=node["node-name"],
+        device=str(device.get("device") or device["qdev"]),
+        format=node["drv"],
+        can_persist=holds_bitmaps(node),
+        bitmaps=bitmaps,
+        extra={"qom": qom_path(device), "top": top, "image": node.get("file", "")},
+    )
+
+
+def holds_bitmaps(node: Raw) -> bool:
+    """Whether the image is qcow2 of version 3."""
+    data = node["image"].get("format-specific", {}).get("data", {})
+    return bool(node["drv"] == "qcow2" and data.get("compat", _QCOW2_V2) != _QCOW2_V2)
+
+
+def layout(graph: Graph) -> list[dict[str, Any]]:
+    """The block graph in short, for the backup record: what somebody needs who builds the VM again."""
+    return [
+        {
+            "node": name,
+            "driver": node["drv"],
+            "file": node.get("file", ""),
+            "size": node["image"]["virtual-size"],
+            "read_only": node["ro"],
+            "children": {edge: child for (parent, edge), child in graph.edges.items() if parent == name},
+        }
+        for name, node in sorted(graph.nodes.items())
+        if not name.startswith(f"{PREFIX}-")
+    ]

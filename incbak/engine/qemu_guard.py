@@ -1,0 +1,107 @@
+"""The owner's end of the guard process: see `incbak.engine.guard`."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from incbak.engine import guard
+from incbak.errors import EngineError
+
+WINDOW_SECONDS = 8.0
+SILENCE_SECONDS = 60.0
+_BEAT = 1.0
+_ANSWER = 10.0
+
+
+class GuardChannel:
+    """A socket pair to a guard process that lives in a session of its own, so that a Ctrl-C does not reach it."""
+
+    def __init__(self, mode: str, arguments: Sequence[str], pass_fds: Iterable[int] = ()) -> None:
+        self.ours, theirs = socket.socketpair()
+        command = [sys.executable, "-I", "-S", guard.__file__, mode, str(theirs.fileno()), *arguments]
+        try:
+            fds = [theirs.fileno(), *pass_fds]
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, start_new_session=True)
+        except OSError as e:
+            self.ours.close()
+            raise EngineError(f"cannot start the guard process: {e.strerror}") from e
+        finally:
+            theirs.close()
+
+    def close(self, timeout: float) -> int | None:
+        """Let it end; its exit status, ``None`` if it had to be killed."""
+        self.ours.close()
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return None
+
+
+class Guard:
+    """Watches over one run. Use as an async context manager; `stopped` around the time in which the VM is stopped."""
+
+    def __init__(self, monitor: socket.socket, sinks: Sequence[socket.socket]) -> None:
+        """Takes over ``monitor`` and ``sinks``: they are closed here once the guard has them."""
+        held = [monitor, *sinks]
+        fds = [sock.fileno() for sock in held]
+        try:
+            options = [str(fds[0]), str(WINDOW_SECONDS), str(SILENCE_SECONDS), *map(str, fds[1:])]
+            self._channel = GuardChannel("watch", options, fds)
+        finally:
+            for sock in held:
+                sock.close()
+        self._channel.ours.settimeout(_ANSWER)
+        self._beating: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Guard:
+        try:
+            await self._answer(b"g")
+        except BaseException:
+            self._channel.close(0)
+            raise
+        self._beating = asyncio.create_task(self._beat())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._beating:
+            self._beating.cancel()
+        with suppress(OSError):
+            self._channel.ours.send(b"q")
+        self._channel.close(5)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(_BEAT)
+            with suppress(OSError):
+                self._channel.ours.send(b"h", socket.MSG_DONTWAIT)
+
+    def stopping(self) -> None:
+        """Call it just before the VM is stopped."""
+        try:
+            self._channel.ours.sendall(b"s")
+        except OSError as e:
+            raise EngineError("the guard process is gone") from e
+
+    async def running(self) -> bool:
+        """Call it when the VM runs again; false if the guard had to resume it before that."""
+        try:
+            self._channel.ours.sendall(b"c")
+            return await self._answer(b"c", b"r") == b"c"
+        except OSError as e:
+            raise EngineError("the guard process is gone") from e
+
+    async def _answer(self, *expected: bytes) -> bytes:
+        try:
+            answer = await asyncio.to_thread(self._channel.ours.recv, 1)
+        except OSError as e:
+            raise EngineError("the guard process does not answer") from e
+        if answer not in expected:
+            raise EngineError("the guard process did not start")
+        return answer
