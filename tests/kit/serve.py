@@ -10,17 +10,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from qemu.qmp import QMPClient
 
-from incbak.disk.faults import FaultyDisk
+from incbak.bitmap.store import BitmapStore
+from incbak.disk.base import Disk
+from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.memory import MemoryDisk
 from incbak.nbd.client import NbdClient
 from incbak.nbd.server import NbdServer
 from incbak.nbd.uri import NbdUri
+from incbak.serve.commands import execute
+from incbak.serve.export import DiskExport
+from incbak.serve.opening import close_tracked
+from incbak.serve.schema import QmpError
+from incbak.serve.tracker import TrackedDisk
+from incbak.serve.vm import Vm
 
 DEADLINE = 30.0
 
@@ -215,3 +223,91 @@ class Peer:
     def stop(self) -> None:
         """Be gone at once."""
         self.server.stop(0.1)
+
+
+class SpyDisk(MemoryDisk):
+    """A memory disk that calls ``on_write(kind, offset, length)`` at each change, before it is made."""
+
+    def __init__(self, size: int, name: str = "memory") -> None:
+        super().__init__(size, name=name)
+        self.on_write: Callable[[str, int, int], None] = lambda kind, offset, length: None
+
+    def write(self, buf: memoryview | bytes, offset: int) -> None:
+        self.on_write("write", offset, len(buf))
+        super().write(buf, offset)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        self.on_write("zero", offset, length)
+        super().write_zeroes(offset, length, unmap=unmap)
+
+    def trim(self, offset: int, length: int) -> None:
+        self.on_write("trim", offset, length)
+        super().write_zeroes(offset, length, unmap=True)
+
+
+class Machine:
+    """The inside of ``incbak serve`` without the process: disks in memory, commands called as functions.
+
+    ``guest[name]`` is a connection's device. Use as a context manager.
+    """
+
+    def __init__(self, directory: Path, disks: Mapping[str, Disk], scratch_limit: int | None = None) -> None:
+        self.directory, self.disks = directory, dict(disks)
+        self.vm = Vm("vm", directory, scratch_limit)
+        self.events: list[tuple[str, dict[str, object]]] = []
+        self.vm.listen(lambda event, data: self.events.append((event, data)))
+        self.peers: list[Peer] = []
+        self.tracked: dict[str, TrackedDisk] = {}
+        for name, disk in disks.items():
+            store = BitmapStore(directory / "state", "vm", name)
+            store.lock()
+            self.tracked[name] = TrackedDisk(name, disk, store)
+            self.vm.add_disk(self.tracked[name])
+        self.guest = {name: DiskExport(tracked).open() for name, tracked in self.tracked.items()}
+
+    def __call__(self, command: str, arguments: Mapping[str, object] | None = None, **more: object) -> Any:
+        """Execute; underscores of keyword names become dashes."""
+        return execute(self.vm, command, {**(arguments or {}), **{k.replace("_", "-"): v for k, v in more.items()}})
+
+    def target(self, name: str, size: int, faults: Faults | None = None) -> Peer:
+        """A target node ``name``: a server of ours over memory, which may fail or stall."""
+        disk = MemoryDisk(size, name=name)
+        peer = Peer(self.directory / f"{name}.sock", FaultyDisk(disk, faults) if faults else disk)
+        self.peers.append(peer)
+        self("blockdev-add", peer.blockdev(name))
+        return peer
+
+    def bitmap(self, disk: str, name: str) -> dict[str, Any]:
+        """What the monitor tells of a bitmap."""
+        device = next(d for d in self("query-block") if d["device"] == disk)
+        return next(b for b in device["inserted"].get("dirty-bitmaps", []) if b["name"] == name)
+
+    def ended(self, job: str) -> dict[str, Any]:
+        """The data of the event that ends a job, waited for; the job is gone then."""
+        ends = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+
+        def found() -> list[dict[str, Any]]:
+            return [d for event, d in list(self.events) if event in ends and d["device"] == job]
+
+        wait_until(found, f"the end of job {job}")
+        wait_until(lambda: not self.vm.jobs.find(job), f"job {job} is dismissed")
+        return found()[0]
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for peer in self.peers:
+            if isinstance(peer.disk, FaultyDisk):
+                for event in peer.disk.faults.stall.values():
+                    event.set()
+        for job in self.vm.jobs.all():
+            with suppress(QmpError):
+                job.cancel()
+            job.wait(5)
+        for target in self.vm.targets.values():
+            target.close()
+        for peer in self.peers:
+            peer.stop()
+        for tracked in self.tracked.values():
+            close_tracked(tracked, 5)
