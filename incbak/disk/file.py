@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,9 @@ class FileDisk(Disk):
         self.fd, self.path, self.name, self.read_only = fd, path, str(path), read_only
         self.is_block = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._flush_lock = threading.Lock()
         self._flush_error: OSError | None = None
+        self._flushes_begun = self._flushes_done = 0
         self._nowait = True
 
     def read_into(self, buf: memoryview, offset: int) -> None:
@@ -130,13 +133,20 @@ class FileDisk(Disk):
         return True
 
     def flush(self) -> None:
-        if self._flush_error:
-            raise OSError(self._flush_error.errno, f"an earlier flush of {self.name} failed")
-        try:
-            os.fdatasync(self.fd)
-        except OSError as e:
-            self._flush_error = e
-            raise
+        """One at a time, since the kernel tells one caller only of a failure; those that wait share the next."""
+        wanted = self._flushes_begun + 1
+        with self._flush_lock:
+            if self._flush_error:
+                raise OSError(self._flush_error.errno, f"an earlier flush of {self.name} failed")
+            if self._flushes_done >= wanted:
+                return
+            self._flushes_begun += 1
+            try:
+                os.fdatasync(self.fd)
+            except OSError as e:
+                self._flush_error = e
+                raise
+            self._flushes_done = self._flushes_begun
 
     def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:
         end = offset + length
@@ -150,7 +160,8 @@ class FileDisk(Disk):
                 yield StatusExtent(offset, data - offset, zero=True, hole=True)
             if data < end:
                 hole = min(self._seek(data, os.SEEK_HOLE) or end, end)
-                yield StatusExtent(data, hole - data, zero=False, hole=False)
+                if hole > data:
+                    yield StatusExtent(data, hole - data, zero=False, hole=False)
                 data = hole
             offset = data
 
