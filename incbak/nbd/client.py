@@ -16,8 +16,8 @@ from incbak.nbd.wire import Wire, close_hard
 
 MAX_SIZE = 1 << 60
 _MAX_REPLY = 1 << 20
-_MAX_ERRORS = 64
-"""Option replies that a server may send for one option."""
+_MAX_REPLIES = 64
+"""Replies that a server may send for one option, and error chunks for one request."""
 
 
 @dataclass
@@ -28,6 +28,7 @@ class _Request:
     into: memoryview | None = None
     filled: int = 0
     error: int = 0
+    errors: int = 0
     extents: dict[int, list[tuple[int, int]]] | None = None
 
 
@@ -40,7 +41,7 @@ class NbdClient:
         self.max_payload = p.MAX_PAYLOAD
         self.contexts: dict[str, int] = {}
         self._structured = False
-        self._cookie = 0
+        self._cookie = self._reads = 0
         self._flying: dict[int, _Request] = {}
         self._failed: NbdRequestError | None = None
 
@@ -100,7 +101,7 @@ class NbdClient:
     def _ask(self, wire: Wire, option: int, data: bytes) -> list[tuple[int, bytes]]:
         wire.send(p.OPTION.pack(p.OPTION_MAGIC, option, len(data)) + data)
         replies: list[tuple[int, bytes]] = []
-        while len(replies) < _MAX_ERRORS:
+        while len(replies) < _MAX_REPLIES:
             magic, echoed, kind, length = p.OPTION_REPLY.unpack(wire.recv(p.OPTION_REPLY.size))
             if magic != p.OPTION_REPLY_MAGIC or echoed != option or length > _MAX_REPLY:
                 raise NbdProtocolError("malformed reply to an option")
@@ -153,7 +154,10 @@ class NbdClient:
     # -- requests -------------------------------------------------------------------------------------------------
 
     def submit_write(self, buf: memoryview | bytes, offset: int, *, fua: bool = False) -> None:
-        """Send a write; its error, if any, is raised by a later call. ``buf`` may be reused at once."""
+        """Send a write; its error, if any, is raised by a later call. ``buf`` may be reused at once.
+
+        Reads in flight are taken first: a server that waits to send their data may not receive this.
+        """
         self._submit(_Request(p.WRITE, offset, len(buf)), p.CMD_FUA if fua else 0, buf)
 
     def submit_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
@@ -254,13 +258,14 @@ class NbdClient:
             raise NbdRequestError(f"request past the end of the export ({self.size} bytes)", errno=22)
         if payload is not None and len(payload) > self.max_payload:
             raise NbdRequestError(f"a write of {len(payload)} bytes is over the server's maximum", errno=22)
-        while len(self._flying) >= self.window:
+        while len(self._flying) >= self.window or (payload is not None and self._reads):
             self._take_reply()
         if self._failed:
             self.drain()
         self._cookie += 1
         head = p.REQUEST.pack(p.REQUEST_MAGIC, flags, request.command, self._cookie, request.offset, request.length)
         self._flying[self._cookie] = request
+        self._reads += request.into is not None
         self._send(head, payload)
 
     def _send(self, head: bytes, payload: memoryview | bytes | None = None) -> None:
@@ -318,7 +323,7 @@ class NbdClient:
         elif length > _MAX_REPLY:
             raise NbdProtocolError("the server's reply is too long")
         else:
-            self._take_small(request, kind, self._recv_bytes(length) if length else b"")
+            self._take_small(request, kind, self._recv_bytes(length) if length else b"", bool(flags & p.CHUNK_DONE))
         if flags & p.CHUNK_DONE:
             self._conclude(cookie, request)
 
@@ -331,7 +336,7 @@ class NbdClient:
         self._recv(request.into[at : at + count])
         request.filled += count
 
-    def _take_small(self, request: _Request, kind: int, body: bytes) -> None:
+    def _take_small(self, request: _Request, kind: int, body: bytes, done: bool) -> None:
         try:
             if kind == p.CHUNK_HOLE and request.into is not None:
                 (offset,), (count,) = p.U64.unpack_from(body), p.U32.unpack_from(body, 8)
@@ -342,18 +347,21 @@ class NbdClient:
                 request.filled += count
             elif kind == p.CHUNK_STATUS and request.extents is not None:
                 (context,) = p.U32.unpack_from(body)
-                if context in request.extents or (len(body) - 4) % 8:
+                known = context in self.contexts.values() and context not in request.extents
+                if not known or (len(body) - 4) % 8:
                     raise NbdProtocolError("the server's block status is malformed")
                 request.extents[context] = list(p.EXTENT.iter_unpack(body[4:]))
-            elif kind & 1 << 15:
+            elif kind & 1 << 15 and request.errors < _MAX_REPLIES:
+                request.errors += 1
                 request.error = request.error or p.U32.unpack_from(body)[0] or 5
-            elif kind != p.CHUNK_NONE or body:
-                raise NbdProtocolError(f"the server sent a chunk of unknown type {kind}")
+            elif kind != p.CHUNK_NONE or body or not done:
+                raise NbdProtocolError(f"the server sent a chunk of type {kind} that cannot be")
         except struct.error as e:
             raise NbdProtocolError("the server's reply is cut short") from e
 
     def _conclude(self, cookie: int, request: _Request) -> None:
         del self._flying[cookie]
+        self._reads -= request.into is not None
         if request.error:
             if self._failed is None:
                 what = f"request {request.command} of {request.length} bytes at {request.offset}"

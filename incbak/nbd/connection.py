@@ -8,6 +8,7 @@ few workers, which answer for themselves. So one slow request holds up no fast o
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import struct
@@ -18,6 +19,8 @@ from incbak.errors import NbdProtocolError
 from incbak.nbd import protocol as p
 from incbak.nbd.export import Device
 from incbak.nbd.handshake import Agreed
+
+log = logging.getLogger(__name__)
 
 BUFFER = 512 << 10
 INLINE = 128 << 10
@@ -40,14 +43,15 @@ class _Budget:
         self._changed = threading.Condition()
         self._count = self._bytes = 0
 
-    def take(self, size: int) -> None:
-        """Wait for room, and take it."""
+    def take(self, size: int) -> int:
+        """Wait for room, and take it; how many are in flight now."""
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._count or (self._count < IN_FLIGHT and self._bytes + size <= IN_FLIGHT_BYTES)
             )
             self._count += 1
             self._bytes += size
+            return self._count
 
     def give(self, size: int) -> None:
         """Give it back."""
@@ -73,7 +77,6 @@ class Connection:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._budget = _Budget()
         self._workers: list[threading.Thread] = []
-        self._idle = 0
         self._dead = False
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_TIMEOUT, 0))
@@ -259,7 +262,7 @@ class Connection:
         """Let a worker do it, holding ``size`` bytes; it answers, unless the action ``answers`` itself."""
         if self._out_len:
             self._flush_out()
-        self._budget.take(size)
+        in_flight = self._budget.take(size)
 
         def task() -> None:
             try:
@@ -270,22 +273,20 @@ class Connection:
                 self._drop()
             except OSError as e:
                 self._send_error(cookie, p.wire_error(e.errno), answers)
+            except Exception:
+                log.exception("NBD connection ended by an error of our own")
+                self._drop()
             finally:
                 self._budget.give(size)
 
-        if self._tasks.qsize() >= self._idle and len(self._workers) < WORKERS:
+        if in_flight > len(self._workers) < WORKERS:
             worker = threading.Thread(target=self._worker, name="nbd-worker", daemon=True)
             self._workers.append(worker)
             worker.start()
         self._tasks.put(task)
 
     def _worker(self) -> None:
-        while True:
-            self._idle += 1
-            task = self._tasks.get()
-            self._idle -= 1
-            if task is None:
-                return
+        while task := self._tasks.get():
             task()
 
     def _send_error(self, cookie: int, error: int, structured: bool) -> None:

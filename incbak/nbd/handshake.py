@@ -142,6 +142,9 @@ class Negotiation:
             self._reply(option, p.REP_INFO, item)
 
     def _meta(self, option: int, data: bytes) -> None:
+        listing = option == p.OPT_LIST_META
+        if not listing:
+            self.chosen = ("", [])
         try:
             name, rest = _string(data)
             queries = _queries(rest)
@@ -153,7 +156,6 @@ class Negotiation:
             self._reply(option, p.ERR_INVALID if export else p.ERR_UNKNOWN)
             return
         offered = list(export.contexts())
-        listing = option == p.OPT_LIST_META
         wanted = [c for c in offered if _matches(c, queries, listing=listing)]
         found = list(enumerate(wanted, start=1))
         for number, context in found:

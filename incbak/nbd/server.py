@@ -81,13 +81,13 @@ class NbdServer:
             if not full:
                 thread = threading.Thread(target=self._serve, args=(sock,), name="nbd-connection", daemon=True)
                 self._connections[sock] = thread
+                try:
+                    thread.start()
+                except RuntimeError:
+                    del self._connections[sock]
+                    full = True
         if full:
             close_hard(sock)
-            return
-        try:
-            thread.start()
-        except RuntimeError:
-            self._forget(sock)
 
     # -- serving --------------------------------------------------------------------------------------------------
 
