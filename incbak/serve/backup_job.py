@@ -84,8 +84,8 @@ class BackupJob(Job):
         self._copy: CopyBeforeWrite | None = None
         self._since: MemoryBitmap | None = None
         self._data_until = 0
-        self._allowance = 0.0
-        self._started = time.monotonic()
+        self._paced = (time.monotonic(), 0)
+        """Since when ``speed`` holds, and the bytes that were done by then."""
 
     # -- beginning ------------------------------------------------------------------------------------------------
 
@@ -135,7 +135,12 @@ class BackupJob(Job):
         buffer = memoryview(bytearray(max(CHUNK, self.granularity)))
         cursor = 0
         while True:
-            self.pause_point(self._debt())
+            debt = self._debt()
+            self.pause_point(debt)
+            if self._copy.broken:
+                raise self._copy.broken
+            if debt:
+                continue
             run = self._next(cursor)
             if run is not None:
                 self._transfer(run, buffer)
@@ -185,10 +190,16 @@ class BackupJob(Job):
         return whole
 
     def _debt(self) -> float:
-        """Seconds to wait so that ``speed`` is kept."""
+        """Seconds to wait so that ``speed`` is kept, at most one at a time: it may be changed meanwhile."""
         if not self.speed:
             return 0.0
-        return min(max(self.done / self.speed - (time.monotonic() - self._started), 0.0), 1.0)
+        since, start = self._paced
+        return min(max((self.done - start) / self.speed - (time.monotonic() - since), 0.0), 1.0)
+
+    def set_speed(self, speed: int) -> None:
+        """Bytes per second from now on, whatever the rate was before."""
+        self._paced = (time.monotonic(), self.done)
+        super().set_speed(speed)
 
     def interrupt(self) -> None:
         """Wake the loop from whatever it waits for."""

@@ -20,6 +20,7 @@ from incbak.bitmap.store import BitmapStore
 from incbak.disk.base import Disk
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.memory import MemoryDisk
+from incbak.fingerprint import Fingerprint
 from incbak.nbd.client import NbdClient
 from incbak.nbd.server import NbdServer
 from incbak.nbd.uri import NbdUri
@@ -243,6 +244,9 @@ class SpyDisk(MemoryDisk):
     def trim(self, offset: int, length: int) -> None:
         self.on_write("trim", offset, length)
         super().write_zeroes(offset, length, unmap=True)
+
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.size, 1, self._generation + 1, bytes(16))
 
 
 class Machine:

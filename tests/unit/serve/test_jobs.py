@@ -1,0 +1,303 @@
+"""Backup jobs inside one process: what reaches the target, how jobs end, and that no guest write suffers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from incbak.disk.faults import Faults, FaultyDisk
+from incbak.disk.memory import MemoryDisk
+from incbak.serve.schema import QmpError
+from tests.kit.serve import Machine, wait_until
+
+GRAIN = 65536
+SIZE = 40 * GRAIN + 1234
+
+
+def _disk(size: int = SIZE) -> MemoryDisk:
+    disk = MemoryDisk(size, name="vda.raw")
+    for cluster in range(0, size // GRAIN, 2):
+        disk.data[cluster * GRAIN : cluster * GRAIN + 1000] = os.urandom(1000)
+    disk.data[-5:] = b"tail!"
+    return disk
+
+
+def _write(machine: Machine, offset: int, data: bytes, disk: str = "vda") -> None:
+    machine.guest[disk].write(memoryview(data), offset)
+
+
+def test_a_full_copies_everything_at_one_instant_while_the_guest_writes(tmp_path: Path) -> None:
+    """I1; also the odd tail of the disk (faults row 38)."""
+    disk = _disk()
+    before = bytes(disk.data)
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        peer = machine.target("t0", SIZE)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j", speed=1 << 20)
+        for cluster in range(40):
+            _write(machine, cluster * GRAIN + 7, b"new")
+        machine("block-job-set-speed", device="j", speed=0)
+        end = machine.ended("j")
+        assert bytes(peer.disk.data) == before  # type: ignore[union-attr]
+        assert end["len"] == end["offset"] == SIZE
+        assert "error" not in end
+        assert disk.data[39 * GRAIN + 7 : 39 * GRAIN + 10] == b"new"
+
+
+def test_a_bitmap_backup_copies_the_dirty_clusters_and_no_others(tmp_path: Path) -> None:
+    disk = _disk()
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b", persistent=True)
+        peer = machine.target("t0", SIZE)
+        _write(machine, 3 * GRAIN - 1, b"xy")
+        _write(machine, SIZE - 1, b"z")
+        machine("blockdev-backup", device="vda", target="t0", sync="bitmap", bitmap="b", bitmap_mode="never")
+        assert machine.ended("vda")["len"] == 2 * GRAIN + 1234
+        assert {o // GRAIN for o, _ in peer.wrote} == {2, 3, 40} or {o // GRAIN for o, _ in peer.wrote} == {2, 40}
+        got = peer.disk.data  # type: ignore[union-attr]
+        assert got[2 * GRAIN : 4 * GRAIN] == disk.data[2 * GRAIN : 4 * GRAIN]
+        assert got[-1234:] == disk.data[-1234:]
+        assert sum(length for _, length in peer.wrote) == 2 * GRAIN + 1234
+        assert machine.bitmap("vda", "b")["count"] == 2 * GRAIN + 1234, "mode never leaves the bitmap alone"
+
+
+def test_sync_none_copies_what_the_guest_overwrites_until_it_is_cancelled(tmp_path: Path) -> None:
+    disk = _disk()
+    before = bytes(disk.data)
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        peer = machine.target("t0", SIZE)
+        machine("blockdev-backup", device="vda", target="t0", sync="none", job_id="j")
+        _write(machine, 4 * GRAIN + 5, b"new")
+        wait_until(lambda: (4 * GRAIN, GRAIN) in peer.wrote, "the old content is at the target")
+        got = peer.disk.data  # type: ignore[union-attr]
+        assert got[4 * GRAIN : 5 * GRAIN] == before[4 * GRAIN : 5 * GRAIN]
+        machine("block-job-cancel", device="j")
+        machine.ended("j")
+        assert [o for o, _ in peer.wrote] == [4 * GRAIN]
+
+
+@pytest.mark.parametrize(
+    ("mode", "success", "left"),
+    [
+        ("never", True, {2, 3, 9}),
+        ("never", False, {2, 3, 9}),
+        ("on-success", True, {9}),
+        ("on-success", False, {2, 3, 9}),
+        ("always", True, {9}),
+        ("always", False, {2, 3, 9}),
+    ],
+)
+def test_what_each_bitmap_mode_leaves(tmp_path: Path, mode: str, success: bool, left: set[int]) -> None:
+    """The table in `backup_job`: I6, no bit is given up for content that is not at the target."""
+    faults = Faults(stall={"write": threading.Event()})
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        machine.target("t0", SIZE, faults)
+        _write(machine, 2 * GRAIN, b"x" * 2 * GRAIN)
+        machine("blockdev-backup", device="vda", target="t0", sync="bitmap", bitmap="b", bitmap_mode=mode)
+        wait_until(lambda: faults.seen.get("write"), "the job is at the target")
+        assert machine.bitmap("vda", "b")["busy"]
+        _write(machine, 9 * GRAIN, b"x")
+        if not success:
+            machine("block-job-cancel", device="vda")
+        faults.stall["write"].set()
+        machine.ended("vda")
+        found = machine.tracked["vda"].bitmaps["b"].runs().tolist()
+        assert {first + i for first, count in found for i in range(count)} == left
+        assert not machine.bitmap("vda", "b")["busy"]
+
+
+def test_always_gives_up_what_the_target_has_flushed_before_the_source_failed(tmp_path: Path) -> None:
+    disk = FaultyDisk(_disk(), Faults(fail={"read": (3, errno.EIO)}))
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        machine.target("t0", SIZE)
+        for cluster in (2, 4, 6, 8):
+            _write(machine, cluster * GRAIN, b"x")
+        machine("blockdev-backup", device="vda", target="t0", sync="bitmap", bitmap="b", bitmap_mode="always")
+        end = machine.ended("vda")
+        assert end["error"] == "Input/output error"
+        found = machine.tracked["vda"].bitmaps["b"].runs().tolist()
+        left = {first + i for first, count in found for i in range(count)}
+        assert 6 in left or 8 in left
+        assert left < {2, 4, 6, 8}
+
+
+def test_several_jobs_on_one_disk_and_each_has_its_own_instant(tmp_path: Path) -> None:
+    disk = _disk()
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        peers, wanted = [], []
+        for i in range(3):
+            peers.append(machine.target(f"t{i}", SIZE))
+            wanted.append(bytes(disk.data))
+            machine("blockdev-backup", device="vda", target=f"t{i}", sync="full", job_id=f"j{i}", speed=1 << 19)
+            for cluster in range(i, 40, 3):
+                _write(machine, cluster * GRAIN, b"%d" % i * 100)
+        assert len(machine("query-jobs")) == 3
+        for i in range(3):
+            machine("block-job-set-speed", device=f"j{i}", speed=0)
+        for i in range(3):
+            assert "error" not in machine.ended(f"j{i}")
+            assert bytes(peers[i].disk.data) == wanted[i]  # type: ignore[union-attr]
+
+
+def test_a_target_that_stalls_holds_no_guest_write(tmp_path: Path) -> None:
+    """I4: the target takes nothing for a while; every guest write over the whole disk goes out at once."""
+    faults = Faults(stall={"write": threading.Event()})
+    disk = _disk()
+    before = bytes(disk.data)
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        peer = machine.target("t0", SIZE, faults)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j")
+        wait_until(lambda: faults.seen.get("write"), "the job is at the target")
+        took = []
+        for cluster in range(40):
+            began = time.monotonic()
+            _write(machine, cluster * GRAIN, b"new")
+            took.append(time.monotonic() - began)
+        assert max(took) < 1.0
+        faults.stall["write"].set()
+        assert "error" not in machine.ended("j")
+        assert bytes(peer.disk.inner.data) == before  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", ["refuses", "dies"])
+def test_trouble_at_the_target_fails_the_job_only(tmp_path: Path, how: str) -> None:
+    """I4; the target can be used again by the next job, which connects anew."""
+    faults = Faults(fail={"write": (2, errno.ENOSPC)} if how == "refuses" else {}, once=True)
+    faults.stall = {"write": threading.Event()} if how == "dies" else {}
+    disk = _disk()
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        peer = machine.target("t0", SIZE, faults)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j")
+        if how == "dies":
+            wait_until(lambda: faults.seen.get("write"), "the job is at the target")
+            threading.Thread(target=peer.stop, daemon=True).start()
+        end = machine.ended("j")
+        if how == "dies":
+            faults.stall["write"].set()
+        assert end["error"] == {"refuses": "No space left on device", "dies": "Input/output error"}[how]
+        _write(machine, 0, b"goes on")
+        assert disk.data[:7] == b"goes on"
+        assert machine.tracked["vda"]._copies == ()
+        if how == "refuses":
+            machine("blockdev-del", node_name="t0")
+
+
+def test_a_target_that_closes_between_jobs_is_connected_to_anew(tmp_path: Path) -> None:
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine.target("t0", SIZE)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="a")
+        machine("block-job-cancel", device="a")
+        machine.ended("a")
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="b")
+        assert "error" not in machine.ended("b")
+
+
+def test_scratch_full_breaks_the_job_and_the_guest_goes_on(tmp_path: Path) -> None:
+    """faults row 27, through the commands: ``break-snapshot`` is the default."""
+    disk = _disk()
+    with Machine(tmp_path, {"vda": disk}, scratch_limit=0) as machine:
+        machine.target("t0", SIZE)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j", speed=1)
+        copy = machine.tracked["vda"]._copies[0]
+        copy._held._limit = 2 * GRAIN
+        for cluster in range(38, 20, -1):
+            _write(machine, cluster * GRAIN, b"new")
+        assert disk.data[21 * GRAIN : 21 * GRAIN + 3] == b"new"
+        assert machine.ended("j")["error"] == "No space left on device"
+
+
+def test_a_source_that_cannot_be_read_fails_the_job(tmp_path: Path) -> None:
+    """faults row 29: never zero-filled in silence."""
+    disk = FaultyDisk(_disk(), Faults(fail={"read": (2, errno.EIO)}))
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        machine.target("t0", SIZE)
+        machine("blockdev-backup", device="vda", target="t0", sync="full")
+        assert machine.ended("vda")["error"] == "Input/output error"
+
+
+def test_the_life_of_a_job_by_hand(tmp_path: Path) -> None:
+    """``auto-finalize`` and ``auto-dismiss`` off: pending, concluded, and the verbs each allows."""
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine.target("t0", SIZE)
+        more: dict[str, Any] = {"auto_finalize": False, "auto_dismiss": False}
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j", **more)
+        wait_until(lambda: machine("query-jobs")[0]["status"] == "pending", "the job is pending")
+        with pytest.raises(QmpError, match=r"Job 'j' in state 'pending' cannot accept command verb 'dismiss'"):
+            machine("job-dismiss", id="j")
+        machine("job-finalize", id="j")
+        wait_until(lambda: machine("query-jobs")[0]["status"] == "concluded", "the job is concluded")
+        with pytest.raises(QmpError, match=r"in state 'concluded' cannot accept command verb 'cancel'"):
+            machine("job-cancel", id="j")
+        assert machine("query-block-jobs")[0]["offset"] == SIZE
+        machine("job-dismiss", id="j")
+        assert machine("query-jobs") == []
+        turns = [d["status"] for e, d in machine.events if e == "JOB_STATUS_CHANGE"]
+        assert turns == ["created", "running", "waiting", "pending", "concluded", "null"]
+
+
+def test_a_cancelled_pending_job_does_not_count(tmp_path: Path) -> None:
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        machine.target("t0", SIZE)
+        _write(machine, 0, b"x")
+        machine(
+            "blockdev-backup",
+            device="vda",
+            target="t0",
+            sync="bitmap",
+            bitmap="b",
+            bitmap_mode="on-success",
+            auto_finalize=False,
+        )
+        wait_until(lambda: machine("query-jobs")[0]["status"] == "pending", "the job is pending")
+        machine("block-job-cancel", device="vda")
+        machine.ended("vda")
+        assert [e for e, _ in machine.events if e.startswith("BLOCK_JOB_C")] == ["BLOCK_JOB_CANCELLED"]
+        assert machine.bitmap("vda", "b")["count"] == GRAIN
+
+
+def test_one_target_serves_one_job_at_a_time(tmp_path: Path) -> None:
+    faults = Faults(stall={"write": threading.Event()})
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine.target("t0", SIZE, faults)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="a")
+        with pytest.raises(QmpError, match="Node 't0' is busy"):
+            machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="b")
+        with pytest.raises(QmpError, match="Node 't0' is busy"):
+            machine("blockdev-del", node_name="t0")
+        with pytest.raises(QmpError, match="Job ID 'a' already in use"):
+            machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="a")
+        faults.stall["write"].set()
+        machine.ended("a")
+        assert [j["id"] for j in machine("query-jobs")] == []
+
+
+def test_no_scratch_remains_charged_after_jobs(tmp_path: Path) -> None:
+    """faults row 13: scratch is bounded and cleaned, however a job ends."""
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine.target("t0", SIZE)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j", speed=1)
+        _write(machine, 38 * GRAIN, b"new")
+        wait_until(lambda: machine.vm.budget.used > 0, "old content is in scratch")
+        machine("block-job-cancel", device="j")
+        machine.ended("j")
+        wait_until(lambda: machine.vm.budget.used == 0, "scratch is given back")
+        assert list(machine.directory.glob("*.tmp")) == []
+
+
+def test_speed_is_kept_also_when_it_is_low_or_changed(tmp_path: Path) -> None:
+    """A limit below one request a second is kept too; a raised one holds from then on."""
+    with Machine(tmp_path, {"vda": _disk(8 << 20)}) as machine:
+        machine.target("t0", 8 << 20)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j", speed=1)
+        time.sleep(1.3)
+        assert machine("query-jobs")[0]["current-progress"] <= 1 << 20
+        machine("block-job-set-speed", device="j", speed=0)
+        assert machine.ended("j")["offset"] == 8 << 20
