@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the tools: finds or makes the project's own Python environment, and Debian packages where it may.
 #
-#   need_python EXTRA   .venv with incbak and its extra (run, test, check, ops) installed; puts it first on PATH
+#   need_python [EXTRA] .venv with incbak and its extra (test, check) installed; puts it first on PATH
 #   need_debian PKG...  installs the packages that are missing, as root with apt; else says which are missing
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -29,10 +29,10 @@ need_python() {
         say "making a Python environment in $venv"
         "$python" -m venv "$venv" || return 1
     fi
-    stamp=$venv/.incbak-$1
+    stamp=$venv/.incbak-${1:-run}
     if [ ! -e "$stamp" ] || [ "$top/pyproject.toml" -nt "$stamp" ]; then
-        say "installing incbak and what it needs ($1)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$top[$1]" || return 1
+        say "installing incbak and what it needs${1:+ to $1}"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$top${1:+[$1]}" || return 1
         touch "$stamp"
     fi
     export PATH=$venv/bin:$PATH

@@ -1,0 +1,296 @@
+"""One function per row of the table. Each returns lines: (what, figure, goal or empty)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchlib.runs import Case, emptied, have, in_turns, incbak
+
+_SECRET = {"RESTIC_PASSWORD": "x", "BORG_PASSPHRASE": "x", "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
+           "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes"}  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One line of the result. ``goal`` is what the ratio is to be; empty where there is none."""
+
+    work: str
+    who: str
+    figure: str
+    ratio: float | None = None
+    goal: str = ""
+
+
+@dataclass
+class Bench:
+    """Where things are, and how often to run."""
+
+    directory: Path
+    runs: int
+    disk: Path
+    data: int
+
+    @property
+    def repo(self) -> Path:
+        return self.directory / "repo"
+
+    def env(self) -> dict[str, str]:
+        """For every command: state and caches below the directory."""
+        home = str(self.directory)
+        return {"INCBAK_REPOSITORY": str(self.repo), "INCBAK_STATE_DIR": f"{home}/state", "HOME": home,
+                "XDG_CACHE_HOME": f"{home}/cache", "BORG_BASE_DIR": home, **_SECRET}  # fmt: skip
+
+    def run(self, *argv: str | Path) -> None:
+        """A command that is not timed."""
+        done = subprocess.run(
+            [str(a) for a in argv], check=False, env={**os.environ, **self.env()}, capture_output=True
+        )
+        if done.returncode:
+            sys.exit(f"{argv[0]} exited {done.returncode}: {done.stderr.decode(errors='replace')[-800:]}")
+
+    def forget(self) -> None:
+        """No repository, no bitmaps; a new repository."""
+        emptied(self.repo)()
+        emptied(self.directory / "state")()
+        self.run(*incbak("-q", "init"))
+
+    def compare(self, work: str, cases: list[Case], goals: dict[str, str]) -> list[Row]:
+        """Rows of seconds; the first case is ours, the ratio is how many times as long the other took."""
+        for case in cases:
+            case.env = {**self.env(), **case.env}
+        found = in_turns(cases, self.runs)
+        ours = found[cases[0].name]
+        rows = [Row(work, "incbak", f"{ours.median:.2f} s, {ours.memory:.0f} MiB")]
+        for case in cases[1:]:
+            other = found[case.name]
+            ratio = other.median / ours.median
+            rows.append(Row(work, case.name, f"{other.median:.2f} s", ratio, goals.get(case.name, "")))
+        return rows
+
+
+# -- serve ------------------------------------------------------------------------------------------------------------
+
+
+def serve(bench: Bench) -> list[Row]:
+    """4 KiB random writes at depth 16: tracked, untracked, and qemu-nbd on a file of the same kind."""
+    images = {who: bench.directory / f"{who}.raw" for who in ("tracked", "untracked", "qemu-nbd")}
+    for image in images.values():
+        with image.open("wb") as f:
+            for _ in range(256):
+                f.write(os.urandom(4096) * 256)
+    rates: dict[str, dict[str, list[float]]] = {}
+    with _serving(bench, images["tracked"], "t") as tracked, _serving(bench, images["untracked"], "u") as untracked:
+        bench.run(*incbak("-q", "init"))
+        bench.run(*incbak("-q", "full", f"qmp:{bench.directory}/t.qmp"))
+        with _qemu_nbd(bench, images["qemu-nbd"]) as rival:
+            uris = {"incbak, tracked": tracked, "incbak, untracked": untracked, "qemu-nbd": rival}
+            for shape, options in _SHAPES.items():
+                for _ in range(bench.runs):
+                    for who, uri in uris.items():
+                        rates.setdefault(shape, {}).setdefault(who, []).append(_fio(uri, options))
+    for image in images.values():
+        image.unlink()
+    return [row for shape, found in rates.items() for row in _rate_rows(shape, found)]
+
+
+_SHAPES = {
+    "4 KiB random writes, depth 16": ("randwrite", "4k", 16),
+    "4 KiB random reads, depth 16": ("randread", "4k", 16),
+    "1 MiB writes, depth 4": ("write", "1m", 4),
+}
+
+
+def _rate_rows(shape: str, found: dict[str, list[float]]) -> Iterator[Row]:
+    medians = {who: statistics.median(rates) for who, rates in found.items()}
+    ours = medians["incbak, tracked"]
+    yield Row(shape, "incbak, tracked", f"{ours:,.0f}/s")
+    writes = "4 KiB random writes" in shape
+    yield Row(shape, "incbak, untracked", f"{medians['incbak, untracked']:,.0f}/s",
+              ours / medians["incbak, untracked"], ">= 0.95" if writes else "")  # fmt: skip
+    yield Row(shape, "qemu-nbd", f"{medians['qemu-nbd']:,.0f}/s", ours / medians["qemu-nbd"],
+              ">= 2.5" if writes else "")  # fmt: skip
+
+
+def _fio(uri: str, options: tuple[str, str, int]) -> float:
+    how, size, depth = options
+    command = ["fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={how}", f"--bs={size}",
+               f"--iodepth={depth}", "--time_based", "--runtime=4", "--size=256m", "--randrepeat=0",
+               "--output-format=json"]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"fio exited {done.returncode}: {done.stderr[-500:]}")
+    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    rate = float(job["read" if "read" in how else "write"]["iops"])
+    print(f"    {how} {size}: {rate:,.0f}/s", file=sys.stderr, flush=True)
+    return rate
+
+
+@contextmanager
+def _serving(bench: Bench, image: Path, name: str) -> Iterator[str]:
+    sock, monitor = bench.directory / f"{name}.sock", bench.directory / f"{name}.qmp"
+    command = incbak("serve", "--name", name, "--socket", sock, "--monitor", monitor, f"vda={image}")
+    argv = [str(a) for a in command]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, env={**os.environ, **bench.env()})
+    try:
+        assert process.stdout
+        if b"ready" not in process.stdout.readline():
+            sys.exit("serve did not start")
+        yield f"nbd+unix:///vda?socket={sock}"
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@contextmanager
+def _qemu_nbd(bench: Bench, image: Path) -> Iterator[str]:
+    sock = bench.directory / "rival.sock"
+    argv = ["qemu-nbd", "-f", "raw", "-t", "-e", "8", "-k", str(sock), "-x", "vda", "--cache=writeback", str(image)]
+    process = subprocess.Popen(argv)
+    try:
+        while not sock.exists():
+            time.sleep(0.01)
+        yield f"nbd+unix:///vda?socket={sock}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+# -- backups ----------------------------------------------------------------------------------------------------------
+
+
+def _rivals(bench: Bench, *, fresh: bool) -> list[Case]:
+    cases = []
+    borg, restic = bench.directory / "borg", bench.directory / "restic"
+    if have("borg"):
+
+        def new_borg() -> None:
+            emptied(borg)()
+            bench.run("borg", "init", "-e", "none", borg)
+
+        archive = f"{borg}::{{now:%H%M%S%f}}"
+        create = ["borg", "create", "-C", "zstd,1", "--chunker-params", "fixed,65536", "--files-cache=disabled",
+                  archive, bench.disk]  # fmt: skip
+        cases.append(Case("borg", create, new_borg if fresh else lambda: None))
+    if have("restic"):
+
+        def new_restic() -> None:
+            emptied(restic)()
+            bench.run("restic", "init", "-r", restic)
+
+        create = ["restic", "-r", restic, "backup", "--force", "-q", bench.disk]
+        cases.append(Case("restic", create, new_restic if fresh else lambda: None))
+    return cases
+
+
+def full(bench: Bench) -> list[Row]:
+    """The first full of a disk."""
+    out = bench.directory / "out.qcow2"
+    cases = [Case("incbak", incbak("-q", "full", bench.disk, "--name", "vm"), bench.forget)]
+    cases += _rivals(bench, fresh=True)
+    if have("qemu-img"):
+        convert = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd",
+                   "-m", str(os.cpu_count()), "-W", bench.disk, out]  # fmt: skip
+        cases.append(Case("qemu-img", convert, emptied(out)))
+    if have("zstd"):
+        limit = ["zstd", "-1", f"-T{os.cpu_count()}", "-q", "-c", bench.disk]
+        cases.append(Case("limit: zstd -1", limit, output=bench.directory / "out.zst"))
+    goals = dict.fromkeys(("borg", "restic", "qemu-img"), ">= 2")
+    rows = bench.compare("first full", cases, {**goals, "limit: zstd -1": ">= 0.77"})
+    for left in (out, bench.directory / "out.zst"):
+        left.unlink(missing_ok=True)
+    return rows
+
+
+def second(bench: Bench) -> list[Row]:
+    """A second full with nothing changed."""
+    bench.forget()
+    bench.run(*incbak("-q", "full", bench.disk, "--name", "vm"))
+    rivals = _rivals(bench, fresh=False)
+    for case in _rivals(bench, fresh=True):
+        case.before()
+        bench.run(*case.command)
+    cases = [Case("incbak", incbak("-q", "full", bench.disk, "--name", "vm")), *rivals]
+    return bench.compare("second full, nothing changed", cases, {"borg": ">= 2.5", "restic": ">= 2.5"})
+
+
+def incremental(bench: Bench) -> list[Row]:
+    """1 000 random dirty clusters on a sparse disk of 1 TiB, and of 64 GiB."""
+    medians = {}
+    for name, size in (("1 TiB", 1 << 40), ("64 GiB", 1 << 36)):
+        image = bench.directory / "sparse.raw"
+        with image.open("wb") as f:
+            f.truncate(size)
+        bench.forget()
+        monitor = bench.directory / "s.qmp"
+        seconds = []
+        with _serving(bench, image, "s"):
+            bench.run(*incbak("-q", "full", f"qmp:{monitor}"))
+            for run in range(bench.runs):
+                _dirty(bench, size, run)
+                began = time.perf_counter()
+                bench.run(*incbak("-q", "incremental", "--no-fallback", f"qmp:{monitor}"))
+                seconds.append(time.perf_counter() - began)
+                print(f"    {name}: {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+        image.unlink()
+        medians[name] = statistics.median(seconds)
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    work = "incremental, 1 000 dirty clusters"
+    return [
+        Row(work, "incbak, 1 TiB disk", f"{medians['1 TiB']:.2f} s (all children so far: {memory:.0f} MiB)"),
+        Row(work, "incbak, 64 GiB disk", f"{medians['64 GiB']:.2f} s", medians["1 TiB"] / medians["64 GiB"], "< 1.2"),
+    ]
+
+
+def _dirty(bench: Bench, size: int, seed: int) -> None:
+    from incbak.nbd.client import NbdClient
+
+    client = NbdClient.connect(f"nbd+unix:///vda?socket={bench.directory}/s.sock")
+    rng = random.Random(seed)
+    for _ in range(1000):
+        client.submit_write(rng.randbytes(4096), rng.randrange(size >> 16) << 16)
+    client.drain()
+    client.close()
+
+
+def restore(bench: Bench) -> list[Row]:
+    """The disk back to a raw file."""
+    bench.forget()
+    bench.run(*incbak("-q", "full", bench.disk, "--name", "vm"))
+    out = bench.directory / "restored.raw"
+    cases = [Case("incbak", incbak("-q", "restore", "latest", out), emptied(out))]
+    goals = {}
+    if have("qemu-img"):
+        packed = bench.directory / "packed.qcow2"
+        bench.run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd", "-m",
+                  str(os.cpu_count()), "-W", bench.disk, packed)  # fmt: skip
+        cases.append(Case("qemu-img", _synced(f"qemu-img convert -O raw {packed} {out}", out), emptied(out)))
+        goals["qemu-img"] = "> 1"
+    if have("borg"):
+        made = next(case for case in _rivals(bench, fresh=True) if case.name == "borg")
+        made.before()
+        bench.run("borg", "create", "-C", "zstd,1", "--chunker-params", "fixed,65536", f"{bench.directory}/borg::r",
+                  bench.disk)  # fmt: skip
+        extract = f"borg extract --stdout --sparse {bench.directory}/borg::r > {out}"
+        cases.append(Case("borg", _synced(extract, out), emptied(out)))
+        goals["borg"] = "> 1"
+    cases.append(Case("limit: cp", _synced(f"cp --sparse=always {bench.disk} {out}", out), emptied(out)))
+    goals["limit: cp"] = ">= 0.83"
+    rows = bench.compare("restore to a raw file", cases, goals)
+    subprocess.run(["cmp", bench.disk, out], check=True)
+    return rows
+
+
+def _synced(command: str, out: Path) -> list[str | Path]:
+    """A shell command, and the sync that we make too."""
+    return ["sh", "-c", f"{command} && sync {out}"]
