@@ -365,7 +365,7 @@ class NbdClient:
         if request.error:
             if self._failed is None:
                 what = f"request {request.command} of {request.length} bytes at {request.offset}"
-                reason = os.strerror(request.error)
+                reason = os.strerror(request.error) if request.error < 4096 else f"error {request.error}"
                 self._failed = NbdRequestError(f"the NBD server failed {what}: {reason}", errno=request.error)
         elif request.into is not None and request.filled != request.length:
             raise NbdProtocolError("the server's answer to a read is incomplete")

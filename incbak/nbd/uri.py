@@ -21,12 +21,16 @@ class NbdUri:
         name = quote(self.export, safe="")
         if self.path is not None:
             return f"nbd+unix:///{name}?socket={quote(self.path)}"
-        return f"nbd://{self.host}:{self.port}/{name}"
+        host = f"[{self.host}]" if self.host and ":" in self.host else self.host
+        return f"nbd://{host}:{self.port}/{name}"
 
 
 def parse_uri(text: str) -> NbdUri:
     """Raises `UsageError` for what is not an NBD URI, or one with TLS, which is not there yet."""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as e:
+        raise UsageError(f"not an NBD URI: {text}: {e}") from e
     export = unquote(parts.path.removeprefix("/"))
     if parts.scheme == "nbd+unix":
         sockets = parse_qs(parts.query).get("socket", [])

@@ -95,11 +95,12 @@ class Raw:
         self.sock.sendall(data)
 
     def recv(self, count: int) -> bytes:
-        """Exactly so many bytes; fails when the server hangs up."""
+        """Exactly so many bytes."""
         data = b""
         while len(data) < count:
             got = self.sock.recv(count - len(data))
-            assert got, f"the server hung up; {count} bytes expected, {len(data)} there"
+            if not got:
+                raise ConnectionAbortedError(f"the peer hung up; {count} bytes expected, {len(data)} there")
             data += got
         return data
 
