@@ -12,7 +12,10 @@ from incbak.engine.image import ImageEngine
 from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import Address, Session
+from incbak.engine.storage_daemon import DEFAULT_DISK, Image, OfflineEngine, StorageDaemonEngine
 from incbak.errors import EngineError, UsageError
+
+_AS_IS = {"raw", "luks"}  # an encrypted image is backed up as it is, without its key
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,12 @@ async def open_engine(source: Source) -> Engine:
             await session.close()
             raise
     path = Path(source.text)
-    if (found := probe_format(path)) != "raw":
-        raise UsageError(f"{path} is a {found} image", hint="Only raw images can be read directly for now.")
     if len(source.disks) > 1:
         raise UsageError("an image is one disk", hint="Give one --disk at most.")
+    form = probe_format(path)
+    if form not in _AS_IS:
+        image = Image(path, form, source.name or path.stem, source.disks[0] if source.disks else DEFAULT_DISK)
+        return await OfflineEngine.open(image)
     return ImageEngine(path, source.state_dir, source.name or path.stem, source.disks[0] if source.disks else None)
 
 
@@ -63,4 +68,4 @@ async def _over_qmp(session: Session, source: Source) -> Engine:
         )
     if "cont" in commands:
         return QemuEngine(session, source.qemu_options())
-    raise UsageError(f"monitor {session.address} is neither of QEMU nor of incbak serve")
+    return StorageDaemonEngine(session)

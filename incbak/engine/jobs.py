@@ -10,6 +10,7 @@ from incbak.engine.base import DiskResult, ProgressCallback
 from incbak.engine.session import CommandFailed, Session
 
 _POLL = 0.5
+JOB_CLUSTER = 65536  # of a QEMU backup job whose target is an NBD node
 _ENDED = {"concluded", "null"}
 
 
@@ -52,6 +53,19 @@ async def _look(
             error = "the job was cancelled"
         results[disk] = DiskResult(job["current-progress"], error)
         await session.execute("job-dismiss", {"id": ident})
+
+
+async def without_padding(session: Session, target: str, size: int, result: DiskResult) -> DiskResult:
+    """QEMU's jobs count the disk's last cluster whole, even where the disk ends in it: the bytes that really went.
+
+    Whether that cluster was copied at all is known from how far the ``target`` node was written.
+    """
+    padding = -size % JOB_CLUSTER
+    if not padding or result.error:
+        return result
+    stats = await session.execute("query-blockstats", {"query-nodes": True})
+    reached = next((s["stats"]["wr_highest_offset"] for s in stats if s.get("node-name") == target), 0)
+    return DiskResult(result.copied - padding) if reached >= size else result
 
 
 async def cancel_jobs(session: Session, prefix: str, timeout: float = 30.0) -> list[str]:

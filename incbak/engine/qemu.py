@@ -21,7 +21,7 @@ from incbak.engine.base import (
     Target,
     superseded,
 )
-from incbak.engine.jobs import cancel_jobs, wait_for_jobs
+from incbak.engine.jobs import cancel_jobs, wait_for_jobs, without_padding
 from incbak.engine.qemu_disks import Graph, find_disks, layout, qom_path
 from incbak.engine.qemu_filter import DiskFilter, cut_target, remove_fds
 from incbak.engine.qemu_guard import Guard
@@ -275,6 +275,7 @@ class QemuEngine(Engine):
             stalled.cancel()
         if result.error:
             result = DiskResult(result.copied, await self._explain(disk, result.error, stalled))
+        result = await without_padding(self._session, disk.ident + "t", disk.plan.disk.size, result)
         left = await disk.remove()
         for text in left:
             log.warning("%s", text)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import IO
 
 from incbak.engine import guard
 from incbak.errors import EngineError
@@ -21,12 +22,16 @@ _ANSWER = 10.0
 class GuardChannel:
     """A socket pair to a guard process that lives in a session of its own, so that a Ctrl-C does not reach it."""
 
-    def __init__(self, mode: str, arguments: Sequence[str], pass_fds: Iterable[int] = ()) -> None:
+    def __init__(
+        self, mode: str, arguments: Sequence[str], pass_fds: Iterable[int] = (), errors: IO[bytes] | None = None
+    ) -> None:
         self.ours, theirs = socket.socketpair()
         command = [sys.executable, "-I", "-S", guard.__file__, mode, str(theirs.fileno()), *arguments]
         try:
             fds = [theirs.fileno(), *pass_fds]
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=errors, pass_fds=fds, start_new_session=True
+            )
         except OSError as e:
             self.ours.close()
             raise EngineError(f"cannot start the guard process: {e.strerror}") from e
