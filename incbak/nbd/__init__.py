@@ -1,1 +1,15 @@
-"""See the modules."""
+"""NBD, both ends, after the protocol's own document: the wire and nothing else.
+
+`protocol` is the format, pure, shared by both ends; requests are judged in one function there. The server: `server`
+(listeners, bounds), `handshake` (negotiation), `connection` (transmission), `export` (what an export and its device owe
+the server). The client: `client`, `uri`. `wire` reads and writes whole messages with a deadline.
+
+What the server guarantees: no memory by a length that the client chose beyond the advertised maximum; a refused
+payload is drained; nothing is opened before negotiation is over, and that has bounds in time, options and bytes; a few
+slow requests hold up no fast one, nor one client another; who does not read replies is dropped; connections are capped;
+a Unix socket is private before its name appears; names are keys, never paths (faults rows 63 to 75). There is no TLS.
+
+What the client guarantees: a reply that was not asked for, is cut short, too long or does not fit ends in an
+`NbdProtocolError`, in bounded time and memory; the extents of a block status tile what was asked; the error of a
+request in flight is raised by a later call, never swallowed (row 72, L11).
+"""
