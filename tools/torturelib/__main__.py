@@ -11,16 +11,21 @@ import time
 from pathlib import Path
 from random import Random
 
+from torturelib import powercut
 from torturelib.rounds import ROUNDS
 from torturelib.world import LostError, Outcomes, World
 
 ROUNDS_PER_WORLD = 25
+MEMORY = Path("/dev/shm")
+"""Worlds are made there where it is: a killed process leaves the same in memory as on a disk, only sooner."""
+SCHEDULES = 6
+"""Random power-cut schedules at each moment that has too many to try them all."""
 
 
 def main() -> int:
     """Run the campaign; 0 when nothing was lost."""
     parser = argparse.ArgumentParser(prog="tools/torture")
-    parser.add_argument("--target", choices=[*ROUNDS, "all"], default="all")
+    parser.add_argument("--target", choices=[*ROUNDS, "power", "all"], default="all")
     parser.add_argument("--rounds", type=int, help="stop after so many rounds (default: by time)")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -41,9 +46,12 @@ def main() -> int:
 
 def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
     """Worlds of a few rounds each until time or rounds are up; true when something was lost."""
-    targets = list(ROUNDS) if options.target == "all" else [options.target]
+    targets = [*ROUNDS, "power"] if options.target == "all" else [options.target]
+    if shutil.which("strace") is None:
+        print("without strace there are no power cuts", file=sys.stderr)
+        targets = [t for t in targets if t != "power"]
     end = time.monotonic() + options.seconds
-    top = options.keep or Path(tempfile.mkdtemp(prefix="incbak-torture-"))
+    top = options.keep or Path(tempfile.mkdtemp(prefix="incbak-torture-", dir=MEMORY if MEMORY.is_dir() else None))
     done = number = 0
     while (done < options.rounds) if options.rounds else (time.monotonic() < end):
         target = targets[number % len(targets)]
@@ -51,17 +59,20 @@ def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
         world: World | None = None
         step = 0
         try:
-            world = World(top / f"world-{number}", rng, outcomes)
-            while step < ROUNDS_PER_WORLD:
+            if target == "power":
+                powercut.campaign(top / f"world-{number}", f"{options.seed}/{number}", SCHEDULES, outcomes)
+                done += 1
+            else:
+                world = World(top / f"world-{number}", rng, outcomes)
+            while world and step < ROUNDS_PER_WORLD:
                 step += 1
                 ROUNDS[target](world)
                 done += 1
                 outcomes.add("rounds")
                 if (done >= options.rounds) if options.rounds else (time.monotonic() > end):
                     break
-            if world.serve:
-                world.gone()
-            world.verify_all()
+            if world:
+                _finish(world)
         except (LostError, TimeoutError) as e:
             print(f"LOST: seed {options.seed} world {number} ({target}) round {step}: {e}", file=sys.stderr)
             print(f"evidence: {top / f'world-{number}'}", file=sys.stderr)
@@ -74,6 +85,12 @@ def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
     if not options.keep:
         shutil.rmtree(top)
     return False
+
+
+def _finish(world: World) -> None:
+    if world.serve:
+        world.gone()
+    world.verify_all()
 
 
 sys.exit(main())

@@ -108,7 +108,7 @@ def _restores(root: Path, ident: str, content: State) -> None:
         raise LostError(f"backup {ident} is listed and wrong: {problem}")
 
 
-def campaign(top: Path, seed: int, sample: int, outcomes: Outcomes) -> None:
+def campaign(top: Path, seed: str, sample: int, outcomes: Outcomes) -> None:
     """One recorded run and its cuts; ``sample`` random schedules at each moment with many choices."""
     rng = Random(f"{seed}/power")
     recorded = record(top / "recorded", rng)
