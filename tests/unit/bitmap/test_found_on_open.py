@@ -15,7 +15,7 @@ from incbak import durable
 from incbak.bitmap import format as fmt
 from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import REGION, Flag, Slot
-from incbak.bitmap.store import BitmapStore, get_dirty_blocks, invalidate, view, views
+from incbak.bitmap.store import BitmapStore, disown, get_dirty_blocks, invalidate, view, views
 from incbak.errors import BitmapError, LockedError, UsageError
 from incbak.extents import Extent
 from incbak.fingerprint import Fingerprint
@@ -386,3 +386,61 @@ def test_an_old_clean_slot_does_not_come_back(scene: Scene) -> None:
         assert isinstance(slot, Slot)
         assert not slot.flags & Flag.CLEAN
         assert replace(slot, sequence=newest.sequence) == newest
+
+
+def test_an_image_that_is_overwritten_disowns_its_bitmaps(scene: Scene, tmp_path: Path) -> None:
+    """faults rows 8, 82: a block device has no time that would tell so later; found by any name of the image."""
+    scene.store.note_image(scene.image)
+    scene.clean(*BEFORE)
+    link = tmp_path / "link"
+    link.symlink_to(scene.image)
+    with pytest.raises(LockedError):
+        disown(scene.state, link)
+    scene.store.unlock()
+    assert disown(scene.state, tmp_path / "other") == []
+    assert disown(scene.state, link) == [NAME]
+    assert disown(scene.state, link) == []
+    scene.store.lock()
+    assert scene.open() is Reason.DISK_CHANGED
+
+
+def test_who_the_disk_is_stays_when_its_image_moves(scene: Scene) -> None:
+    """The identity is the VM's disk, not a path; noting the same image again writes nothing."""
+    scene.clean(*BEFORE)
+    before = scene.store.uuid
+    scene.store.note_image(scene.image)
+    path = scene.store.directory / "disk.json"
+    written = path.stat().st_mtime_ns, path.stat().st_ino
+    scene.store.note_image(scene.image)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == written
+    scene.store.unlock()
+    scene.store.lock()
+    assert scene.store.uuid == before
+    scene.opened().close(None)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"uuid": 5}', b'{"uuid": "x"}'])
+def test_a_disk_that_has_forgotten_who_it_is_has_no_bitmaps(scene: Scene, content: bytes) -> None:
+    scene.clean(*BEFORE)
+    (scene.store.directory / "disk.json").write_bytes(content)
+    scene.store.unlock()
+    scene.store.lock()
+    assert scene.open() is Reason.WRONG_DISK
+
+
+def test_looking_on_tells_why_a_bitmap_is_not_believed(scene: Scene) -> None:
+    scene.clean(*BEFORE)
+    scene.store.unlock()
+    invalidate(scene.state, "vm", "disk", NAME)
+    scene.store.lock()
+    assert view(scene.state, "vm", "disk", NAME).reason is Reason.INVALIDATED
+    scene.poke(100, b"\xff\0\xff")
+    scene.poke(612, b"\xff\0\xff")
+    seen = view(scene.state, "vm", "disk", NAME)
+    assert seen.reason is Reason.HEADER
+    with pytest.raises(BitmapError, match="cannot be read"):
+        seen.extents()
+    os.truncate(scene.path, 0)
+    assert view(scene.state, "vm", "disk", NAME).reason is Reason.FORMAT
+    with pytest.raises(BitmapError, match="no bitmap"):
+        view(scene.state, "vm", "disk", "nothing")
