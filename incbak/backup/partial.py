@@ -88,7 +88,8 @@ class Partials:
     def forget(self, first: int, last: int) -> None:
         """Whole content of these clusters came: parts of them that came before are of no more use."""
         with self._lock:
-            for number in [n for n in self._came if first <= n <= last]:
+            few = last - first < len(self._came)
+            for number in range(first, last + 1) if few else [n for n in self._came if first <= n <= last]:
                 self._drop(number)
 
     def rest(self) -> list[tuple[int, list[tuple[int, bytes]]]]:

@@ -147,7 +147,7 @@ class DiskSink:
             if kernels.any_in_range(self._covered, first, last):
                 while not self._idle.wait_for(lambda: not self._flying, 0.1) and not self._pipeline.failure:
                     pass
-                self._partials.forget(first, last)
+            self._partials.forget(first, last)
             kernels.set_range(self._covered, first, last)
 
     def _zeroes(self, first: int, last: int) -> None:
@@ -196,6 +196,8 @@ class DiskSink:
         if not self.counts.flushes:
             raise BackupError(f"disk {self.name}: the job ended without a flush")
         for number, parts in self._partials.rest():
+            if kernels.any_in_range(self._covered, number, number):
+                raise BackupError(f"disk {self.name}: a part of cluster {number} came again after all of it")
             if self.full or self._base_record is None:
                 raise BackupError(f"disk {self.name}: a part of cluster {number} never came")
             self._whole(number, memoryview(self._completed(number, parts)))

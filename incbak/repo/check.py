@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from incbak.errors import DamagedError
+from incbak.errors import DamagedError, FormatTooNewError
 from incbak.events import Progress, Reporter, silent
 from incbak.repo import blob, pack
 from incbak.repo.damage import add_note, replace_notes
@@ -54,21 +54,22 @@ def check(
 ) -> Report:
     """Look at config, packs, index, records and trees; with ``read_data`` at every blob of a ``fraction`` of the packs.
 
-    What is found damaged is noted in the repository, so that the next backup stores it again.
+    What is found damaged is noted in the repository, so that the next backup stores it again. Backups are listed before
+    the index is read, so one that is committed meanwhile does not look damaged.
     """
     found = Report()
+    records = repo.backups()
     repo.index.refresh()
     for name in repo.index.damaged:
         found.problems.append(Problem(f"index {name} does not verify; make it anew with: incbak check --rebuild-index"))
     _large_indexes(repo, found)
-    tables = _packs(repo, found)
-    if read_data:
-        chosen = sorted(tables)
-        if fraction < 1:
-            count = max(1, round(len(chosen) * fraction)) if chosen else 0
-            chosen = random.Random(seed).sample(chosen, count)
-        _blobs(repo, {name: tables[name] for name in chosen}, found, report)
-    affected = _backups(repo, found)
+    tables, suspects = _packs(repo, found)
+    chosen = sorted(tables) if read_data else []
+    if chosen and fraction < 1:
+        chosen = random.Random(seed).sample(chosen, max(1, round(len(chosen) * fraction)))
+    if chosen or suspects:
+        _blobs(repo, suspects | {name: tables[name] for name in chosen}, found, report)
+    affected = _backups(repo, records, found)
     note = replace_notes if read_data and fraction >= 1 else add_note
     note(repo.storage, found.damaged, affected)
     return found
@@ -84,13 +85,16 @@ def _large_indexes(repo: Repository, found: Report) -> None:
             found.problems.append(Problem(f"{e}; make it anew with: incbak check --rebuild-index"))
 
 
-def _packs(repo: Repository, found: Report) -> dict[str, pack.Entries]:
-    """Tables of all packs that have one; missing and broken packs are problems."""
+def _packs(repo: Repository, found: Report) -> tuple[dict[str, pack.Entries], dict[str, pack.Entries]]:
+    """Tables of all packs that have one; missing and broken packs are problems.
+
+    Of a pack whose own table is broken, the second one tells what the index looks for there: all of it is suspect.
+    """
     there = repo.storage.list("packs")
     named = {n: s for f in repo.index.files for n, s in zip(f.names, f.packs["size"].tolist(), strict=True)}
     for name in sorted(named.keys() - there.keys()):
         found.problems.append(Problem(f"pack {name} is missing"))
-    tables = {}
+    tables, suspects = {}, {}
     for name, size in sorted(there.items()):
         try:
             if not is_id(name):
@@ -100,7 +104,19 @@ def _packs(repo: Repository, found: Report) -> dict[str, pack.Entries]:
             found.blobs += len(tables[name])
         except (DamagedError, OSError) as e:
             found.problems.append(Problem(str(e)))
-    return tables
+            if len(entries := _indexed(repo, name)):
+                suspects[name] = entries
+    return tables, suspects
+
+
+def _indexed(repo: Repository, name: str) -> pack.Entries:
+    """What the index says of one pack, in the order of the offsets."""
+    parts = [np.zeros(0, dtype=pack.ENTRY)]
+    for file in repo.index.files:
+        if name in file.names and file.usable[number := file.names.index(name)]:
+            parts.append(file.entries()[file.places["pack"] == number])
+    entries = np.concatenate(parts)
+    return entries[np.argsort(entries["offset"], kind="stable")]
 
 
 def _blobs(repo: Repository, tables: dict[str, pack.Entries], found: Report, report: Reporter) -> None:
@@ -154,14 +170,13 @@ def _ranges(repo: Repository, name: str, entries: pack.Entries) -> Iterator[tupl
         start = stop
 
 
-def _backups(repo: Repository, found: Report) -> set[str]:
+def _backups(repo: Repository, records: list[Record], found: Report) -> set[str]:
     """Walk every tree: pages readable, clusters present and not damaged. The ids of the backups that are hurt."""
     hurt: set[str] = set()
     seen: set[bytes] = set()
-    all_backups = repo.backups()
     for name, why in sorted(repo.unreadable.items()):
         found.problems.append(Problem(why, (name,)))
-    for record in all_backups:
+    for record in records:
         found.backups += 1
         if problem := _one_backup(repo, record, seen, found):
             hurt.add(record.id)
@@ -175,13 +190,18 @@ def _one_backup(repo: Repository, record: Record, seen: set[bytes], found: Repor
         trail: set[bytes] = set(seen)
         tree = repo.tree(disk, record.cluster_size)
         missing = 0
-        try:
-            for _digest, level, page in tree.pages(trail):
-                rows = page[page.any(axis=1)]
-                if level == 0 and len(rows):
-                    missing += _missing(repo, rows, found)
-        except DamagedError as e:
-            return f"disk {disk.name} of backup {record.id[:8]}: {e}"
+        pages: list[DamagedError] = []
+
+        def note(digest: bytes, error: DamagedError, pages: list[DamagedError] = pages) -> None:
+            found.damaged.add(digest)
+            pages.append(error)
+
+        for _digest, level, page in tree.pages(trail, note):
+            rows = page[page.any(axis=1)]
+            if level == 0 and len(rows):
+                missing += _missing(repo, rows, found)
+        if pages:
+            return f"disk {disk.name} of backup {record.id[:8]}: {pages[0]}"
         if missing:
             return f"disk {disk.name} of backup {record.id[:8]}: {missing} clusters are missing or damaged"
         seen |= trail
@@ -202,8 +222,9 @@ def _missing(repo: Repository, rows: Page, found: Report) -> int:
 def rebuild_index(repo: Repository) -> int:
     """Make the index anew from the packs' own tables; the number of blobs. The old files go when the new are durable.
 
-    Call it with the repository's lock held exclusively.
+    Call it with the repository's lock held exclusively. Raises `FormatTooNewError`, with nothing changed.
     """
+    repo.index.refresh()
     old = list(repo.storage.list("index"))
     total = 0
     packs: list[tuple[str, int]] = []
@@ -211,6 +232,8 @@ def rebuild_index(repo: Repository) -> int:
     for name, size in sorted(repo.storage.list("packs").items()):
         try:
             parts.append(pack.read_table(repo.storage, name, size))
+        except FormatTooNewError:
+            raise
         except (DamagedError, OSError):
             continue
         packs.append((name, size))

@@ -14,7 +14,6 @@ may stand in more than one. Names are random; files are immutable; one that vani
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError, FormatTooNewError
-from incbak.repo.pack import Entries
+from incbak.repo.pack import ENTRY, Entries
 from incbak.repo.storage.base import Storage
 
 VERSION = 1
@@ -113,6 +112,7 @@ class IndexFile:
             open_ = open_[self.keys[at[open_]] == keys[open_]]
             places = self.places[at[open_]]
             hit = places["rest"] == rest[open_]
+            hit &= places["pack"] < len(self.usable)
             if len(self.usable):
                 hit &= self.usable[np.minimum(places["pack"], len(self.usable) - 1)]
             rows[open_[hit]] = at[open_[hit]]
@@ -121,10 +121,15 @@ class IndexFile:
             open_ = open_[at[open_] < len(self.keys)]
         return rows
 
-    def digests(self) -> Iterator[bytes]:
-        """Every digest in the file."""
-        for key, rest in zip(self.keys.tolist(), self.places["rest"], strict=True):
-            yield key.to_bytes(8, "big") + bytes(rest)
+    def entries(self) -> Entries:
+        """Every blob as in a pack's table, in the order of `places`."""
+        entries = np.zeros(len(self), dtype=ENTRY)
+        keys = np.asarray(self.keys).astype(">u8").view(np.uint8).reshape(-1, 8)
+        rest = np.frombuffer(self.places["rest"].tobytes(), dtype=np.uint8).reshape(-1, 24)
+        entries["digest"] = np.ascontiguousarray(np.concatenate([keys, rest], axis=1)).view("V32").ravel()
+        for field in ("offset", "stored", "raw", "codec"):
+            entries[field] = self.places[field]
+        return entries
 
 
 class Place:
@@ -146,7 +151,7 @@ class Index:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the folder again. A damaged file is noted in `damaged` and left out."""
+        """Read the folder again. A damaged file is noted in `damaged` and left out. Raises `FormatTooNewError`."""
         known = {f.name: f for f in self.files}
         for _ in range(8):
             names = self._storage.list("index")
@@ -167,6 +172,8 @@ class Index:
             return known[name]
         try:
             return IndexFile(name, mapped(self._storage, name))
+        except FormatTooNewError:
+            raise
         except DamagedError:
             if name not in self.damaged:
                 self.damaged.append(name)

@@ -7,7 +7,6 @@ from contextlib import suppress
 import numpy as np
 
 from incbak.errors import DamagedError
-from incbak.repo import pack
 from incbak.repo.ids import new_id
 from incbak.repo.index import IndexFile, encode, mapped
 from incbak.repo.storage.base import Storage
@@ -49,12 +48,6 @@ def _merged(files: list[IndexFile]) -> bytes:
     for file in files:
         ours = zip(file.names, file.packs["size"].tolist(), strict=True)
         table = np.array([packs.setdefault(p, len(packs)) for p in ours], dtype=np.uint32)
-        entries = np.zeros(len(file), dtype=pack.ENTRY)
-        keys = np.asarray(file.keys).astype(">u8").view(np.uint8).reshape(-1, 8)
-        rest = np.frombuffer(file.places["rest"].tobytes(), dtype=np.uint8).reshape(-1, 24)
-        entries["digest"] = np.ascontiguousarray(np.concatenate([keys, rest], axis=1)).view("V32").ravel()
-        for field in ("offset", "stored", "raw", "codec"):
-            entries[field] = file.places[field]
-        parts.append(entries)
+        parts.append(file.entries())
         numbers.append(table[file.places["pack"]])
     return encode(list(packs), np.concatenate(numbers), np.concatenate(parts))

@@ -4,14 +4,17 @@
 
     0     16     magic "INCBAKPK", version, flags
     16    ...    stored blobs
-    ...   56 n   the table, in the order of the blobs: digest 32, offset 8, stored 4, raw 4, codec 1, zero 7
+    ...   56 n   the table, in the order of the blobs: digest 32, offset 8, stored 4, raw 4, codec 1, salt 7
     ...   64     footer: magic "INCBAKPT", version, n, offset of the table, BLAKE3 of the table (32), zero
 
-A pack is named after the BLAKE3 of its table (16 bytes, hex), so a swapped pack does not pass for another.
+A pack is named after the BLAKE3 of its table (16 bytes, hex), so a swapped pack does not pass for another. The salt is
+random in the first entry and zero in the others: a pack never has the name of one that is there, which may be damaged
+though it has the same content, and is then the reason why this one is written.
 """
 
 from __future__ import annotations
 
+import secrets
 import struct
 
 import numpy as np
@@ -19,6 +22,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError, FormatTooNewError
+from incbak.repo.blob import MAX_BLOB
 from incbak.repo.storage.base import Storage
 
 VERSION = 1
@@ -28,7 +32,7 @@ HEAD = struct.Struct("<8sII")
 FOOT = struct.Struct("<8sIIQ32s8s")
 HEAD_MAGIC, FOOT_MAGIC = b"INCBAKPK", b"INCBAKPT"
 ENTRY = np.dtype(
-    [("digest", "V32"), ("offset", "<u8"), ("stored", "<u4"), ("raw", "<u4"), ("codec", "u1"), ("zero", "V7")]
+    [("digest", "V32"), ("offset", "<u8"), ("stored", "<u4"), ("raw", "<u4"), ("codec", "u1"), ("salt", "V7")]
 )
 assert ENTRY.itemsize == 56
 assert FOOT.size == 64
@@ -42,7 +46,9 @@ def head() -> bytes:
 
 
 def tail(entries: Entries, offset: int) -> tuple[bytes, str]:
-    """How a pack ends, with the table at ``offset``; and its name."""
+    """How a pack ends, with the table at ``offset``; and its name. Salts ``entries``."""
+    if len(entries):
+        entries["salt"][0] = secrets.token_bytes(7)
     table = entries.tobytes()
     digest = blake3(table).digest()
     return table + FOOT.pack(FOOT_MAGIC, VERSION, len(entries), offset, digest, b""), digest[:16].hex()
@@ -64,6 +70,13 @@ def read_table(storage: Storage, name: str, size: int) -> Entries:
     if blake3(table).digest() != digest or digest[:16].hex() != name:
         raise DamagedError(f"the table of pack {name} does not match its digest")
     entries = np.frombuffer(table, dtype=ENTRY)
-    if len(entries) and int((entries["offset"] + entries["stored"]).max()) > offset:
+    if len(entries) and not _possible(entries, offset):
         raise DamagedError(f"the table of pack {name} points outside it")
     return entries
+
+
+def _possible(entries: Entries, end: int) -> bool:
+    """Whether all blobs lie before ``end``, and none claims more than a blob may have."""
+    if int(entries["offset"].max()) > end or int(entries["raw"].max()) > MAX_BLOB:
+        return False
+    return int((entries["offset"] + entries["stored"]).max()) <= end

@@ -75,7 +75,7 @@ def decode(name: str, data: bytes) -> Record:
         raise DamagedError(f"the record of backup {name} does not match its digest")
     try:
         record = msgspec.json.decode(body, type=Record)
-    except (msgspec.MsgspecError, RecursionError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         newer = b'"version":' in body[:40] and not body.startswith(b'{"version":%d,' % VERSION)
         if newer:
             raise FormatTooNewError(f"backup {name} is of a newer version", hint="Use a newer incbak.") from e

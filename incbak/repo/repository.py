@@ -15,6 +15,7 @@ import numpy as np
 
 from incbak import durable
 from incbak.errors import DamagedError, FormatTooNewError, LockedError, NoRepositoryError, UsageError
+from incbak.repo import blob
 from incbak.repo import record as records
 from incbak.repo.damage import Damage, read_damage
 from incbak.repo.ids import is_id, new_id
@@ -31,15 +32,22 @@ VERSION = 1
 DEFAULT_CLUSTER = 65536
 CLUSTER_SIZES = range(4096, (4 << 20) + 1)
 _CONFIG_LIMIT = 1 << 20
+_REPOSITORY_LOCK = "repository.lock"
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the file ``config`` holds."""
+    """What the file ``config`` holds; ``digest`` is of the other fields."""
 
     version: int
     id: str
     cluster_size: int
     program: str = "incbak"
+    digest: str = ""
+
+    def sealed(self) -> Config:
+        """With its digest."""
+        fields = f"{self.version} {self.id} {self.cluster_size} {self.program}"
+        return msgspec.structs.replace(self, digest=blob.digest_of(fields.encode()).hex())
 
 
 class Repository:
@@ -64,7 +72,7 @@ class Repository:
         durable.make_dir(path)
         storage = LocalStorage(path)
         storage.make_directories()
-        config = Config(VERSION, new_id(), cluster_size)
+        config = Config(VERSION, new_id(), cluster_size).sealed()
         durable.write_new(path / "config", [msgspec.json.encode(config)])
         return cls(storage, config)
 
@@ -84,11 +92,13 @@ class Repository:
             raise FormatTooNewError(f"repository {path} is of format {version}", hint="Use a newer incbak.")
         try:
             config = msgspec.json.decode(raw, type=Config)
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             raise DamagedError(f"the config of {path} is malformed: {e}") from e
         size = config.cluster_size
         if not is_id(config.id) or size not in CLUSTER_SIZES or size & (size - 1):
             raise DamagedError(f"the config of {path} is malformed: its id or cluster size")
+        if config != config.sealed():
+            raise DamagedError(f"the config of {path} does not match its digest")
         return cls(storage, config)
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -101,7 +111,10 @@ class Repository:
         return self._index
 
     def backups(self, vm: str | None = None) -> list[Record]:
-        """All backups (of one VM), oldest first by sequence. Records that cannot be read are noted in `unreadable`."""
+        """All backups (of one VM), oldest first by sequence. Records that cannot be read are noted in `unreadable`.
+
+        What is needed to read them is in the index afterwards, also of those committed since it was opened.
+        """
         found = []
         self.unreadable = {}
         for name in self.storage.list("backups"):
@@ -111,6 +124,8 @@ class Repository:
                 continue
             except DamagedError as e:
                 self.unreadable[name] = str(e)
+        if self._index is not None:
+            self._index.refresh()
         return sorted((r for r in found if vm is None or r.vm == vm), key=lambda r: (r.seq, r.started, r.id))
 
     def record(self, name: str) -> Record:
@@ -175,13 +190,15 @@ class Repository:
         """
         name = f"vm-{quote(vm, safe='')[:200]}.lock"
         with ExitStack() as stack:
-            stack.enter_context(self.storage.lock("repository.lock", exclusive=False, wait=wait))
+            stack.enter_context(self.storage.lock(_REPOSITORY_LOCK, exclusive=False, wait=wait))
             stack.enter_context(self.storage.lock(name, exclusive=True, wait=wait))
-            before = self._lock_identity(name)
+            before = {n: self._lock_identity(n) for n in (_REPOSITORY_LOCK, name)}
 
             def still_there() -> None:
-                if self._lock_identity(name) != before:
-                    raise LockedError(f"the lock {name} was removed or replaced during the run; nothing was committed")
+                for held, identity in before.items():
+                    if self._lock_identity(held) != identity:
+                        why = f"the lock {held} was removed or replaced during the run; nothing was committed"
+                        raise LockedError(why, hint="Run it again; leave the files in locks/ alone.")
 
             yield still_there
 
@@ -222,7 +239,7 @@ _OURS = {"packs", "index", "backups", "damaged", "locks"}
 def _version_of(raw: bytes) -> int | None:
     try:
         found = msgspec.json.decode(raw)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     version = found.get("version") if isinstance(found, dict) else None
     return version if isinstance(version, int) else None

@@ -7,8 +7,11 @@ depth follows from the number of clusters, so a root and a size are all that a r
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,20 +101,33 @@ class TreeReader:
         for i in np.flatnonzero(page.any(axis=1)).tolist():
             yield from self._below(page[i].tobytes(), level - 1, first + i * FANOUT ** (level - 1))
 
-    def pages(self, seen: set[bytes]) -> Iterator[tuple[bytes, int, Page]]:
-        """(digest, level, page) of every page not in ``seen``, which grows; level 0 is a leaf."""
-        yield from self._pages_below(self.root, self.depth - 1, seen)
+    def pages(
+        self, seen: set[bytes], on_damage: Callable[[bytes, DamagedError], None] | None = None
+    ) -> Iterator[tuple[bytes, int, Page]]:
+        """(digest, level, page) of every page not in ``seen``, which grows; level 0 is a leaf.
 
-    def _pages_below(self, digest: bytes, level: int, seen: set[bytes]) -> Iterator[tuple[bytes, int, Page]]:
+        With ``on_damage``, a damaged page is told to it and passed over.
+        """
+        yield from self._pages_below(self.root, self.depth - 1, seen, on_damage)
+
+    def _pages_below(
+        self, digest: bytes, level: int, seen: set[bytes], on_damage: Callable[[bytes, DamagedError], None] | None
+    ) -> Iterator[tuple[bytes, int, Page]]:
         key = digest + bytes([level])
         if digest == ZERO_DIGEST or key in seen:
             return
         seen.add(key)
-        page = self.page(digest)
+        try:
+            page = self.page(digest)
+        except DamagedError as e:
+            if on_damage is None:
+                raise
+            on_damage(digest, e)
+            return
         yield digest, level, page
         if level:
             for i in np.flatnonzero(page.any(axis=1)).tolist():
-                yield from self._pages_below(page[i].tobytes(), level - 1, seen)
+                yield from self._pages_below(page[i].tobytes(), level - 1, seen, on_damage)
 
 
 def differing(a: TreeReader, b: TreeReader) -> Iterator[tuple[int, int]]:
@@ -142,10 +158,38 @@ def _differing(
             yield from _differing(a, b, x[i].tobytes(), y[i].tobytes(), level - 1, below)
 
 
+class _Spool:
+    """Leaf pages in the making, in an unlinked file: what is not in a durable pack yet cannot be read from there."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._slots: dict[int, int] = {}
+
+    def put(self, leaf: int, page: Page) -> None:
+        """Keep a page; raises `OSError`."""
+        if self._file is None:
+            directory = None if os.environ.get("TMPDIR") or not os.path.isdir("/var/tmp") else "/var/tmp"
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - lives as long as this object
+        self._file.seek(self._slots.setdefault(leaf, len(self._slots)) * PAGE)
+        self._file.write(page.tobytes())
+
+    def get(self, leaf: int) -> Page | None:
+        """The page that was put last, a copy."""
+        if self._file is None or leaf not in self._slots:
+            return None
+        self._file.seek(self._slots[leaf] * PAGE)
+        return np.frombuffer(bytearray(self._file.read(PAGE)), dtype=np.uint8).reshape(FANOUT, DIGEST)
+
+    def leaves(self) -> list[int]:
+        """The numbers of all pages here."""
+        return list(self._slots)
+
+
 class TreeUpdate:
     """A new tree from a base and the clusters that were read. Work grows with the leaves touched, not with the disk.
 
     Without a base, clusters that are never set are zero. Setting a cluster twice: the later one counts. One thread.
+    Pages that ``store`` was given are never fetched again.
     """
 
     def __init__(self, fetch: Fetch, store: Store, base: bytes | None, clusters: int) -> None:
@@ -156,6 +200,7 @@ class TreeUpdate:
         self._digests: list[NDArray[np.uint8]] = []
         self._pending = 0
         self._leaves: dict[int, bytes] = {}
+        self._spool = _Spool()
         self.changed = 0
         """Clusters set to another digest than they had in the base."""
 
@@ -181,18 +226,24 @@ class TreeUpdate:
             if keep_partial and len(leaves) > 1 and end == len(numbers) and end - start < FANOUT:
                 keep = start
                 break
-            self._leaf(leaf, numbers[start:end] - leaf * FANOUT, digests[start:end])
+            self._leaf(leaf, numbers[start:end] - leaf * FANOUT, digests[start:end], last=not keep_partial)
         self._numbers, self._digests, self._pending = [], [], 0
         if keep < len(numbers):
             self._numbers, self._digests, self._pending = [numbers[keep:]], [digests[keep:]], len(numbers) - keep
 
-    def _leaf(self, leaf: int, rows: NDArray[np.int64], digests: NDArray[np.uint8]) -> None:
-        old = self._leaves.get(leaf) or self._base.leaf_digest(leaf)
-        page = np.array(self._base.page(old))
+    def _leaf(self, leaf: int, rows: NDArray[np.int64], digests: NDArray[np.uint8], *, last: bool) -> None:
+        """Change a leaf. It is stored when it is not likely to change again: whole, or at the end (``last``)."""
+        page = self._spool.get(leaf)
+        if page is None:
+            page = np.array(self._base.leaf(leaf))
         before = page[rows]
         page[rows] = digests
         self.changed += int((before != page[rows]).any(axis=1).sum())
-        self._leaves[leaf] = self._put(page)
+        self._leaves.pop(leaf, None)
+        if not last:
+            self._spool.put(leaf, page)
+        if last or len(rows) >= FANOUT:
+            self._leaves[leaf] = self._put(page)
 
     def _put(self, page: Page) -> bytes:
         return self._store(page.tobytes()) if page.any() else ZERO_DIGEST
@@ -200,6 +251,9 @@ class TreeUpdate:
     def finish(self) -> bytes:
         """Store what is pending and all pages above; the root."""
         self._apply(keep_partial=False)
+        for leaf in self._spool.leaves():
+            if leaf not in self._leaves and (page := self._spool.get(leaf)) is not None:
+                self._leaves[leaf] = self._put(page)
         changed = self._leaves
         for level in range(1, self.depth):
             above: dict[int, dict[int, bytes]] = {}

@@ -12,15 +12,16 @@ Killed anywhere before 5, what was written is orphaned: harmless, and used by th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from incbak import durable
-from incbak.errors import IncbakError
+from incbak.errors import DurabilityError, IncbakError
 from incbak.repo import blob, pack, record
 from incbak.repo.ids import new_id
 from incbak.repo.index import Digests, Index, encode
@@ -72,6 +73,7 @@ class Writer:
         self._tables: list[pack.Entries] = []
         self._sealer = ThreadPoolExecutor(1, "seal")
         self._sealing: list[Future[None]] = []
+        self._failure: BaseException | None = None
         self.blobs = self.stored = 0
         """New blobs, and the bytes that they take."""
 
@@ -104,7 +106,7 @@ class Writer:
         ``stored`` must stay as it is. Raises `DurabilityError`.
         """
         size = len(stored)
-        with self._lock:
+        with self._lock, self._failing():
             if digest in self._new:
                 return 0
             if self._stream is None:
@@ -160,8 +162,6 @@ class Writer:
             size = whole.stream.append([*whole.buffer, table])
             durable.crash_point("repo.pack-full")
             whole.stream.commit(name)
-        except FileExistsError:
-            whole.stream.abort()
         except BaseException:
             whole.stream.abort()
             raise
@@ -185,9 +185,20 @@ class Writer:
             for digest in named["digest"]:
                 self._new.pop(digest.tobytes(), None)
 
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """The first failure is final: what was half written must never be counted on."""
+        if self._failure:
+            raise DurabilityError(f"an earlier write of this backup failed: {self._failure}") from self._failure
+        try:
+            yield
+        except BaseException as e:
+            self._failure = e
+            raise
+
     def finish(self) -> None:
         """Steps 2 and 3: everything added is durable and indexed."""
-        with self._lock:
+        with self._lock, self._failing():
             self._end()
             for sealing in self._sealing:
                 sealing.result()

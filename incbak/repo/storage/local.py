@@ -29,7 +29,7 @@ class LocalStream(Stream):
         self._directory = directory
         self._path = directory / f".{os.getpid()}-{threading.get_native_id()}-{time.monotonic_ns()}.tmp"
         self._size = 0
-        self._open = True
+        self._open, self._named = True, False
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(self._path, flags, 0o600)
@@ -47,10 +47,11 @@ class LocalStream(Stream):
     def commit(self, name: str) -> None:
         self._close()
         durable.commit(self._path, self._directory / name)
+        self._named = True
 
     def abort(self) -> None:
-        if self._open:
-            self._close()
+        self._close()
+        if not self._named:
             with suppress(OSError):
                 self._path.unlink()
 
@@ -152,9 +153,8 @@ class LocalStorage(Storage):
     @contextmanager
     def lock(self, name: str, *, exclusive: bool, wait: float) -> Iterator[None]:
         path = self.root / "locks" / name
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = _locked(path, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, time.monotonic() + wait)
         try:
-            _flock(fd, path, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, time.monotonic() + wait)
             yield
         finally:
             os.close(fd)
@@ -162,6 +162,24 @@ class LocalStorage(Storage):
     def close(self) -> None:
         with self._mutex:
             self._files.clear()
+
+
+def _locked(path: Path, kind: int, deadline: float) -> int:
+    """A descriptor that holds the lock on the file that has this name now, not on one that was removed meanwhile."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise DurabilityError(f"cannot open the lock {path}: {e.strerror}", hint="Look at the storage.") from e
+        try:
+            _flock(fd, path, kind, deadline)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 def _flock(fd: int, path: Path, kind: int, deadline: float) -> None:
