@@ -9,7 +9,7 @@ from pathlib import Path
 from incbak.disk.file import probe_format
 from incbak.engine.base import Engine
 from incbak.engine.image import ImageEngine
-from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
+from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, STALL_SECONDS, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import Address, Session
 from incbak.engine.storage_daemon import DEFAULT_DISK, Image, OfflineEngine, StorageDaemonEngine
@@ -29,11 +29,12 @@ class Source:
     scratch_dir: Path | None = None
     scratch_limit: int | None = None
     speed: int = 0
+    stall: float = STALL_SECONDS
 
     def qemu_options(self) -> QemuOptions:
         """What of it concerns a running QEMU."""
         directory = self.scratch_dir or DEFAULT_SCRATCH
-        return QemuOptions(scratch_dir=directory, scratch_limit=self.scratch_limit, speed=self.speed)
+        return QemuOptions(directory, self.scratch_limit, self.stall, self.speed)
 
 
 async def open_engine(source: Source) -> Engine:

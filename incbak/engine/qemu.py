@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -32,9 +33,11 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SCRATCH = Path("/var/tmp")
 OLDEST = (7, 1)
+STALL_SECONDS = 120.0
 _NO_LOCKS = 9  # from this major version on, nodes can be added beside running I/O threads
 _WINDOW_COMMAND = 3.0
 _FLUSH_SECONDS = 600.0
+_SILENT_SECONDS = 5.0  # longer than that QEMU's main loop, and so the guest, does not wait for a target
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class QemuOptions:
 
     scratch_dir: Path = DEFAULT_SCRATCH
     scratch_limit: int | None = None
-    stall: float = 120.0
+    stall: float = STALL_SECONDS
     speed: int = 0
 
 
@@ -171,15 +174,16 @@ class QemuEngine(Engine):
             async with AsyncExitStack() as stack:
                 guard = await stack.enter_async_context(self._guard(disks, targets))
                 for disk in disks:
-                    await disk.connect(targets[disk.disk])
+                    await disk.connect()
                     await disk.prepare()
                 for disk in disks:
                     notes += await self._add_bitmap(disk.plan)
                 await self._flush(disks)
                 await self._point_in_time(disks, guard)
-                for disk in disks:
-                    await disk.start(self._options.speed)
-                results = await _together(self._copy(disk, targets[disk.disk], progress) for disk in disks)
+                jobs = [{"type": "blockdev-backup", "data": await d.job(self._options.speed)} for d in disks]
+                async with self._watched(disks):
+                    await self._session.execute("transaction", {"actions": jobs})
+                    results = await _together(self._copy(disk, targets[disk.disk], progress) for disk in disks)
         except BaseException:
             await self._abandon(disks)
             raise
@@ -200,9 +204,8 @@ class QemuEngine(Engine):
     def _guard(self, disks: Sequence[DiskFilter], targets: Mapping[str, Target]) -> Guard:
         """The guard has the targets' sockets before QEMU does."""
         for disk in disks:
-            if self._session.address.is_unix:
-                disk.socket = targets[disk.disk].socket()
-        return Guard(self._session.duplicate(), [disk.socket.dup() for disk in disks if disk.socket])
+            disk.sink = targets[disk.disk].socket()
+        return Guard(self._session.duplicate(), [disk.sink.dup() for disk in disks if disk.sink])
 
     async def _add_bitmap(self, plan: DiskPlan) -> list[str]:
         one = {"node": plan.disk.node, "name": plan.new_bitmap}
@@ -261,20 +264,17 @@ class QemuEngine(Engine):
     async def _copy(self, disk: DiskFilter, target: Target, progress: ProgressCallback) -> DiskResult:
         """Wait for one disk's job, and take its filter out."""
         clock = asyncio.get_running_loop().time
-        seen = [clock(), -1.0]
+        disk.moved = clock(), -1
 
         def moved(name: str, done: int, whole: int) -> None:
-            if done != seen[1]:
-                seen[:] = [clock(), float(done)]
+            if done != disk.moved[1]:
+                disk.moved = clock(), done
             progress(name, done, whole)
 
-        stalled = asyncio.create_task(self._watch(disk, seen))
-        try:
-            result = (await wait_for_jobs(self._session, {disk.ident: disk.disk}, moved))[disk.disk]
-        finally:
-            stalled.cancel()
+        result = (await wait_for_jobs(self._session, {disk.ident: disk.disk}, moved))[disk.disk]
+        disk.moved = math.inf, 0
         if result.error:
-            result = DiskResult(result.copied, await self._explain(disk, result.error, stalled))
+            result = DiskResult(result.copied, _explain(disk, result.error))
         result = await without_padding(self._session, disk.ident + "t", disk.plan.disk.size, result)
         left = await disk.remove()
         for text in left:
@@ -283,26 +283,38 @@ class QemuEngine(Engine):
             result = await _flush_target(target, result)
         return result
 
-    async def _watch(self, disk: DiskFilter, seen: list[float]) -> str:
-        """Cut a copy off that does not get on; a drain in QEMU would wait for it, and the guest with it."""
-        clock = asyncio.get_running_loop().time
-        while clock() - seen[0] < self._options.stall:
-            await asyncio.sleep(min(1.0, self._options.stall / 4))
-        await disk.cut()
-        return f"the copy did not get on for {self._options.stall:g} s"
+    @asynccontextmanager
+    async def _watched(self, disks: Sequence[DiskFilter]) -> AsyncIterator[None]:
+        watch = asyncio.create_task(self._watch(disks))
+        try:
+            yield
+        finally:
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
 
-    async def _explain(self, disk: DiskFilter, error: str, stalled: asyncio.Task[str]) -> str:
-        if stalled.done() and not stalled.cancelled() and not stalled.exception():
-            return stalled.result()
-        if disk.scratch_full():
-            return f"the scratch file was full ({disk.bound} bytes): {error}"
-        return error
+    async def _watch(self, disks: Sequence[DiskFilter]) -> None:
+        """Cut targets off that do not get on, and all of them when QEMU does not answer: it may be waiting for them."""
+        clock, stall = asyncio.get_running_loop().time, self._options.stall
+        while True:
+            await asyncio.sleep(min(1.0, stall / 4))
+            for disk in disks:
+                if clock() - disk.moved[0] > stall:
+                    disk.cut(f"the copy did not get on for {stall:g} s")
+            try:
+                await self._session.execute("query-status", timeout=_SILENT_SECONDS)
+            except EngineSilent:
+                for disk in disks:
+                    disk.cut(f"QEMU did not answer for {_SILENT_SECONDS:g} s, so it may have been waiting for the copy")
+            except EngineError:
+                return
 
     async def _abandon(self, disks: Sequence[DiskFilter]) -> None:
         """Undo what was set up, as far as QEMU answers."""
         for disk in disks:
+            disk.cut()
+        for disk in disks:
             try:
-                await disk.cut()
                 await cancel_jobs(self._session, disk.ident)
                 for text in await disk.remove():
                     log.warning("%s", text)
@@ -332,6 +344,14 @@ class QemuEngine(Engine):
 
     async def close(self) -> None:
         await self._session.close()
+
+
+def _explain(disk: DiskFilter, error: str) -> str:
+    if disk.why_cut:
+        return disk.why_cut
+    if disk.scratch_full():
+        return f"the scratch file was full ({disk.bound} bytes): {error}"
+    return error
 
 
 async def _each(disks: Sequence[DiskFilter], step: Callable[[DiskFilter], Coroutine[Any, Any, None]]) -> None:

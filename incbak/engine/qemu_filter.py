@@ -12,8 +12,11 @@ Nj    the filter that the job itself puts on Na
 ====  ==================================================================================================
 
 Order matters. The filter takes away its image's permission to be written past it as soon as it has a second user, so
-Na comes after the device has been moved to Nf, and goes before the device is moved back. The connection of Nt is cut
-(``yank``) before the node is removed: QEMU would flush it with the guest waiting.
+Na comes after the device has been moved to Nf, and goes before the device is moved back.
+
+While a target does not answer, whatever drains all nodes stops QEMU's main loop, and with it the guest: ``stop``, a
+reset, a transaction, another ``blockdev-backup``; and removing Nt flushes it. So all jobs begin in one transaction, the
+sockets of the targets can be cut from here without an answer of QEMU, and Nt is cut before it is removed.
 
 QEMU before 9.0 aborts, guest and all, when Nf or Na is added while a request is in flight on an I/O thread:
 ``blockdev-add`` drains what is below without holding the thread's lock (on 7.2, with four writers in the guest, 4 of 4
@@ -23,20 +26,23 @@ runs died within four backups). With the VM stopped all disks are in the main th
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import socket
+from socket import SHUT_RDWR, socket
 from typing import Any
 
-from incbak.engine.base import DiskPlan, Target
+from incbak.engine.base import DiskPlan
+from incbak.engine.qemu_relay import Relay
 from incbak.engine.session import CommandFailed, EngineSilent, Session
 from incbak.errors import EngineError
 
 CBW_TIMEOUT = 10
+WORKERS = 8  # requests in flight, for which a drain has to wait
 _OVERHEAD = 4 << 20  # what qcow2 needs for itself, beyond 1 in 8192 bytes
 _CLOSE_TO_FULL = 1 << 20
 _CREATE_SECONDS = 60.0
@@ -54,7 +60,9 @@ class DiskFilter:
     limit: int
     bound: int = 0
     scratch: int = -1
-    socket: socket | None = None
+    sink: socket | None = None
+    why_cut: str = ""
+    moved: tuple[float, int] = (math.inf, 0)  # when the job last got on, and how far it was
     inserted: bool = False
     nodes: list[str] = field(default_factory=list)
 
@@ -75,20 +83,22 @@ class DiskFilter:
 
     # -- before the point in time ---------------------------------------------------------------------------------
 
-    async def connect(self, target: Target) -> None:
-        """The target's node: over the socket that is handed to QEMU, else by its path."""
-        if self.socket is None:
-            path, export = target.address()
-            await self._add("t", "nbd", server={"type": "unix", "path": str(path)}, export=export)
+    async def connect(self) -> None:
+        """The target's node, over the socket: handed to QEMU, or relayed where the monitor takes no descriptors."""
+        assert self.sink
+        if not self.session.address.is_unix:
+            relay = Relay(self.sink.dup())
+            try:
+                await self._add("t", "nbd", server={"type": "unix", "path": str(relay.path)}, export=self.disk)
+            finally:
+                relay.close()
             return
-        await self.session.pass_fd(self.socket.fileno(), "getfd", {"fdname": self.ident})
+        await self.session.pass_fd(self.sink.fileno(), "getfd", {"fdname": self.ident})
         try:
             await self._add("t", "nbd", server={"type": "fd", "str": self.ident}, export=self.disk)
         except CommandFailed:
             await self.session.try_execute("closefd", {"fdname": self.ident})
             raise
-        self.socket.close()
-        self.socket = None
 
     async def prepare(self) -> None:
         """The scratch file, which nobody uses yet."""
@@ -163,10 +173,16 @@ class DiskFilter:
 
     # -- the copy -------------------------------------------------------------------------------------------------
 
-    async def start(self, speed: int) -> None:
-        """Begin to copy. The base's bitmap is merged only now: it may have too much by this, never too little."""
+    async def job(self, speed: int) -> dict[str, Any]:
+        """What to copy. The base's bitmap is merged only now: it may have too much by this, never too little."""
         access = self.ident + "a"
-        backup: dict[str, Any] = {"job-id": self.ident, "device": access, "target": self.ident + "t", "sync": "full"}
+        backup: dict[str, Any] = {
+            "job-id": self.ident,
+            "x-perf": {"max-workers": WORKERS},
+            "device": access,
+            "target": self.ident + "t",
+            "sync": "full",
+        }
         backup |= {"auto-dismiss": False, "filter-node-name": self.ident + "j", "speed": speed}
         if base := self.plan.base_bitmap:
             name = f"{self.plan.new_bitmap}-dirty"
@@ -176,22 +192,25 @@ class DiskFilter:
             merge = {"node": access, "target": name, "bitmaps": [{"node": self.plan.disk.node, "name": base}]}
             await self.session.execute("block-dirty-bitmap-merge", merge)
             backup |= {"sync": "bitmap", "bitmap": name, "bitmap-mode": "never"}
-        await self.session.execute("blockdev-backup", backup)
+        return backup
 
     def scratch_full(self) -> bool:
         """Whether the scratch file has no room for one more cluster."""
         return self.scratch >= 0 and os.fstat(self.scratch).st_blocks * 512 > self.bound - _CLOSE_TO_FULL
 
-    async def cut(self) -> None:
-        """End the connection to the target, whatever is in flight."""
-        await cut_target(self.session, self.ident + "t")
+    def cut(self, why: str = "") -> None:
+        """End the connection to the target, whatever is in flight; needs no answer of QEMU, which may wait for it."""
+        self.why_cut = self.why_cut or why
+        if self.sink:
+            with suppress(OSError):
+                self.sink.shutdown(SHUT_RDWR)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
     async def remove(self) -> list[str]:
         """Take everything out again, the job being over; what could not be taken out, in words."""
         left: list[str] = []
-        await self.cut()
+        self.cut()
         for letter in "ta":
             await self._remove(letter, left)
         if self.inserted:
@@ -217,9 +236,9 @@ class DiskFilter:
 
     def close(self) -> None:
         """Let go of the scratch file and the socket."""
-        if self.socket:
-            self.socket.close()
-            self.socket = None
+        if self.sink:
+            self.sink.close()
+            self.sink = None
         if self.scratch >= 0:
             with suppress(OSError):
                 os.close(self.scratch)

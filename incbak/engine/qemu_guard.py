@@ -14,7 +14,7 @@ from incbak.engine import guard
 from incbak.errors import EngineError
 
 WINDOW_SECONDS = 8.0
-SILENCE_SECONDS = 60.0
+SILENCE_SECONDS = 15.0
 _BEAT = 1.0
 _ANSWER = 10.0
 
