@@ -1,1 +1,57 @@
-"""See the modules."""
+"""The repository: immutable files in a directory, from which every backup can be restored on its own.
+
+::
+
+    config          version, repository id, cluster size, and their digest; written last by ``init``   `repository`
+    packs/ID        stored clusters and tree pages, then a table of them; named after that table       `pack`, `blob`
+    index/ID        where each blob lies: what the tables say, merged and sorted                       `index`, `merge`
+    backups/ID      one record per backup: the disks and the roots of their trees                      `record`
+    damaged/ID      what checks have found damaged                                                     `damage`
+    locks/NAME      empty files to lock                                                                `storage`
+
+A record names roots; a root is the digest of a page (`tree`); pages name pages and clusters by digest; the index says
+in which pack a digest lies. Every file but the locks is written once, whole, under its final name, and never changed.
+
+**The write order, and why it is the proof that a listed backup can be restored** (`writer`)
+
+1. packs: content under a temporary name, ``fsync``, the name, ``fsync`` of the folder;
+2. the index file that names these packs, the same way;
+3. the locks are looked at again: both are still the files that were locked;
+4. the record, the same way.
+
+A step begins when the one before is durable. So a name that is visible after any crash or power cut stands for content
+that is whole, and all that it refers to was durable before it: a record implies its index files, these imply their
+packs. Killed before 4, there is no backup, and what was written is orphaned: the next run that needs the content finds
+it in the index and uses it. Content is deduplicated only against durable packs that the index names, that are there
+with the size that they should have, and that no check has found damaged; or against what the same run stored. The
+first write that fails is final for its run: a writer that failed once commits nothing.
+
+**Readers go the other way**: records are listed first, then the index, then the packs. What is referred to is older
+than what refers to it, so a reader finds all that it was told of. Every blob is checked against its digest when it is
+read, and every copy is tried before it is called damaged. Sizes, counts and names are held to limits first.
+
+**Which operation beside which**, in any number of processes of one host
+
+==============  ==============  ==============  ==============  ==============
+..              backup          restore, read   check           rebuild-index
+==============  ==============  ==============  ==============  ==============
+backup          yes (1, 2)      yes (3)         yes (4)         no (5)
+restore, read   yes (3)         yes             yes             yes (6)
+check           yes (4)         yes             yes (4)         with care (6)
+rebuild-index   no (5)          yes (6)         with care (6)   no (5)
+==============  ==============  ==============  ==============  ==============
+
+1. Of two VMs: nothing is shared but immutable files with random names. Both may store the same content: stored twice,
+   harmless. Of one VM: ``vm-NAME.lock``, held exclusively, lets in one run; the kernel frees it when the process dies,
+   and age never does.
+2. Two backups may merge small index files at once (`merge`): old files go only when the merged one is durable, so the
+   same blobs may be in two files, never in none. A run's own new file is not touched by a merge that listed before it.
+3. A backup adds files, and removes index files only as in 2; a reader has these mapped, or finds them gone, and lists
+   again. Packs and records are never removed here.
+4. A check lists the records before it reads the index, so a backup that is committed meanwhile is not part of it.
+   Its notes only make later backups store more, and a note is durable before an older one goes.
+5. ``repository.lock``: a backup holds it shared, a rebuild must hold it exclusively. A rebuild that ran beside a backup
+   could remove the index file that the backup has just written.
+6. The new index is durable before the old files go. A reader that opens the index in between has both. A check that
+   looks at a single old file in this moment finds it gone and passes it over.
+"""

@@ -72,7 +72,7 @@ class Writer:
         self._packs: list[tuple[str, int]] = []
         self._tables: list[pack.Entries] = []
         self._sealer = ThreadPoolExecutor(1, "seal")
-        self._sealing: list[Future[None]] = []
+        self._sealing: list[tuple[Future[None], Stream]] = []
         self._failure: BaseException | None = None
         self.blobs = self.stored = 0
         """New blobs, and the bytes that they take."""
@@ -146,10 +146,10 @@ class Writer:
         if self._stream is None:
             return
         while len(self._sealing) >= _SEALING:
-            self._sealing.pop(0).result()
+            self._sealing.pop(0)[0].result()
         whole = _Pack(self._stream, self._buffer, self._offset, self._items)
         self._stream, self._buffer, self._buffered, self._items = None, [], 0, []
-        self._sealing.append(self._sealer.submit(self._seal, whole))
+        self._sealing.append((self._sealer.submit(self._seal, whole), whole.stream))
 
     def _seal(self, whole: _Pack) -> None:
         """Step 2, and 3 now and then."""
@@ -200,7 +200,7 @@ class Writer:
         """Steps 2 and 3: everything added is durable and indexed."""
         with self._lock, self._failing():
             self._end()
-            for sealing in self._sealing:
+            for sealing, _stream in self._sealing:
                 sealing.result()
             self._sealing = []
             self._write_index()
@@ -220,6 +220,8 @@ class Writer:
         """Give up what is not in a durable pack; idempotent; nothing after `commit`."""
         with self._lock:
             self._sealer.shutdown(wait=True, cancel_futures=True)
+            for _sealing, stream in self._sealing:
+                stream.abort()
             if self._stream is not None:
                 self._stream.abort()
                 self._stream = None

@@ -143,8 +143,8 @@ def test_a_flipped_or_cut_pack_never_gives_a_wrong_table(
     try:
         table = pack.read_table(storage, name, len(bad))
         assert table.tobytes() == good[19 : 19 + 3 * 56]
-    except DamagedError as e:
-        assert name in str(e)
+    except DamagedError:
+        pass
     path.unlink()
 
 

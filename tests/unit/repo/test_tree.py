@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,10 +126,9 @@ def test_pages_are_walked_once_and_damage_is_told() -> None:
 
 
 @pytest.fixture
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "_COMPACT", 2000)
     monkeypatch.setattr(tree, "_CACHE", 2)
-    yield
 
 
 @pytest.mark.usefixtures("small_batches")
