@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +20,9 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
 from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import REGION, TOUCHED, Flag, Slot
-from incbak.bitmap.store import BitmapStore
 from incbak.errors import BitmapError, DurabilityError
-from incbak.fingerprint import Fingerprint
 from incbak.reasons import Reason
-from tests.kit.need import need_root
+from tests.kit.need import need, need_root
 from tests.kit.serve import wait_until
 from tests.unit.bitmap.scene import CLUSTER, NAME, SIZE, Scene, clusters, dirty
 
@@ -513,6 +512,26 @@ def test_a_new_file_is_preallocated_and_private(scene: Scene) -> None:
     assert sorted(p.name for p in scene.store.directory.iterdir()) == sorted(["disk.json", "lock", scene.path.name])
 
 
+def test_a_new_file_is_whole_before_it_has_its_name(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """faults row 19: content synced, then the name, then the directory; `create` returns after that."""
+    calls: list[str] = []
+
+    def spy(name: str) -> None:
+        real = getattr(os, name)
+
+        def called(*args: object, **more: object) -> object:
+            is_dir = name == "fsync" and os.path.isdir(os.readlink(f"/proc/self/fd/{args[0]}"))
+            calls.append("fsync directory" if is_dir else name)
+            return real(*args, **more)
+
+        monkeypatch.setattr(os, name, called)
+
+    for name in ("fsync", "link", "rename"):
+        spy(name)
+    scene.create().close(None)
+    assert calls == ["fsync", "link", "fsync directory"]
+
+
 def _slot(scene: Scene) -> Slot:
     slot, both = fmt.newest(scene.path.read_bytes())
     assert isinstance(slot, Slot)
@@ -534,29 +553,47 @@ def test_no_room_for_a_new_bitmap(scene: Scene, monkeypatch: pytest.MonkeyPatch)
     assert not list(scene.store.directory.glob(".*"))
 
 
+_SMALL = """
+import subprocess, sys
+from pathlib import Path
+from incbak.bitmap.store import BitmapStore
+from incbak.errors import BitmapError
+from incbak.fingerprint import Fingerprint
+
+mount, size, cluster = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "incbak-test", mount], check=True)
+store = BitmapStore(mount, "vm", "disk")
+store.lock()
+fine = store.create("fine", size, cluster, Fingerprint(size, 0, 0, bytes(16)))
+try:
+    store.create("big", 1 << 42, cluster, Fingerprint(1 << 42, 0, 0, bytes(16)))
+except BitmapError as e:
+    print(e.message)
+print(store.names())
+try:
+    with (mount / "filler").open("wb", buffering=0) as f:
+        while True:
+            f.write(bytes(65536))
+except OSError as e:
+    print(e.strerror)
+fine.mark(0, size)
+print(fine.count())
+fine.close(Fingerprint(size, 0, 0, bytes(16)))
+"""
+
+
 @pytest.mark.root
 def test_no_room_on_a_real_file_system(tmp_path: Path) -> None:
-    """faults row 26: the same with a file system of one megabyte; what exists there can be marked when it is full."""
+    """faults row 26: the same with a file system of one megabyte; what exists there can be marked when it is full.
+
+    In a process with mounts of its own, which go when it does.
+    """
     need_root()
-    mount = tmp_path / "small"
-    mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "incbak-test", str(mount)], check=True)
-    try:
-        store = BitmapStore(mount, "vm", "disk")
-        store.lock()
-        fine = store.create("fine", SIZE, CLUSTER, Fingerprint(SIZE, 0, 0, bytes(16)))
-        with pytest.raises(BitmapError, match="No space left"):
-            store.create("big", 1 << 42, CLUSTER, Fingerprint(1 << 42, 0, 0, bytes(16)))
-        assert store.names() == ["fine"]
-        with (mount / "filler").open("wb", buffering=0) as f, pytest.raises(OSError):
-            while True:
-                f.write(bytes(65536))
-        fine.mark(0, SIZE)
-        assert len(dirty(fine)) == fine.slot.clusters
-        fine.close(Fingerprint(SIZE, 0, 0, bytes(16)))
-        store.unlock()
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
+    need("unshare")
+    command = ["unshare", "--mount", sys.executable, "-c", _SMALL, str(tmp_path), str(SIZE), str(CLUSTER)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    assert told[0].endswith("No space left on device")
+    assert told[1:] == ["['fine']", "No space left on device", str(SIZE)]
 
 
 def test_a_name_is_taken_once(scene: Scene) -> None:

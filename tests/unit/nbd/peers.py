@@ -51,7 +51,7 @@ class _Device:
 
     def write(self, buf: memoryview, offset: int) -> None:
         self.export.calls.append(("write", offset, len(buf)))
-        self.disk.write(bytes(buf), offset)
+        self.disk.write(buf, offset)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
         self.export.calls.append(("zero", offset, length, unmap, fast))
