@@ -86,10 +86,10 @@ def image(tmp_path: Path) -> Path:
     ("end", "boot", "found", "count"),
     [
         (signal.SIGTERM, False, "clean", 2 * GRAIN),
-        (signal.SIGINT, False, "clean", 2 * GRAIN),
+        pytest.param(signal.SIGINT, False, "clean", 2 * GRAIN, marks=pytest.mark.slow),
         (signal.SIGKILL, False, "recovered", 2 * GRAIN),
         (signal.SIGKILL, True, "coarse", REGION),
-        (signal.SIGTERM, True, "clean", 2 * GRAIN),
+        pytest.param(signal.SIGTERM, True, "clean", 2 * GRAIN, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_bitmap_is_worth_at_the_next_start(

@@ -105,6 +105,18 @@ def test_bits_are_set_and_regions_durable_before_the_disk_is_changed(
     assert rig.bitmap.runs().tolist() == [[first, last - first + 1]]
 
 
+def test_a_worker_that_finds_the_slot_taken_records_first_too(rig: Rig) -> None:
+    """A slow write of a connection goes through the gate by counting, while the connection's own slot is in use."""
+    seen: list[tuple[bool, bool]] = []
+    rig.disk.on_write = lambda _kind, offset, _length: seen.append(
+        (rig.bitmap.is_dirty(offset, 1), rig.durable_region(0))
+    )
+    with rig.device._slot:
+        rig.device.write(memoryview(b"x"), GRAIN)
+    assert seen == [(True, True)]
+    assert rig.tracked.gate._inside == 0
+
+
 def test_one_sync_per_region_and_none_for_later_writes(rig: Rig) -> None:
     """A write to a region that is known durable costs no sync, whatever cluster of it is written."""
     rig.device.write(memoryview(b"x"), 0)
