@@ -187,6 +187,17 @@ def test_trouble_breaks_the_write_where_that_is_asked_for(rigs: Callable[..., Ri
     assert rig.copy.broken is None
 
 
+def test_a_write_that_was_refused_leaves_the_point_in_time_as_it_was(rigs: Callable[..., Rig]) -> None:
+    """The read failed once: what was not read is still to be copied, and the job gets it from the disk."""
+    disk = FaultyDisk(_filled(), Faults(fail={"read": (1, errno.EIO)}, once=True))
+    before = bytes(disk.inner.data)  # type: ignore[attr-defined]
+    rig = rigs(disk, on_error=OnCbwError.BREAK_GUEST_WRITE)
+    with pytest.raises(OSError, match="Input/output error"):
+        rig.guest(0, b"new")
+    got = rig.rest()
+    assert b"".join(got[c] for c in sorted(got)) == before
+
+
 def test_a_full_scratch_has_room_again_once_the_job_took_what_is_held(rigs: Callable[..., Rig]) -> None:
     disk = _filled()
     before = bytes(disk.data)
