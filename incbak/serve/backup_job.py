@@ -26,7 +26,7 @@ from enum import StrEnum
 import numpy as np
 
 from incbak.bitmap import bits as kernels
-from incbak.errors import IncbakError
+from incbak.errors import IncbakError, NbdError
 from incbak.serve.cbw import CHUNK, CopyBeforeWrite, OnCbwError, Run
 from incbak.serve.gate import DrainTimeoutError
 from incbak.serve.jobs import CancelledError, Emit, Job, JobOptions
@@ -132,22 +132,30 @@ class BackupJob(Job):
     def work(self) -> None:
         """Copy until nothing is left, then have the target flush."""
         assert self._copy
+        try:
+            self._copy_all(self._copy)
+            self.target.flush()
+        except (OSError, NbdError):
+            if self._copy.broken:  # that is the cause: it cut the target off
+                raise self._copy.broken from None
+            raise
+
+    def _copy_all(self, copy: CopyBeforeWrite) -> None:
         buffer = memoryview(bytearray(max(CHUNK, self.granularity)))
         cursor = 0
         while True:
             debt = self._debt()
             self.pause_point(debt)
-            if self._copy.broken:
-                raise self._copy.broken
+            if copy.broken:
+                raise copy.broken
             if debt:
                 continue
             run = self._next(cursor)
             if run is not None:
                 self._transfer(run, buffer)
                 cursor = run.end
-            elif not self.spec.on_write and not self._copy.left():
+            elif not self.spec.on_write and not copy.left():
                 break
-        self.target.flush()
 
     def _next(self, cursor: int) -> Run | None:
         """In order, but what is in scratch first while that fills up."""
