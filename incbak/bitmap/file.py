@@ -260,16 +260,28 @@ class Bitmap:
 
     def clear(self) -> None:
         """Forget all marks. The caller has stopped writers. Interrupted, the bitmap is invalid, never half cleared."""
+        self.begin_clear()
+        self.end_clear()
+
+    def begin_clear(self) -> None:
+        """The first half of `clear`, with writers stopped: on disk the bitmap is invalid until `end_clear`.
+
+        Between them marks count, and `merge_bits` can bring the old ones back.
+        """
         self._begin()
         with self._syncing():
-            points = ("bitmap.clear-first-slot", "bitmap.clear-second-slot")
             hurt = replace(self.slot, reason=Reason.INVALIDATED.value).with_flags(self._flags() | Flag.INVALID)
-            self._write_slots(hurt, *points)
+            self._write_slots(hurt, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
             self._bits[:] = 0
             self._coarse[:] = UNTOUCHED
             self.known[:] = self._durable[:] = bytes(len(self.known))
+
+    def end_clear(self) -> None:
+        """The second half: the bitmap may be believed again, with what was marked since."""
+        with self._syncing():
             durable.sync_file(self._fd, f"bitmap {self.path}")
-            self._write_slots(replace(self.slot, reason="").with_flags(self._flags()), *points)
+            slot = replace(self.slot, reason="").with_flags(self._flags())
+            self._write_slots(slot, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
 
     def set_enabled(self, enabled: bool) -> None:
         """Record writes, or not. The caller has stopped writers."""
@@ -356,47 +368,3 @@ def extents_of(found: kernels.Runs, granularity: int, size: int) -> list[Extent]
 def digest_of(body: kernels.Bits) -> bytes:
     """BLAKE3 of bits and coarse map, 32 bytes."""
     return blake3(memoryview(body)).digest()  # type: ignore[arg-type]
-
-
-def create_file(path: Path, slot: Slot) -> None:
-    """A new, preallocated, durable bitmap file with nothing marked; the flag is clear, its owner is this process."""
-    _start, coarse, end = fmt.layout(slot)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, end)
-        os.pwrite(fd, bytes([UNTOUCHED]) * slot.regions, coarse)
-        os.pwrite(fd, fmt.encode_beat(time.time_ns()), fmt.HEARTBEAT)
-        other = replace(slot, sequence=slot.sequence + 1)
-        for copy in (slot, other):
-            os.pwrite(fd, fmt.encode(copy), copy.sequence % 2 * fmt.SECTOR)
-        durable.commit(temporary, path)
-    except FileExistsError as e:
-        raise BitmapError(f"bitmap {slot.name} exists already") from e
-    except OSError as e:
-        raise BitmapError(
-            f"cannot create bitmap {path}: {e.strerror}", hint="Free space in the state directory."
-        ) from e
-    finally:
-        os.close(fd)
-        temporary.unlink(missing_ok=True)
-
-
-def new_slot(name: str, size: int, granularity: int, disk_uuid: bytes, fingerprint: Fingerprint, enabled: bool) -> Slot:
-    """The first header of a bitmap that this process owns."""
-    pid = os.getpid()
-    return Slot(
-        name=name,
-        size=size,
-        granularity=granularity,
-        disk_uuid=disk_uuid,
-        flags=Flag.ENABLED if enabled else Flag(0),
-        sequence=2,
-        boot_id=host.boot_id(),
-        owner_pid=pid,
-        owner_start=host.start_time(pid) or 0,
-        created_ns=time.time_ns(),
-        reason="",
-        fingerprint=fingerprint,
-        digest=bytes(32),
-    )

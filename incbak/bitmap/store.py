@@ -17,7 +17,8 @@ import numpy as np
 from incbak import durable, host
 from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
-from incbak.bitmap.file import EMPTY, Bitmap, Found, State, create_file, digest_of, extents_of, new_slot
+from incbak.bitmap.create import create_file, new_slot
+from incbak.bitmap.file import EMPTY, Bitmap, Found, State, digest_of, extents_of
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.errors import BitmapError, LockedError, UsageError
 from incbak.extents import Extent

@@ -71,9 +71,12 @@ class MemoryBitmap:
         with self._lock:
             np.bitwise_and(self._bits, other, out=self._bits)
 
-    def clear(self) -> None:
+    def begin_clear(self) -> None:
         """Forget all marks."""
         self._bits[:] = 0
+
+    def end_clear(self) -> None:
+        """Nothing is to be made durable."""
 
     def set_enabled(self, enabled: bool) -> None:
         """Record writes, or not."""

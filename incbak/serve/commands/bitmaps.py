@@ -136,7 +136,10 @@ class Switch(Action):
 
 
 class Clear(Action):
-    """A bitmap forgets what was written. Undone from a copy; nothing can be written meanwhile."""
+    """A bitmap forgets what was written. Undone from a copy; nothing can be written meanwhile.
+
+    Its file says invalid until the transaction has happened or is undone: a kill between costs a full read, no bit.
+    """
 
     def __init__(self, vm: Vm, args: Args) -> None:
         self.tracked = vm.node(args["node"])
@@ -152,13 +155,18 @@ class Clear(Action):
     def apply(self) -> None:
         """Forget."""
         self.old = self.bitmap.snapshot()
-        self.bitmap.clear()
+        self.bitmap.begin_clear()
 
     def undo(self) -> None:
         """Remember."""
         old = self.old
         if old is not None:
             _reluctantly(self.tracked, lambda: self.bitmap.merge_bits(old))
+            self.finish()
+
+    def finish(self) -> None:
+        """The file may be believed again."""
+        _reluctantly(self.tracked, self.bitmap.end_clear)
 
 
 class Merge(Action):

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 
 from incbak import durable
+from incbak.bitmap import format as fmt
+from incbak.bitmap.file import Bitmap, State
+from incbak.bitmap.format import Flag, Slot
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.memory import MemoryDisk
 from incbak.serve import transaction as module
+from incbak.serve.commands.bitmaps import Clear
 from incbak.serve.schema import QmpError
 from tests.kit.serve import Machine, wait_until
 
@@ -263,3 +267,34 @@ def test_merging_keeps_what_was_dirty_across_granularities(machine: Machine) -> 
         machine("block-dirty-bitmap-add", node="vda", name=f"g{grain}", granularity=grain)
         machine("block-dirty-bitmap-merge", node="vda", target=f"g{grain}", bitmaps=[{"node": "vda", "name": "kept"}])
         assert machine.tracked["vda"].bitmaps[f"g{grain}"].runs().tolist() == wanted
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_clear_counts_only_once_the_transaction_has_happened(machine: Machine, undone: bool) -> None:
+    """A kill while it is applied must not leave a bitmap that is believed and has forgotten the old marks."""
+    bitmap = machine.tracked["vda"].bitmaps["kept"]
+    assert isinstance(bitmap, Bitmap)
+    before = bitmap.runs().tolist()
+    flags: list[Flag] = []
+
+    class Look(module.Action):
+        def apply(self) -> None:
+            slot, _both = fmt.newest(bitmap.path.read_bytes())
+            assert isinstance(slot, Slot)
+            flags.append(slot.flags)
+            bitmap.mark(9 * GRAIN, 1)
+            if undone:
+                raise QmpError("no")
+
+    actions = [Clear(machine.vm, {"node": "vda", "name": "kept"}), Look()]
+    if undone:
+        with pytest.raises(QmpError, match="no"):
+            module.Transaction(machine.vm).run(actions)
+    else:
+        module.Transaction(machine.vm).run(actions)
+    assert flags[0] & Flag.INVALID
+    slot, _both = fmt.newest(bitmap.path.read_bytes())
+    assert isinstance(slot, Slot)
+    assert not slot.flags & Flag.INVALID
+    assert bitmap.state is State.DIRTY
+    assert bitmap.runs().tolist() == ([*before, [9, 1]] if undone else [[9, 1]])
