@@ -22,10 +22,12 @@ from incbak.engine.base import (
     Target,
     superseded,
 )
-from incbak.engine.jobs import cancel_jobs, wait_for_jobs, without_padding
-from incbak.engine.qemu_disks import Graph, find_disks, layout, qom_path
-from incbak.engine.qemu_filter import DiskFilter, cut_target, remove_fds
+from incbak.engine.jobs import cancel_jobs, without_padding
+from incbak.engine.qemu_disks import find_disks, layout, qom_path
+from incbak.engine.qemu_filter import DiskFilter, widen
 from incbak.engine.qemu_guard import Guard
+from incbak.engine.qemu_jobs import CopyJob
+from incbak.engine.qemu_leftovers import read_graph, remove_leftovers
 from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
 
@@ -37,6 +39,7 @@ STALL_SECONDS = 120.0
 _NO_LOCKS = 9  # from this major version on, nodes can be added beside running I/O threads
 _WINDOW_COMMAND = 3.0
 _FLUSH_SECONDS = 600.0
+_SYNC_SECONDS = 30.0
 _SILENT_SECONDS = 5.0  # longer than that QEMU's main loop, and so the guest, does not wait for a target
 
 
@@ -69,7 +72,7 @@ class QemuEngine(Engine):
         version = await self._session.execute("query-version")
         name = (await self._session.execute("query-name")).get("name")
         devices = await self._session.execute("query-block")
-        graph = await self._graph()
+        graph = await read_graph(self._session)
         disks, left_out = find_disks(devices, graph)
         status = await self._session.execute("query-status")
         number = version["qemu"]
@@ -84,10 +87,6 @@ class QemuEngine(Engine):
         }
         notes = () if status["running"] else (f"the VM is not running ({status['status']}), and stays so",)
         return Description(name, tuple(disks), f"QEMU {config['qemu']}", config, tuple(left_out), notes)
-
-    async def _graph(self) -> Graph:
-        nodes = await self._session.execute("query-named-block-nodes", {"flat": True})
-        return Graph.of(nodes, await self._session.execute("x-debug-query-block-graph"))
 
     async def _machine(self) -> str:
         try:
@@ -104,54 +103,8 @@ class QemuEngine(Engine):
         disks = [{"block": qom_path(b), "drive": str(b.get("device", ""))} for b in blocks if b.get("qdev")]
         return named + disks
 
-    # -- cleaning up ----------------------------------------------------------------------------------------------
-
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
-        done: list[str] = []
-        graph = await self._graph()
-        ours = [n for n in graph.nodes if n.startswith(prefix)]
-        for node in ours:
-            if graph.nodes[node]["drv"] == "nbd":
-                await cut_target(self._session, node)
-        done += await cancel_jobs(self._session, prefix)
-        done += await self._remove_nodes([n for n in ours if graph.nodes[n]["drv"] in ("nbd", "snapshot-access")])
-        for device in await self._session.execute("query-block"):
-            top = str((device.get("inserted") or {}).get("node-name", ""))
-            if top.startswith(prefix):
-                await self._move(device, graph.without_ours(top))
-                done.append(f"filter {top}")
-        order = {"copy-before-write": 0, "qcow2": 1}
-        rest = sorted(
-            (n for n in ours if graph.nodes[n]["drv"] not in ("nbd", "snapshot-access")),
-            key=lambda n: order.get(graph.nodes[n]["drv"], 2),
-        )
-        done += await self._remove_nodes(rest)
-        await remove_fds(self._session, prefix)
-        return done + await self._remove_bitmaps(graph, prefix, keep)
-
-    async def _move(self, device: Mapping[str, Any], node: str) -> None:
-        await self._session.execute("qom-set", {"path": qom_path(device), "property": "drive", "value": node})
-
-    async def _remove_nodes(self, nodes: Sequence[str]) -> list[str]:
-        done = []
-        for node in nodes:
-            if await self._session.try_execute("blockdev-del", {"node-name": node}):
-                done.append(f"node {node}")
-            else:
-                log.warning("node %s of a dead run is still in use in QEMU", node)
-        return done
-
-    async def _remove_bitmaps(self, graph: Graph, prefix: str, keep: Collection[str]) -> list[str]:
-        done = []
-        for node, info in graph.nodes.items():
-            for bitmap in info.get("dirty-bitmaps", ()):
-                name = bitmap.get("name", "")
-                if name.startswith(prefix) and name not in keep and not node.startswith(prefix):
-                    if await self._session.try_execute("block-dirty-bitmap-remove", {"node": node, "name": name}):
-                        done.append(f"bitmap {name} of {node}")
-                    else:
-                        log.warning("bitmap %s of %s cannot be removed now", name, node)
-        return done
+        return await remove_leftovers(self._session, prefix, keep)
 
     # -- the backup -----------------------------------------------------------------------------------------------
 
@@ -163,8 +116,7 @@ class QemuEngine(Engine):
         1. Connect to the targets, make the scratch files and the filters: trouble here does not touch the guest.
         2. The new bitmaps begin to record.
         3. The guest's devices are moved to the filters; with more than one disk, or with I/O threads, the VM is stopped
-           meanwhile. A write
-           between 2 and 3 is both copied and marked, which is safe.
+           meanwhile. A write between 2 and 3 is both copied and marked, which is safe.
         4. The jobs run. Each disk's filter goes as soon as its job is over.
         """
         limit = self._limit(len(plans))
@@ -204,7 +156,7 @@ class QemuEngine(Engine):
     def _guard(self, disks: Sequence[DiskFilter], targets: Mapping[str, Target]) -> Guard:
         """The guard has the targets' sockets before QEMU does."""
         for disk in disks:
-            disk.sink = targets[disk.disk].socket()
+            disk.sink = widen(targets[disk.disk].socket())
         return Guard(self._session.duplicate(), [disk.sink.dup() for disk in disks if disk.sink])
 
     async def _add_bitmap(self, plan: DiskPlan) -> list[str]:
@@ -224,7 +176,8 @@ class QemuEngine(Engine):
         if len(disks) > 1 or await self._must_be_still():
             paths = [str(disk.plan.disk.extra.get("image", "")) for disk in disks]
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(_sync_files, paths), 30)
+                async with asyncio.timeout(_SYNC_SECONDS):
+                    await asyncio.to_thread(_sync_files, paths)
 
     async def _point_in_time(self, disks: Sequence[DiskFilter], guard: Guard) -> None:
         still = await self._must_be_still()
@@ -271,7 +224,7 @@ class QemuEngine(Engine):
                 disk.moved = clock(), done
             progress(name, done, whole)
 
-        result = (await wait_for_jobs(self._session, {disk.ident: disk.disk}, moved))[disk.disk]
+        result = await CopyJob(self._session, disk.ident, disk.disk).wait(moved)
         disk.moved = math.inf, 0
         if result.error:
             result = DiskResult(result.copied, _explain(disk, result.error))
@@ -290,8 +243,7 @@ class QemuEngine(Engine):
             yield
         finally:
             watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await watch
+            await asyncio.wait([watch])
 
     async def _watch(self, disks: Sequence[DiskFilter]) -> None:
         """Cut targets off that do not get on, and all of them when QEMU does not answer: it may be waiting for them."""
@@ -392,7 +344,8 @@ async def _together(copies: Iterable[Coroutine[Any, Any, DiskResult]]) -> list[D
 async def _flush_target(target: Target, result: DiskResult) -> DiskResult:
     """The job's writes have all been answered; the target takes them in, and nothing in QEMU waits for that."""
     try:
-        await asyncio.wait_for(asyncio.to_thread(target.flush), _FLUSH_SECONDS)
+        async with asyncio.timeout(_FLUSH_SECONDS):
+            await asyncio.to_thread(target.flush)
     except TimeoutError:
         return DiskResult(result.copied, f"the target did not flush within {_FLUSH_SECONDS:g} s")
     except IncbakError as e:

@@ -16,7 +16,9 @@ Na comes after the device has been moved to Nf, and goes before the device is mo
 
 While a target does not answer, whatever drains all nodes stops QEMU's main loop, and with it the guest: ``stop``, a
 reset, a transaction, another ``blockdev-backup``; and removing Nt flushes it. So all jobs begin in one transaction, the
-sockets of the targets can be cut from here without an answer of QEMU, and Nt is cut before it is removed.
+sockets of the targets can be cut from here without an answer of QEMU, and Nt is cut before it is removed. A request
+that waits for room in the socket's buffer would not notice (a Unix socket that is shut down does not poll as writable
+on Linux, and QEMU does not look for a hang-up there), so what is in flight fits into the buffer.
 
 QEMU before 9.0 aborts, guest and all, when Nf or Na is added while a request is in flight on an I/O thread:
 ``blockdev-add`` drains what is below without holding the thread's lock (on 7.2, with four writers in the guest, 4 of 4
@@ -33,18 +35,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import SHUT_RDWR, socket
+from socket import SHUT_RDWR, SO_SNDBUF, SOL_SOCKET, socket
 from typing import Any
 
 from incbak.engine.base import DiskPlan
+from incbak.engine.jobs import JOB_CLUSTER
+from incbak.engine.qemu_jobs import JOB_POLICY
 from incbak.engine.qemu_relay import Relay
 from incbak.engine.session import CommandFailed, EngineSilent, Session
 from incbak.errors import EngineError
 
 CBW_TIMEOUT = 10
 WORKERS = 8  # requests in flight, for which a drain has to wait
+LARGE_CHUNK = 1 << 20
 _OVERHEAD = 4 << 20  # what qcow2 needs for itself, beyond 1 in 8192 bytes
 _CLOSE_TO_FULL = 1 << 20
+_SNDBUFFORCE = 32  # SO_SNDBUFFORCE of Linux
 _CREATE_SECONDS = 60.0
 _WINDOW_COMMAND = 3.0
 
@@ -178,12 +184,12 @@ class DiskFilter:
         access = self.ident + "a"
         backup: dict[str, Any] = {
             "job-id": self.ident,
-            "x-perf": {"max-workers": WORKERS},
+            "x-perf": self._in_flight(),
             "device": access,
             "target": self.ident + "t",
             "sync": "full",
         }
-        backup |= {"auto-dismiss": False, "filter-node-name": self.ident + "j", "speed": speed}
+        backup |= JOB_POLICY | {"filter-node-name": self.ident + "j", "speed": speed}
         if base := self.plan.base_bitmap:
             name = f"{self.plan.new_bitmap}-dirty"
             one = {"node": access, "name": name}
@@ -193,6 +199,14 @@ class DiskFilter:
             await self.session.execute("block-dirty-bitmap-merge", merge)
             backup |= {"sync": "bitmap", "bitmap": name, "bitmap-mode": "never"}
         return backup
+
+    def _in_flight(self) -> dict[str, int]:
+        """No more than the socket's buffer can take: a request that waits to be sent is not woken when it is cut."""
+        assert self.sink
+        room = self.sink.getsockopt(SOL_SOCKET, SO_SNDBUF) // 2
+        if room >= WORKERS * LARGE_CHUNK or not self.session.address.is_unix:
+            return {"max-workers": WORKERS, "max-chunk": LARGE_CHUNK}
+        return {"max-workers": max(1, min(WORKERS, room // JOB_CLUSTER)), "max-chunk": JOB_CLUSTER}
 
     def scratch_full(self) -> bool:
         """Whether the scratch file has no room for one more cluster."""
@@ -243,6 +257,15 @@ class DiskFilter:
             with suppress(OSError):
                 os.close(self.scratch)
             self.scratch = -1
+
+
+def widen(sock: socket) -> socket:
+    """Give the socket room for all requests that may be in flight: see `DiskFilter._in_flight`."""
+    for option in (_SNDBUFFORCE, SO_SNDBUF):  # the first takes privilege
+        with suppress(OSError):
+            sock.setsockopt(SOL_SOCKET, option, 2 * WORKERS * LARGE_CHUNK)
+            break
+    return sock
 
 
 async def cut_target(session: Session, node: str) -> bool:

@@ -1,0 +1,71 @@
+"""What dead runs have left in a running QEMU is found by its names and taken out, while the guest goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from incbak.engine.jobs import cancel_jobs
+from incbak.engine.qemu_disks import Graph, qom_path
+from incbak.engine.qemu_filter import cut_target, remove_fds
+from incbak.engine.session import Session
+
+log = logging.getLogger(__name__)
+
+_READERS = ("nbd", "snapshot-access")
+_FROM_THE_TOP = {"copy-before-write": 0, "qcow2": 1}
+
+
+async def read_graph(session: Session) -> Graph:
+    """QEMU's nodes and edges."""
+    nodes = await session.execute("query-named-block-nodes", {"flat": True})
+    return Graph.of(nodes, await session.execute("x-debug-query-block-graph"))
+
+
+async def remove_leftovers(session: Session, prefix: str, keep: Collection[str]) -> list[str]:
+    """See `Engine.cleanup`. In the order of `DiskFilter.remove`: targets are cut first, so that nothing waits for them,
+    and nobody reads a point in time any more when the devices are moved back."""
+    graph = await read_graph(session)
+    drivers = {name: str(node["drv"]) for name, node in graph.nodes.items() if name.startswith(prefix)}
+    for node, driver in drivers.items():
+        if driver == "nbd":
+            await cut_target(session, node)
+    done = await cancel_jobs(session, prefix)
+    done += await _remove_nodes(session, [n for n, driver in drivers.items() if driver in _READERS])
+    for device in await session.execute("query-block"):
+        top = str((device.get("inserted") or {}).get("node-name", ""))
+        if top.startswith(prefix):
+            value = graph.without_ours(top)
+            await session.execute("qom-set", {"path": qom_path(device), "property": "drive", "value": value})
+            done.append(f"filter {top}")
+    rest = [n for n, driver in drivers.items() if driver not in _READERS]
+    done += await _remove_nodes(session, sorted(rest, key=lambda n: _FROM_THE_TOP.get(drivers[n], 2)))
+    await remove_fds(session, prefix)
+    return done + await _remove_bitmaps(session, graph, prefix, keep)
+
+
+async def _remove_nodes(session: Session, nodes: Sequence[str]) -> list[str]:
+    done = []
+    for node in nodes:
+        if await session.try_execute("blockdev-del", {"node-name": node}):
+            done.append(f"node {node}")
+        else:
+            log.warning("node %s of a dead run is still in use in QEMU", node)
+    return done
+
+
+async def _remove_bitmaps(session: Session, graph: Graph, prefix: str, keep: Collection[str]) -> list[str]:
+    done = []
+    for node, info in graph.nodes.items():
+        for name in _names(info):
+            if name.startswith(prefix) and name not in keep and not node.startswith(prefix):
+                if await session.try_execute("block-dirty-bitmap-remove", {"node": node, "name": name}):
+                    done.append(f"bitmap {name} of {node}")
+                else:
+                    log.warning("bitmap %s of %s cannot be removed now", name, node)
+    return done
+
+
+def _names(node: Mapping[str, Any]) -> list[str]:
+    return [str(bitmap.get("name", "")) for bitmap in node.get("dirty-bitmaps", ())]
