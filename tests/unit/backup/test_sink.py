@@ -133,7 +133,7 @@ def test_an_incremental_lays_any_writes_over_its_base(
         sink.write(0, memoryview(bytes(model)))
         sink.flush()
         base = keep(shared, sink)
-    whole: set[int] = set()
+    came, whole = bytearray(SIZE), set[int]()
     doubtful = False
     with sinking(shared, base=base, full=False) as sink:
         for offset, length, kind in changes:
@@ -141,7 +141,8 @@ def test_an_incremental_lays_any_writes_over_its_base(
             clusters = range(offset // CLUSTER, -(-end // CLUSTER))
             inside = {c for c in clusters if c * CLUSTER >= offset and min((c + 1) * CLUSTER, SIZE) <= end}
             doubtful |= bool((set(clusters) - inside) & whole)
-            whole |= inside
+            came[offset:end] = b"\1" * (end - offset)
+            whole |= {c for c in clusters if came.find(b"\0", c * CLUSTER, (c + 1) * CLUSTER) < 0}
             if kind:
                 sink.write(offset, memoryview(bytes([kind]) * (end - offset)))
             else:
