@@ -142,6 +142,24 @@ class BitmapStore:
                 bad[name] = found
         return good, bad
 
+    def give_up(self, name: str, reason: Reason) -> None:
+        """Make it durable that a bitmap is not to be believed, before the disk is written without recording in it.
+
+        What was wrong with it may be gone at the next look: a read that failed once, a header in a bad moment.
+        Raises `BitmapError`, `DurabilityError` or `OSError` when that cannot be done.
+        """
+        path = self.path(name)
+        if not path.exists():
+            return
+        slot, _both = _read_slots(path)
+        if isinstance(slot, Reason) or os.stat(path).st_size != fmt.layout(slot)[2]:
+            os.rename(path, path.with_name(path.name + ".invalid"))
+            durable.sync_dir(self.directory)
+        elif not slot.flags & Flag.INVALID:
+            bitmap = Bitmap(path, slot, Found.INVALID, State.DIRTY)
+            bitmap.invalidate(reason)
+            bitmap.close(None)
+
     def remove(self, name: str) -> None:
         """Remove a bitmap's file durably; one that is open must be closed by the caller first or after."""
         durable.remove(self.directory / (component(name) + SUFFIX + ".invalid"))
@@ -317,12 +335,7 @@ def invalidate(state_dir: Path, vm: str, disk: str, name: str, reason: Reason = 
         raise BitmapError(f"no bitmap {name} of disk {disk} of {vm}", hint="See: incbak bitmap list")
     store.lock()
     try:
-        slot, _both = _read_slots(store.path(name))
-        if isinstance(slot, Reason):
-            return
-        bitmap = Bitmap(store.path(name), slot, Found.INVALID, State.DIRTY)
-        bitmap.invalidate(reason)
-        bitmap.close(None)
+        store.give_up(name, reason)
     finally:
         store.unlock()
 

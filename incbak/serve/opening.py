@@ -26,7 +26,10 @@ HEARTBEAT = 0.1
 
 
 def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: bool = False) -> TrackedDisk:
-    """Open an image with its bitmaps and enter it into ``vm``. Raises `DiskError`, `ImageInUseError`, `LockedError`."""
+    """Open an image with its bitmaps and enter it into ``vm``. Raises `DiskError`, `ImageInUseError`, `LockedError`.
+
+    A bitmap that is not believed is durably so before the guest can write: nothing would be recorded in it.
+    """
     if (found := probe_format(path)) != "raw":
         hint = f"incbak serve takes raw images: convert it, or serve it with: qemu-nbd -f {found}"
         raise DiskError(f"{path} is a {found} image", hint=hint)
@@ -36,6 +39,9 @@ def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: b
         store.lock()
         store.note_image(path)
         good, bad = store.open_all(disk.fingerprint())
+        if not read_only:
+            for lost, reason in bad.items():
+                store.give_up(lost, reason)
     except BaseException:
         disk.close()
         store.unlock()

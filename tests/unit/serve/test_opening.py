@@ -1,0 +1,87 @@
+"""What a disk's bitmaps are worth once it has been served without one of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from incbak.bitmap import store as module
+from incbak.bitmap.file import Found
+from incbak.errors import BitmapError
+from incbak.reasons import Reason
+from incbak.serve.opening import close_tracked, open_tracked
+from incbak.serve.vm import Vm
+from tests.kit.serve import raw_image
+
+GRAIN = 65536
+SIZE = 64 * GRAIN
+WHERE = 3 * GRAIN + 512
+"""No block of the fingerprint's sample is there."""
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image with a clean, empty bitmap ``b``."""
+    made = raw_image(tmp_path / "vda.raw", SIZE)
+    with _session(made) as vm:
+        tracked = vm.disks["vda"]
+        assert tracked.store
+        tracked.bitmaps["b"] = tracked.store.create("b", SIZE, GRAIN, tracked.disk.fingerprint())
+    return made
+
+
+@contextmanager
+def _session(image: Path) -> Iterator[Vm]:
+    """Serve ``image``; at the end it looks as before to whom does not read it, as a block device always does."""
+    before = os.stat(image).st_mtime_ns
+    vm = Vm("web1", image.parent)
+    tracked = open_tracked(vm, "vda", image, image.parent / "state")
+    try:
+        yield vm
+    finally:
+        assert close_tracked(tracked, 5)
+        os.utime(image, ns=(before, before))
+
+
+def _found(image: Path) -> Found | Reason:
+    with _session(image) as vm:
+        bitmaps = vm.disks["vda"].bitmaps
+        return bitmaps["b"].found if "b" in bitmaps else vm.lost["vda"]["b"]
+
+
+def test_a_bitmap_that_was_not_believed_once_never_is_again(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at it fails once, the guest writes with nobody recording, and the next look is fine."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "digest_of", lambda body: bytes(32))
+        with _session(image) as vm:
+            assert vm.lost["vda"] == {"b": Reason.DIGEST}
+            vm.disks["vda"].disk.write(memoryview(b"unrecorded"), WHERE)
+    assert _found(image) is Reason.DIGEST
+
+
+def test_nor_is_one_whose_header_could_not_be_read(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no slot to say it in, so the file gets another name."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_read_slots", lambda path: (Reason.HEADER, False))
+        with _session(image) as vm:
+            assert vm.lost["vda"] == {"b": Reason.HEADER}
+            vm.disks["vda"].disk.write(memoryview(b"unrecorded"), WHERE)
+    assert _found(image) is Reason.TRACKING_FAILED
+
+
+def test_without_that_the_disk_is_not_served(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be written that a bitmap could later deny."""
+
+    def fail(*_: object) -> None:
+        raise BitmapError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "digest_of", lambda body: bytes(32))
+        patch.setattr(module.BitmapStore, "give_up", fail)
+        with pytest.raises(BitmapError, match="no"):
+            open_tracked(Vm("web1", image.parent), "vda", image, image.parent / "state")
+    assert _found(image) is Found.CLEAN
