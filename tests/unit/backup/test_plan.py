@@ -1,0 +1,201 @@
+"""What is read, and why: every reason for which an incremental reads a disk whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from incbak.backup.plan import Known, Planned, Request, choose, make_plan
+from incbak.engine.base import BitmapInfo, Description, EngineDisk, LeftOut
+from incbak.errors import UsageError
+from incbak.reasons import Reason
+from incbak.repo.record import DiskRecord, Record
+
+CLUSTER = 65536
+SIZE = 100 * CLUSTER
+REPOSITORY = "aaaaaaaa" + 24 * "0"
+OLD, BASE, NEW = (digit * 8 + 24 * "0" for digit in "123")
+
+
+def _record(ident: str, seq: int, *disks: str, size: int = SIZE) -> Record:
+    made = tuple(
+        DiskRecord(name=d, size=size, kind="full", base=None, reason=None, read=0, stored=0, root=ident[0] * 64)
+        for d in disks or ("vda",)
+    )
+    return Record(
+        id=ident, seq=seq, vm="vm", kind="full", base=None, started="", finished="", cluster_size=CLUSTER, disks=made,
+        engine="test",
+    )  # fmt: skip
+
+
+def _name(ident: str) -> str:
+    return f"incbak-aaaaaaaa-{ident[:8]}"
+
+
+def _disk(*bitmaps: BitmapInfo, name: str = "vda", size: int = SIZE) -> EngineDisk:
+    return EngineDisk(name, size, f"node-{name}", device=f"device-{name}", bitmaps=bitmaps)
+
+
+def _bitmap(ident: str, **more: Any) -> BitmapInfo:
+    return BitmapInfo(**{"name": _name(ident), "granularity": CLUSTER, "count": CLUSTER, **more})
+
+
+KNOWN = Known(REPOSITORY, CLUSTER, [_record(OLD, 1), _record(BASE, 2)])
+
+
+def _plan(disk: EngineDisk, known: Known = KNOWN, *, strays: tuple[tuple[str, str], ...] = ()) -> Planned:
+    (planned,) = make_plan([disk], known, Request(True, NEW, frozenset(strays)))
+    assert planned.plan.new_bitmap == _name(NEW)
+    assert planned.plan.granularity == CLUSTER
+    assert (planned.plan.base_bitmap is None) == (planned.base is None)
+    return planned
+
+
+def test_the_newest_backup_with_a_bitmap_is_the_base() -> None:
+    planned = _plan(_disk(_bitmap(OLD), _bitmap(BASE)))
+    assert planned.base is KNOWN.records[1]
+    assert planned.before is KNOWN.records[1].disks[0]
+    assert (planned.plan.base_bitmap, planned.plan.reason) == (_name(BASE), None)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [{"inconsistent": True}, {"busy": True}, {"recording": False}, {"granularity": 4096}, {"reason": Reason.DIGEST}],
+)
+def test_an_older_backup_is_the_base_where_the_newest_ones_bitmap_is_no_good(trouble: dict[str, Any]) -> None:
+    """Its bitmap has recorded all the time."""
+    planned = _plan(_disk(_bitmap(OLD), _bitmap(BASE, **trouble)))
+    assert planned.base is KNOWN.records[0]
+    assert (planned.plan.base_bitmap, planned.plan.reason) == (_name(OLD), None)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ({"inconsistent": True}, Reason.BITMAP_INCONSISTENT),
+        ({"inconsistent": True, "count": 0}, Reason.BITMAP_INCONSISTENT),
+        ({"busy": True}, Reason.BITMAP_BUSY),
+        ({"recording": False}, Reason.BITMAP_DISABLED),
+        ({"granularity": CLUSTER // 2}, Reason.GRANULARITY),
+        ({"granularity": CLUSTER * 2}, Reason.GRANULARITY),
+        ({"inconsistent": True, "granularity": 0, "reason": Reason.UNCLEAN_SHUTDOWN}, Reason.UNCLEAN_SHUTDOWN),
+        ({"inconsistent": True, "granularity": 0, "reason": Reason.DISK_CHANGED}, Reason.DISK_CHANGED),
+        ({"reason": Reason.TRACKING_FAILED}, Reason.TRACKING_FAILED),
+    ],
+)
+def test_a_bitmap_that_cannot_be_believed(trouble: dict[str, Any], reason: Reason) -> None:
+    planned = _plan(_disk(_bitmap(BASE, **trouble)))
+    assert (planned.base, planned.plan.reason) == (None, reason)
+    assert planned.before is KNOWN.records[1].disks[0], "what is at its place is not stored again"
+
+
+def _with(**more: Any) -> Known:
+    return replace(KNOWN, **more)
+
+
+@pytest.mark.parametrize(
+    ("known", "disk", "strays", "reason"),
+    [
+        pytest.param(_with(records=[]), _disk(), (), Reason.NO_BASE, id="no backup yet"),
+        pytest.param(_with(records=[]), _disk(_bitmap(BASE)), (), Reason.NO_BASE, id="none, a bitmap in use elsewhere"),
+        pytest.param(
+            _with(records=[]), _disk(), (("vda", _name(BASE)),), Reason.BASE_MISSING, id="the only backup is deleted"
+        ),
+        pytest.param(KNOWN, _disk(), (), Reason.BITMAP_MISSING, id="no bitmap"),
+        pytest.param(KNOWN, _disk(_bitmap("4" * 32)), (), Reason.BITMAP_MISSING, id="a bitmap of another backup"),
+        pytest.param(
+            KNOWN, _disk(), (("vda", _name("4" * 32)),), Reason.BASE_MISSING, id="the base is deleted, older ones stay"
+        ),
+        pytest.param(
+            KNOWN, _disk(), (("vdb", _name("4" * 32)),), Reason.BITMAP_MISSING, id="the base of another disk is deleted"
+        ),
+        pytest.param(KNOWN, _disk(_bitmap(BASE), size=SIZE + 512), (), Reason.RESIZED, id="grown"),
+        pytest.param(KNOWN, _disk(_bitmap(BASE), size=SIZE - 512), (), Reason.RESIZED, id="shrunk"),
+        pytest.param(KNOWN, _disk(_bitmap(BASE), name="vdb"), (), Reason.NEW_DISK, id="a disk that came later"),
+        pytest.param(
+            _with(damaged={OLD, BASE}), _disk(_bitmap(BASE), _bitmap(OLD)), (), Reason.BASE_DAMAGED, id="damaged"
+        ),
+        pytest.param(
+            _with(records=KNOWN.records[:1], unreadable=(BASE,)),
+            _disk(_bitmap(BASE)), (), Reason.BASE_DAMAGED, id="its record cannot be read",
+        ),
+        pytest.param(
+            _with(records=[], unreadable=(BASE,)),
+            _disk(_bitmap(BASE)), (), Reason.BASE_DAMAGED, id="the only record cannot be read",
+        ),
+    ],
+)  # fmt: skip
+def test_no_backup_can_be_the_base(
+    known: Known, disk: EngineDisk, strays: tuple[tuple[str, str], ...], reason: Reason
+) -> None:
+    """I5: unknown means that everything is read, and why."""
+    planned = _plan(disk, known, strays=strays)
+    assert (planned.base, planned.plan.base_bitmap, planned.plan.reason) == (None, None, reason)
+
+
+def test_a_damaged_base_is_passed_over_for_an_older_one() -> None:
+    """I1, L26: nothing is built on what is damaged, nor compared with it."""
+    known = _with(damaged={BASE})
+    planned = _plan(_disk(_bitmap(OLD), _bitmap(BASE)), known)
+    assert planned.base is KNOWN.records[0]
+    assert _plan(_disk(_bitmap(BASE)), known).before is KNOWN.records[0].disks[0]
+    assert _plan(_disk(_bitmap(BASE)), _with(damaged={OLD, BASE})).before is None
+
+
+def test_a_resized_disk_is_compared_with_no_backup_of_another_size() -> None:
+    known = _with(records=[_record(OLD, 1, size=SIZE + CLUSTER), _record(BASE, 2)])
+    planned = _plan(_disk(_bitmap(BASE), _bitmap(OLD), size=SIZE + CLUSTER), known)
+    assert planned.base is known.records[0], "the size that it has again, and a bitmap that recorded all the time"
+    assert _plan(_disk(_bitmap(BASE), size=SIZE + CLUSTER), known).before is known.records[0].disks[0]
+    assert _plan(_disk(_bitmap(BASE), size=SIZE + 2 * CLUSTER), known).before is None
+
+
+def test_each_disk_has_a_base_of_its_own() -> None:
+    """A backup that lacks a disk, since that had failed, leaves the disk its older base."""
+    known = _with(records=[_record(OLD, 1, "vda", "vdb"), _record(BASE, 2, "vda")])
+    disks = [_disk(_bitmap(OLD), _bitmap(BASE)), _disk(_bitmap(OLD), name="vdb"), _disk(name="vdc")]
+    found = make_plan(disks, known, Request(True, NEW))
+    assert [p.base.id if p.base else None for p in found] == [BASE, OLD, None]
+    assert [p.plan.reason for p in found] == [None, None, Reason.NEW_DISK]
+
+
+def test_a_full_has_no_base_and_no_reason_and_is_compared_all_the_same() -> None:
+    (planned,) = make_plan([_disk(_bitmap(BASE))], KNOWN, Request(False, NEW))
+    assert (planned.base, planned.plan.base_bitmap, planned.plan.reason) == (None, None, None)
+    assert planned.before is KNOWN.records[1].disks[0]
+
+
+# -- which disks -------------------------------------------------------------------------------------------------------
+
+DISKS = Description("vm", (_disk(), _disk(name="vdb")), left_out=(LeftOut("cd0", "it is read-only"),))
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        ([], [], ["vda", "vdb"]),
+        (["vdb"], [], ["vdb"]),
+        (["device-vdb", "node-vda"], [], ["vdb", "vda"]),
+        (["vda", "node-vda"], [], ["vda"]),
+        ([], ["vdb"], ["vda"]),
+        (["vda", "vdb"], ["device-vda"], ["vdb"]),
+    ],
+)
+def test_disks_are_chosen_by_name_device_or_node(include: list[str], exclude: list[str], chosen: list[str]) -> None:
+    assert [d.name for d in choose(DISKS, include, exclude)] == chosen
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "says"),
+    [
+        (["vdc"], [], "no disk 'vdc' to back up"),
+        (["cd0"], [], "it is read-only"),
+        ([], ["vdc"], "no disk 'vdc'"),
+        ([], ["vda", "vdb"], "there is no disk to back up"),
+    ],
+)
+def test_disks_that_cannot_be_chosen(include: list[str], exclude: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        choose(DISKS, include, exclude)
