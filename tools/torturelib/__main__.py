@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from torturelib import powercut
+from torturelib import planted, powercut
 from torturelib.rounds import ROUNDS
 from torturelib.world import LostError, Outcomes, World
 
@@ -93,4 +93,4 @@ def _finish(world: World) -> None:
     world.verify_all()
 
 
-sys.exit(main())
+sys.exit(planted.main(sys.argv[2:]) if sys.argv[1:2] == ["--planted"] else main())

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -83,6 +84,34 @@ def test_the_flag_is_cleared_and_synced_before_the_first_mark_returns(scene: Sce
     assert trace == []
     bitmap.mark(2 * REGION - 1, 2)
     assert trace == ["sync"]
+    bitmap.close(None)
+
+
+@pytest.mark.parametrize("change", ["mark", "merge", "keep", "clear"])
+def test_nothing_else_changes_before_the_flag_is_cleared(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Killed before the first slot is written, the flag is still set: the digest must still be that of the body."""
+    scene.clean((0, 8), (REGION, 8))
+    bitmap = scene.opened()
+    before = scene.path.read_bytes()[fmt.HEADER :]
+    same: list[bool] = []
+    pwrite = os.pwrite
+
+    def look(fd: int, data: bytes, offset: int) -> int:
+        same.append(scene.path.read_bytes()[fmt.HEADER :] == before)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", look)
+    none = np.zeros(kernels.bytes_for(bitmap.slot.clusters), dtype=np.uint8)
+    {
+        "mark": lambda: bitmap.mark(2 * REGION, 8),
+        "merge": lambda: bitmap.merge_bits(~none),
+        "keep": lambda: bitmap.keep_bits(none),
+        "clear": bitmap.clear,
+    }[change]()
+    assert same[:2] == [True, True]
+    assert scene.path.read_bytes()[fmt.HEADER :] != before
     bitmap.close(None)
 
 
@@ -220,6 +249,32 @@ def test_threads_lose_no_bit(scene: Scene) -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, range(threads)))
         assert dirty(bitmap) == set(range(span + 1)) - {span} | ({span} if (span - 1) % 64 == 7 else set())
+    bitmap.close(None)
+
+
+class _SlowToRead:
+    """Bits between whose reading and setting another thread gets its turn."""
+
+    def __init__(self, bits: memoryview) -> None:
+        self._bits, self.release = bits, bits.release
+
+    def __getitem__(self, at: int) -> int:
+        value: int = self._bits[at]
+        time.sleep(0.02)
+        return value
+
+    def __setitem__(self, at: int, value: int) -> None:
+        self._bits[at] = value
+
+
+def test_a_bit_is_set_in_one_step(scene: Scene) -> None:
+    """No bit is lost: neighbours in one byte, and the interpreter switches threads at the worst moment."""
+    bitmap = scene.create()
+    bitmap.touch(0, 8 * CLUSTER)
+    bitmap._view = _SlowToRead(bitmap._view)  # type: ignore[assignment]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda cluster: bitmap.set_bits(cluster * CLUSTER, 1), range(4)))
+    assert dirty(bitmap) == {0, 1, 2, 3}
     bitmap.close(None)
 
 

@@ -166,6 +166,34 @@ def test_a_target_that_stalls_holds_no_guest_write(tmp_path: Path) -> None:
         assert bytes(peer.disk.inner.data) == before  # type: ignore[union-attr]
 
 
+def test_the_guest_waits_until_the_job_has_read(tmp_path: Path) -> None:
+    """I1: a cluster that the job is reading is let go only when it has been read."""
+    faults = Faults(stall={"read": threading.Event()})
+    disk = _disk()
+    before = bytes(disk.data)
+    with Machine(tmp_path, {"vda": FaultyDisk(disk, faults)}) as machine:
+        peer = machine.target("t0", SIZE)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j")
+        wait_until(lambda: faults.seen.get("read"), "the job is reading")
+        guest = threading.Thread(target=_write, args=(machine, 0, b"new"))
+        guest.start()
+        guest.join(0.2)
+        waited = guest.is_alive()
+        faults.stall["read"].set()
+        guest.join(10)
+        assert "error" not in machine.ended("j")
+        assert waited
+        assert bytes(peer.disk.data) == before  # type: ignore[union-attr]
+
+
+def test_a_job_is_done_only_when_the_target_has_flushed(tmp_path: Path) -> None:
+    faults = Faults(fail={"flush": (1, errno.EIO)})
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine.target("t0", SIZE, faults)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j")
+        assert machine.ended("j")["error"] == "Input/output error"
+
+
 @pytest.mark.parametrize("how", ["refuses", "dies"])
 def test_trouble_at_the_target_fails_the_job_only(tmp_path: Path, how: str) -> None:
     """I4; the target can be used again by the next job, which connects anew."""

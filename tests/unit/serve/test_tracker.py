@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from incbak.bitmap.format import REGION, TOUCHED, Flag, Slot
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.memory import MemoryDisk
+from incbak.serve.cbw import CopyBeforeWrite, OnCbwError
 from incbak.serve.export import DiskExport, TrackedDevice
 from incbak.serve.memory_bitmap import MemoryBitmap
+from incbak.serve.regrain import all_bits
+from incbak.serve.scratch import Budget, Scratch
 from incbak.serve.tracker import SettledMap, TrackedDisk
 from tests.kit.serve import SpyDisk, wait_until
 
@@ -236,6 +240,30 @@ def test_a_new_bitmap_records_what_was_settled_before_it_came(tmp_path: Path) ->
     assert late.runs().tolist() == [[0, 2]]
 
 
+def test_a_write_whose_old_content_cannot_be_saved_is_not_settled(tmp_path: Path) -> None:
+    """It was refused; the next one to that place saves the old content first, as if there had been none."""
+    disk = FaultyDisk(MemoryDisk(4 * GRAIN), Faults(fail={"read": (1, errno.EIO)}, once=True))
+    disk.inner.write(b"old", 0)
+    tracked = TrackedDisk("vda", disk)
+    scratch = Scratch(Budget(tmp_path, 1 << 20), disk.size)
+    copy = CopyBeforeWrite(disk, GRAIN, scratch, on_error=OnCbwError.BREAK_GUEST_WRITE)
+    copy.begin(all_bits(disk.size, GRAIN))
+    tracked.attach(copy)
+    tracked.refresh()
+    device = DiskExport(tracked).open()
+    with pytest.raises(OSError, match="Input/output error"):
+        device.write(memoryview(b"new"), 0)
+    device.write(memoryview(b"new"), 0)
+    run = copy.next_run(0, GRAIN)
+    assert run
+    assert run.saved
+    buffer = bytearray(GRAIN)
+    copy.read_into(run, memoryview(buffer))
+    assert buffer[:3] == b"old"
+    copy.close()
+    scratch.close()
+
+
 @pytest.mark.parametrize("grain", [512, 4096, 65536, 1 << 20])
 def test_the_settled_map_never_claims_more_than_the_finest_bitmap_holds(grain: int) -> None:
     settled = SettledMap(10 * grain, [1 << 20, grain])
@@ -252,15 +280,16 @@ def test_a_huge_disk_has_no_settled_map_and_is_tracked_all_the_same() -> None:
     assert not settled.holds(0, 1)
 
 
-def test_the_gate_waits_for_a_write_in_flight_and_holds_new_ones_back(tmp_path: Path) -> None:
-    """Drain before the instant: no write is half done when a transaction swaps pointers."""
+@change
+def test_the_gate_waits_for_a_change_in_flight_and_holds_new_ones_back(kind: str) -> None:
+    """Drain before the instant: nothing is half done when a transaction swaps pointers, with a slot or without."""
     stall = threading.Event()
-    disk = FaultyDisk(MemoryDisk(SIZE), Faults(stall={"write": stall}))
+    disk = FaultyDisk(MemoryDisk(SIZE), Faults(stall={kind: stall}))
     tracked = TrackedDisk("vda", disk)
     device, other = DiskExport(tracked).open(), DiskExport(tracked).open()
-    writer = threading.Thread(target=device.write, args=(memoryview(b"x"), 0))
+    writer = threading.Thread(target=CHANGES[kind], args=(device, 0, 5))
     writer.start()
-    wait_until(lambda: disk.faults.seen.get("write"), "the write is under way")
+    wait_until(lambda: disk.faults.seen.get(kind), "the change is under way")
     inside, leave = threading.Event(), threading.Event()
 
     def drain() -> None:
@@ -270,15 +299,17 @@ def test_the_gate_waits_for_a_write_in_flight_and_holds_new_ones_back(tmp_path: 
 
     drainer = threading.Thread(target=drain)
     drainer.start()
-    assert not inside.wait(0.1)
+    too_early = inside.wait(0.1)
     stall.set()
     assert inside.wait(10)
-    late = [threading.Thread(target=CHANGES[kind], args=(d, 0, 5)) for d, kind in ((other, "write"), (device, "trim"))]
+    late = [threading.Thread(target=CHANGES[k], args=(d, 0, 5)) for d, k in ((other, "write"), (device, "trim"))]
     for thread in late:
         thread.start()
     late[0].join(0.1)
-    assert disk.faults.seen == {"write": 1}
+    seen = dict(disk.faults.seen)
     leave.set()
     for thread in (writer, drainer, *late):
         thread.join(10)
-    assert disk.faults.seen == {"write": 2, "trim": 1}
+    assert not too_early
+    assert seen == {kind: 1}
+    assert Counter(disk.faults.seen) == Counter([kind, "write", "trim"])

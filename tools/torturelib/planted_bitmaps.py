@@ -1,0 +1,205 @@
+"""Faults of the bitmap store: the flag protocol, what is believed on open, the lock."""
+
+from __future__ import annotations
+
+from torturelib.planted import Fault, unit
+
+_FILE, _STORE, _FORMAT = "incbak/bitmap/file.py", "incbak/bitmap/store.py", "incbak/bitmap/format.py"
+
+
+def _protocol(test: str) -> tuple[str, ...]:
+    return unit("bitmap/test_protocol", test)
+
+
+def _on_open(test: str) -> tuple[str, ...]:
+    return unit("bitmap/test_found_on_open", test)
+
+
+FAULTS = (
+    Fault(
+        "bitmap-flag-stays-set",
+        _FILE,
+        "                if self.state is State.CLEAN:\n                    self._clear_flag()\n",
+        "                self.state = State.DIRTY\n",
+        _protocol("test_the_flag_is_cleared_and_synced_before_the_first_mark_returns"),
+    ),
+    Fault(
+        "bitmap-flag-cleared-after-marks",
+        _FILE,
+        "        self._begin()\n        with self._lock:\n            self._coarse[first : last + 1] = TOUCHED\n",
+        "        with self._lock:\n            self._coarse[first : last + 1] = TOUCHED\n        self._begin()\n"
+        "        with self._lock:\n",
+        _protocol("test_nothing_else_changes_before_the_flag_is_cleared"),
+    ),
+    Fault(
+        "bitmap-header-not-synced",
+        _FILE,
+        '            durable.sync_file(self._fd, f"bitmap {self.path}")\n            self.slot = step\n',
+        "            self.slot = step\n",
+        _protocol("test_the_flag_is_cleared_and_synced_before_the_first_mark_returns"),
+    ),
+    Fault(
+        "bitmap-newer-slot-overwritten",
+        _FILE,
+        "where = (step.sequence % 2) * fmt.SECTOR",
+        "where = ((step.sequence + 1) % 2) * fmt.SECTOR",
+        _protocol("test_the_older_slot_is_overwritten_first"),
+    ),
+    Fault(
+        "bitmap-region-not-synced",
+        _FILE,
+        '        durable.sync_file(self._fd, f"bitmap {self.path}")\n        self._done = mine\n',
+        "        self._done = mine\n",
+        _protocol("test_the_coarse_byte_is_synced_after_it_was_set"),
+    ),
+    Fault(
+        "bitmap-region-not-set",
+        _FILE,
+        "            self._coarse[first : last + 1] = TOUCHED\n            wanted",
+        "            wanted",
+        _on_open("test_host_lost"),
+    ),
+    Fault(
+        "bitmap-sync-skipped-while-begun",
+        _FILE,
+        "            wanted = self._started + 1\n",
+        "            wanted = self._started + 1\n"
+        "            self.known[first : last + 1] = b'\\1' * (last + 1 - first)\n",
+        _protocol("test_no_thread_skips_a_sync_that_another_has_only_begun"),
+    ),
+    Fault(
+        "bitmap-sync-shared-too-early",
+        _FILE,
+        "            wanted = self._started + 1\n",
+        "            wanted = self._started\n",
+        _protocol("test_a_region_set_after_a_sync_began_waits_for_the_next"),
+    ),
+    Fault(
+        "bitmap-old-regions-not-synced",
+        _FILE,
+        '        durable.sync_file(self._fd, f"bitmap {self.path}")\n        self._durable[:] =',
+        "        self._durable[:] =",
+        _protocol("test_opening_makes_the_coarse_map_durable_again"),
+    ),
+    Fault(
+        "bitmap-bit-set-without-lock",
+        _FILE,
+        "                with self._lock:\n                    self._view[first >> 3] |= bit\n",
+        "                self._view[first >> 3] |= bit\n",
+        _protocol("test_a_bit_is_set_in_one_step"),
+    ),
+    Fault(
+        "bitmap-failed-sync-forgotten",
+        _FILE,
+        "                self._failed = True\n                self._invalidate(Reason.TRACKING_FAILED)\n",
+        "",
+        _protocol("test_a_sync_that_fails_makes_the_bitmap_invalid_on_disk"),
+    ),
+    Fault(
+        "bitmap-invalid-only-in-memory",
+        _FILE,
+        "        except (OSError, DurabilityError):\n            self._bury(reason)\n",
+        "        except (OSError, DurabilityError):\n            pass\n",
+        _protocol("test_where_the_header_cannot_be_written_the_file_is_renamed"),
+    ),
+    Fault(
+        "bitmap-valid-while-cleared",
+        _FILE,
+        ".with_flags(self._flags() | Flag.INVALID)\n            self._write_slots(hurt, ",
+        ".with_flags(self._flags())\n            self._write_slots(hurt, ",
+        _protocol("test_clearing_is_invalid_until_it_is_whole"),
+    ),
+    Fault(
+        "bitmap-flag-before-bits",
+        _FILE,
+        '        durable.sync_file(self._fd, f"bitmap {self.path}")\n'
+        '        durable.crash_point("bitmap.close-bits")\n',
+        '        durable.crash_point("bitmap.close-bits")\n',
+        _protocol("test_the_flag_is_set_last"),
+    ),
+    Fault(
+        "bitmap-not-preallocated",
+        "incbak/bitmap/create.py",
+        "os.posix_fallocate(fd, 0, end)",
+        "os.ftruncate(fd, end)",
+        _protocol("test_a_new_file_is_preallocated_and_private"),
+    ),
+    Fault(
+        "bitmap-header-not-verified",
+        _FORMAT,
+        "    if blake3(sector[:-_CHECKSUM]).digest(length=_CHECKSUM) != sector[-_CHECKSUM:]:\n"
+        "        return Reason.HEADER\n",
+        "",
+        unit("bitmap/test_format", "test_every_flipped_bit_is_noticed"),
+    ),
+    Fault(
+        "bitmap-digest-not-checked",
+        _STORE,
+        "if digest_of(bitmap._body) != slot.digest:",
+        "if False:",
+        _on_open("test_rot_in_the_body_is_noticed"),
+    ),
+    Fault(
+        "bitmap-fingerprint-not-checked",
+        _STORE,
+        "    if slot.fingerprint != disk:\n        return Reason.DISK_CHANGED\n",
+        "",
+        _on_open("test_the_disk_changed_while_nobody_tracked_it"),
+    ),
+    Fault(
+        "bitmap-size-not-checked",
+        _STORE,
+        "    if slot.size != disk.size:\n        return Reason.RESIZED\n",
+        "",
+        _on_open("test_the_disk_changed_while_nobody_tracked_it"),
+    ),
+    Fault(
+        "bitmap-of-another-disk",
+        _STORE,
+        "if slot.name != name or slot.disk_uuid != disk_uuid:",
+        "if slot.name != name:",
+        _on_open("test_of_another_disk"),
+    ),
+    Fault(
+        "bitmap-one-slot-is-enough",
+        _STORE,
+        "return _open_clean(path, slot, disk) if both else Reason.HEADER",
+        "return _open_clean(path, slot, disk)",
+        _on_open("test_clean_with_one_torn_slot_is_not_believed"),
+    ),
+    Fault(
+        "bitmap-boot-not-compared",
+        _STORE,
+        "same_boot = slot.boot_id == host.boot_id()",
+        "same_boot = True",
+        _on_open("test_host_lost"),
+    ),
+    Fault(
+        "bitmap-regions-not-marked",
+        _STORE,
+        "        bitmap.mark_touched_regions()\n",
+        "        pass\n",
+        _on_open("test_host_lost"),
+    ),
+    Fault(
+        "bitmap-coarse-map-not-checked",
+        _STORE,
+        "return None if bool(((coarse == TOUCHED) | (coarse == UNTOUCHED)).all()) else Reason.COARSE_MAP",
+        "return None",
+        _on_open("test_a_bad_coarse_map_is_not_believed"),
+    ),
+    Fault(
+        "bitmap-late-writes-not-seen",
+        _STORE,
+        "return Reason.DISK_CHANGED if disk.mtime_ns > beat + slack else None",
+        "return None",
+        _on_open("test_the_image_was_written_after_a_kill"),
+    ),
+    Fault(
+        "bitmap-two-owners",
+        _STORE,
+        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        _on_open("test_one_owner_at_a_time"),
+    ),
+)

@@ -1,0 +1,251 @@
+"""Faults on the path of a guest's request: the tracker, copy-before-write, jobs, NBD, image locks."""
+
+from __future__ import annotations
+
+from torturelib.planted import Fault, unit
+
+_TRACKER, _CBW, _GATE, _EXPORT = (f"incbak/serve/{name}.py" for name in ("tracker", "cbw", "gate", "export"))
+_TRANSACTION, _JOB, _OPENING = (f"incbak/serve/{name}.py" for name in ("transaction", "backup_job", "opening"))
+_CONNECTION, _PROTOCOL = "incbak/nbd/connection.py", "incbak/nbd/protocol.py"
+_LOCKS, _DISK = "incbak/disk/locks.py", "incbak/disk/file.py"
+
+_SERVE = (
+    Fault(
+        "tracker-write-before-bit",
+        _EXPORT,
+        "                self.tracked.before_write(offset, len(buf))\n                self._disk.write(buf, offset)\n"
+        "            finally:",
+        "                self._disk.write(buf, offset)\n                self.tracked.before_write(offset, len(buf))\n"
+        "            finally:",
+        unit("serve/test_tracker", "test_bits_are_set_and_regions_durable_before_the_disk_is_changed"),
+    ),
+    Fault(
+        "tracker-worker-write-before-bit",
+        _EXPORT,
+        "            with self.tracked.gate.joined():\n                self.tracked.before_write(offset, len(buf))\n"
+        "                self._disk.write(buf, offset)\n",
+        "            with self.tracked.gate.joined():\n                self._disk.write(buf, offset)\n"
+        "                self.tracked.before_write(offset, len(buf))\n",
+        unit("serve/test_tracker", "test_a_worker_that_finds_the_slot_taken_records_first_too"),
+    ),
+    Fault(
+        "tracker-trim-not-recorded",
+        _EXPORT,
+        "            self.tracked.before_write(offset, length)\n            self._disk.trim(offset, length)\n",
+        "            self._disk.trim(offset, length)\n",
+        unit("serve/test_tracker", "test_bits_are_set_and_regions_durable_before_the_disk_is_changed"),
+    ),
+    Fault(
+        "tracker-zeroes-not-recorded",
+        _EXPORT,
+        "            self.tracked.before_write(offset, length)\n            self._disk.write_zeroes",
+        "            self._disk.write_zeroes",
+        unit("serve/test_tracker", "test_bits_are_set_and_regions_durable_before_the_disk_is_changed"),
+    ),
+    Fault(
+        "tracker-unrecorded-write-goes-out",
+        _TRACKER,
+        '                raise OSError(errno.EIO, f"cannot record a write in bitmap {bitmap.name}") from e\n',
+        "                return\n",
+        unit("serve/test_tracker", "test_a_write_is_refused_when_not_even_that_can_be_made_durable"),
+    ),
+    Fault(
+        "tracker-settled-before-saved",
+        _TRACKER,
+        "        for copy in self._copies:\n            copy.before_write(offset, length)\n"
+        "        self.settled.settle(offset, length)\n",
+        "        self.settled.settle(offset, length)\n"
+        "        for copy in self._copies:\n            copy.before_write(offset, length)\n",
+        unit("serve/test_tracker", "test_a_write_whose_old_content_cannot_be_saved_is_not_settled"),
+    ),
+    Fault(
+        "tracker-settled-map-kept",
+        _TRACKER,
+        "        self.settled = SettledMap(self.size, finest)\n        return old\n",
+        "        return old\n",
+        unit("serve/test_tracker", "test_a_new_bitmap_records_what_was_settled_before_it_came"),
+    ),
+    Fault(
+        "gate-open-for-workers",
+        _GATE,
+        "            if not self._changed.wait_for(lambda: not self._inside, max(deadline - time.monotonic(), 0)):\n"
+        "                raise self._late()\n",
+        "            pass\n",
+        unit("serve/test_tracker", "test_the_gate_waits_for_a_change_in_flight_and_holds_new_ones_back"),
+    ),
+    Fault(
+        "transaction-without-drain",
+        _TRANSACTION,
+        "with drain_all([d.gate for d in disks], DRAIN_TIMEOUT):",
+        "with drain_all([], DRAIN_TIMEOUT):",
+        unit("serve/test_transaction", "test_a_write_in_flight_that_does_not_end_fails_the_transaction"),
+    ),
+    Fault(
+        "transaction-drains-one-disk",
+        _TRANSACTION,
+        "with drain_all([d.gate for d in disks], DRAIN_TIMEOUT):",
+        "with drain_all([d.gate for d in disks][:1], DRAIN_TIMEOUT):",
+        unit("serve/test_transaction", "test_a_write_in_flight_that_does_not_end_fails_the_transaction"),
+    ),
+    Fault(
+        "transaction-not-undone",
+        _TRANSACTION,
+        "                for action in reversed(begun):\n                    action.undo()\n                raise\n",
+        "                raise\n",
+        unit("serve/test_transaction", "test_two_backups_of_which_the_second_cannot_begin"),
+    ),
+    Fault(
+        "cbw-old-content-not-saved",
+        _TRACKER,
+        "        for copy in self._copies:\n            copy.before_write(offset, length)\n",
+        "",
+        unit("serve/test_jobs", "test_a_full_copies_everything_at_one_instant_while_the_guest_writes"),
+    ),
+    Fault(
+        "cbw-cleared-though-not-read",
+        _CBW,
+        "                if found is not None:\n                    kernels.clear_range",
+        "                if True:\n                    kernels.clear_range",
+        unit("serve/test_cbw", "test_a_write_that_was_refused_leaves_the_point_in_time_as_it_was"),
+    ),
+    Fault(
+        "cbw-guest-passes-the-job",
+        _CBW,
+        "                if self._claim_on(cluster) is None:\n                    run = self._claim(cluster, last + 1",
+        "                if True:\n                    run = self._claim(cluster, last + 1",
+        unit("serve/test_cbw", "test_a_write_waits_for_the_job_to_read_its_run_and_no_more"),
+    ),
+    Fault(
+        "cbw-broken-is-mended",
+        _CBW,
+        "                if self._broken:\n                    raise self._broken\n                if run :=",
+        "                if run :=",
+        unit("serve/test_cbw", "test_trouble_breaks_the_backup_and_not_the_guest"),
+    ),
+    Fault(
+        "cbw-broken-while-read",
+        _CBW,
+        "            if self._broken:\n                raise self._broken\n            kernels.clear_range(self._todo",
+        "            kernels.clear_range(self._todo",
+        unit("serve/test_cbw", "test_a_stalled_read_of_the_job_holds_a_guest_write_no_longer_than_the_bound"),
+    ),
+    Fault(
+        "cbw-guest-suffers",
+        _CBW,
+        "            if self._on_error is OnCbwError.BREAK_GUEST_WRITE:\n                raise\n",
+        "            raise\n",
+        unit("serve/test_cbw", "test_trouble_breaks_the_backup_and_not_the_guest"),
+    ),
+    Fault(
+        "cbw-guest-waits-for-ever",
+        _CBW,
+        "                if not self._changed.wait(deadline - time.monotonic()):\n"
+        "                    raise OSError(errno.ETIMEDOUT",
+        "                if not self._changed.wait(60):\n                    raise OSError(errno.ETIMEDOUT",
+        unit("serve/test_cbw", "test_a_stalled_read_of_the_job_holds_a_guest_write_no_longer_than_the_bound"),
+    ),
+    Fault(
+        "job-lets-go-before-it-reads",
+        _JOB,
+        "            self._copy.read_into(run, data)\n            self._copy.done(run)\n",
+        "            self._copy.done(run)\n            self._copy.read_into(run, data)\n",
+        unit("serve/test_jobs", "test_the_guest_waits_until_the_job_has_read"),
+    ),
+    Fault(
+        "job-without-flush",
+        _JOB,
+        "            self._copy_all(self._copy)\n            self.target.flush()\n",
+        "            self._copy_all(self._copy)\n",
+        unit("serve/test_jobs", "test_a_job_is_done_only_when_the_target_has_flushed"),
+    ),
+    Fault(
+        "serve-end-without-flush",
+        _OPENING,
+        "        if not tracked.read_only:\n            tracked.disk.flush()\n",
+        "",
+        unit("serve/test_daemon", "test_the_disk_is_flushed_before_the_flag_is_set"),
+    ),
+    Fault(
+        "serve-end-with-writes-in-flight",
+        _OPENING,
+        "        tracked.gate.shut(timeout)\n",
+        "",
+        unit("serve/test_daemon", "test_the_disk_is_flushed_before_the_flag_is_set"),
+    ),
+)
+
+_WIRE = (
+    Fault(
+        "nbd-bounds-of-requests",
+        _PROTOCOL,
+        "    if offset + length > size:\n",
+        "    if offset > size:\n",
+        unit("nbd/test_transmission", "test_refused_and_the_next_one_works"),
+    ),
+    Fault(
+        "nbd-bounds-of-plain-writes",
+        _CONNECTION,
+        "and length and offset + length <= size and not may_block",
+        "and length and not may_block",
+        unit("nbd/test_transmission", "test_the_payload_of_a_refused_write_is_drained"),
+    ),
+    Fault(
+        "nbd-payload-not-drained",
+        _CONNECTION,
+        "            if command == p.WRITE:\n",
+        "            if command == p.WRITE and writable and offset + length <= size:\n",
+        unit("nbd/test_transmission", "test_the_payload_of_a_refused_write_is_drained"),
+    ),
+    Fault(
+        "nbd-payload-without-limit",
+        _CONNECTION,
+        "                if length > p.MAX_PAYLOAD:\n",
+        "                if False:\n",
+        unit("nbd/test_transmission", "test_an_oversized_write_ends_the_connection_and_allocates_nothing"),
+    ),
+    Fault(
+        "nbd-writes-to-read-only",
+        _PROTOCOL,
+        "    if read_only and command in _CHANGES:\n        return errno.EPERM\n",
+        "",
+        unit("nbd/test_transmission", "test_read_only"),
+    ),
+    Fault(
+        "nbd-fua-not-flushed",
+        _CONNECTION,
+        "            self.device.write(data, offset)\n            if flags & p.CMD_FUA:\n"
+        "                self.device.flush()\n",
+        "            self.device.write(data, offset)\n",
+        unit("nbd/test_transmission", "test_fua_flushes_before_the_reply"),
+    ),
+    Fault(
+        "nbd-slow-write-shares-its-buffer",
+        _CONNECTION,
+        "data = memoryview(bytes(payload))",
+        "data = payload",
+        unit("nbd/test_transmission", "test_a_write_that_may_block_goes_to_a_worker"),
+    ),
+    Fault(
+        "lock-does-not-look",
+        _LOCKS,
+        "    clash = any(_held_by_another(fd, UNSHARED_BASE + bit) for bit in wanted)\n",
+        "    clash = False\n",
+        ("tests/interop/test_locks.py::test_we_refuse_ourselves",),
+    ),
+    Fault(
+        "lock-keeps-nobody-out",
+        _LOCKS,
+        "        for bit in refused:\n            _lock(fd, fcntl.F_RDLCK, UNSHARED_BASE + bit)\n",
+        "",
+        ("tests/interop/test_locks.py::test_qemu_io_is_refused_while_we_write",),
+    ),
+    Fault(
+        "disk-failed-flush-forgotten",
+        _DISK,
+        "                self._flush_error = e\n                raise\n",
+        "                raise\n",
+        ("tests/contract/test_disk_contract.py",),
+    ),
+)
+
+FAULTS = (*_SERVE, *_WIRE)
