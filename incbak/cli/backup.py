@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -18,10 +19,30 @@ from incbak.engine.detect import Source, open_engine
 from incbak.errors import IncompleteError, LockedError
 from incbak.report.backups import as_json, disk_line
 from incbak.report.console import Console
-from incbak.units import parse_duration
+from incbak.units import parse_duration, parse_size
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
+
+
+_ENGINE_OPTIONS = (
+    click.option("--speed-limit", metavar="RATE", default="0", help="Bytes per second and disk: 50M.  [default: none]"),
+    click.option(
+        "--scratch-dir",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Of QEMU: where what the guest overwrites waits to be copied.  [default: /var/tmp]",
+    ),
+    click.option(
+        "--scratch-limit",
+        metavar="SIZE",
+        help="Of QEMU: how much may wait there for each disk; more breaks the backup, never the guest.  "
+        "[default: half of the free space]",
+    ),
+    click.option(
+        "--monitor-wait", metavar="TIME", default="20", help="Wait so long while another client has the monitor."
+    ),
+)
 
 
 def _source_options(command: C) -> C:
@@ -33,6 +54,7 @@ def _source_options(command: C) -> C:
         click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM."),
         click.option("--tag", "tags", multiple=True, metavar="TAG", help="Note in the record; may be repeated."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
+        *_ENGINE_OPTIONS,
     )
     for option in reversed(options):
         command = option(command)
@@ -81,6 +103,7 @@ def _back_up(
     lock_wait: str,
     tags: tuple[str, ...],
     dry_run: bool,
+    **engine: Any,
 ) -> None:
     here = settings()
     wait = parse_duration(lock_wait)
@@ -96,11 +119,23 @@ def _back_up(
     )
     console = here.reporter()
     try:
-        wanted = Source(source, here.state_dir, name, disks)
+        wanted = Source(source, here.state_dir, name, disks, **engine_settings(**engine))
         outcome = interruptible(_run(here, wanted, options, console))
     finally:
         console.end()
     _tell(here, outcome)
+
+
+def engine_settings(
+    speed_limit: str, scratch_dir: Path | None, scratch_limit: str | None, monitor_wait: str
+) -> dict[str, Any]:
+    """What the options say of how an engine is driven, as fields of `Source`."""
+    return {
+        "speed": parse_size(speed_limit.removesuffix("/s")),
+        "scratch_dir": scratch_dir,
+        "scratch_limit": None if scratch_limit is None else parse_size(scratch_limit),
+        "monitor_wait": max(parse_duration(monitor_wait), 0.5),
+    }
 
 
 async def _run(here: Settings, source: Source, options: Options, console: Console) -> Outcome:

@@ -11,7 +11,7 @@ from incbak.engine.base import Engine
 from incbak.engine.image import ImageEngine
 from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, STALL_SECONDS, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
-from incbak.engine.session import Address, Session
+from incbak.engine.session import GREETING_SECONDS, Address, Session
 from incbak.engine.storage_daemon import DEFAULT_DISK, Image, OfflineEngine, StorageDaemonEngine
 from incbak.errors import EngineError, UsageError
 
@@ -20,7 +20,11 @@ _AS_IS = {"raw", "luks"}  # an encrypted image is backed up as it is, without it
 
 @dataclass(frozen=True)
 class Source:
-    """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them."""
+    """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them.
+
+    ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
+    ``monitor_wait``: seconds for which another client may keep the monitor.
+    """
 
     text: str
     state_dir: Path
@@ -30,6 +34,7 @@ class Source:
     scratch_limit: int | None = None
     speed: int = 0
     stall: float = STALL_SECONDS
+    monitor_wait: float = GREETING_SECONDS
 
     def qemu_options(self) -> QemuOptions:
         """What of it concerns a running QEMU."""
@@ -40,7 +45,7 @@ class Source:
 async def open_engine(source: Source) -> Engine:
     """Connect to the monitor or open the image. Raises `EngineError`, `DiskError`, `UsageError`."""
     if source.text.startswith("qmp:"):
-        session = await Session.connect(Address.parse(source.text))
+        session = await Session.connect(Address.parse(source.text), timeout=source.monitor_wait)
         try:
             return await _over_qmp(session, source)
         except BaseException:
@@ -52,14 +57,15 @@ async def open_engine(source: Source) -> Engine:
     form = probe_format(path)
     if form not in _AS_IS:
         image = Image(path, form, source.name or path.stem, source.disks[0] if source.disks else DEFAULT_DISK)
-        return await OfflineEngine.open(image)
-    return ImageEngine(path, source.state_dir, source.name or path.stem, source.disks[0] if source.disks else None)
+        return await OfflineEngine.open(image, source.speed)
+    disk = source.disks[0] if source.disks else None
+    return ImageEngine(path, source.state_dir, source.name or path.stem, disk, source.speed)
 
 
 async def _over_qmp(session: Session, source: Source) -> Engine:
     version = await session.execute("query-version")
     if str(version.get("package", "")).startswith("incbak"):
-        return ServedEngine(session)
+        return ServedEngine(session, source.speed)
     commands = {c["name"] for c in await session.execute("query-commands")}
     number = (int(version["qemu"]["major"]), int(version["qemu"]["minor"]))
     if number < OLDEST:
@@ -69,4 +75,4 @@ async def _over_qmp(session: Session, source: Source) -> Engine:
         )
     if "cont" in commands:
         return QemuEngine(session, source.qemu_options())
-    return StorageDaemonEngine(session)
+    return StorageDaemonEngine(session, source.speed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -37,8 +38,8 @@ class ImageEngine(Engine):
 
     kind = "image"
 
-    def __init__(self, path: Path, state_dir: Path, vm: str, disk: str | None) -> None:
-        self._path, self._vm = path, vm
+    def __init__(self, path: Path, state_dir: Path, vm: str, disk: str | None, speed: int = 0) -> None:
+        self._path, self._vm, self._speed = path, vm, speed
         self._disk: FileDisk = open_disk(path, read_only=True)
         self._bitmaps: dict[str, Bitmap] = {}
         self._bad: dict[str, Reason] = {}
@@ -87,7 +88,7 @@ class ImageEngine(Engine):
     def _copy(self, plan: DiskPlan, target: Target, progress: ProgressCallback, stop: asyncio.Event) -> DiskResult:
         size = self._disk.size
         wanted = self._bitmaps[plan.base_bitmap].extents() if plan.base_bitmap else [Extent(0, size)]
-        whole, done = total(wanted), 0
+        whole, done, read, begun = total(wanted), 0, 0, time.monotonic()
         try:
             for extent in pieces(self._disk, wanted, plan.granularity):
                 if stop.is_set():
@@ -98,6 +99,8 @@ class ImageEngine(Engine):
                     buf = memoryview(np.empty(extent.length, dtype=np.uint8))  # type: ignore[arg-type]
                     self._disk.read_into(buf, extent.offset)
                     target.write(extent.offset, buf, owned=True)
+                    read += extent.length
+                    self._slow_down(read, begun)
                 done += extent.length
                 progress(self._name, done, whole)
             target.flush()
@@ -106,6 +109,10 @@ class ImageEngine(Engine):
         except IncbakError as e:
             return DiskResult(done, str(e))
         return DiskResult(done)
+
+    def _slow_down(self, read: int, begun: float) -> None:
+        if self._speed:
+            time.sleep(max(read / self._speed - (time.monotonic() - begun), 0))
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:

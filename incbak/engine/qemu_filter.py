@@ -236,8 +236,15 @@ class DiskFilter:
         for letter in "fqr":
             await self._remove(letter, left)
         await remove_fds(self.session, self.ident)
+        self._free_scratch()
         self.close()
         return [] if not self.nodes else left
+
+    def _free_scratch(self) -> None:
+        """QEMU closes a descriptor that was removed only while the VM runs; the space must not wait for that."""
+        if self.scratch >= 0 and self.ident + "r" not in self.nodes:
+            with suppress(OSError):
+                os.ftruncate(self.scratch, 0)
 
     async def _remove(self, letter: str, left: list[str]) -> None:
         node = self.ident + letter

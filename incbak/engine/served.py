@@ -27,8 +27,8 @@ class ServedEngine(Engine):
 
     kind = "serve"
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, speed: int = 0) -> None:
+        self._session, self._speed = session, speed
 
     async def describe(self) -> Description:
         name = (await self._session.execute("query-name")).get("name")
@@ -61,7 +61,7 @@ class ServedEngine(Engine):
             await self._add_target(f"{ident}-t", targets[plan.disk.name])
             add = {"node": plan.disk.node, "name": plan.new_bitmap, "granularity": plan.granularity, "persistent": True}
             actions.append({"type": "block-dirty-bitmap-add", "data": add})
-            actions.append({"type": "blockdev-backup", "data": _backup(plan, ident)})
+            actions.append({"type": "blockdev-backup", "data": _backup(plan, ident, self._speed)})
             jobs[ident] = plan.disk.name
         await self._session.execute("transaction", {"actions": actions})
         results = await wait_for_jobs(self._session, jobs, progress)
@@ -95,12 +95,13 @@ class ServedEngine(Engine):
         await self._session.close()
 
 
-def _backup(plan: DiskPlan, ident: str) -> dict[str, Any]:
+def _backup(plan: DiskPlan, ident: str, speed: int) -> dict[str, Any]:
     data: dict[str, Any] = {
         "device": plan.disk.node,
         "target": f"{ident}-t",
         "job-id": ident,
         "sync": "full",
+        "speed": speed,
         "auto-dismiss": False,
         "on-cbw-error": "break-snapshot",
     }

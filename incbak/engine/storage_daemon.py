@@ -53,8 +53,8 @@ class StorageDaemonEngine(Engine):
 
     kind = "storage-daemon"
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, speed: int = 0) -> None:
+        self._session, self._speed = session, speed
 
     async def describe(self) -> Description:
         graph = await self._graph()
@@ -119,7 +119,7 @@ class StorageDaemonEngine(Engine):
             add = {"node": plan.disk.node, "name": plan.new_bitmap, "granularity": plan.granularity}
             add["persistent"] = plan.disk.can_persist
             actions.append({"type": "block-dirty-bitmap-add", "data": add})
-            actions.append({"type": "blockdev-backup", "data": _backup(ident, plan)})
+            actions.append({"type": "blockdev-backup", "data": _backup(ident, plan, self._speed)})
         await self._session.execute("transaction", {"actions": actions})
 
     async def _abandon(self, jobs: Mapping[str, DiskPlan]) -> None:
@@ -159,16 +159,16 @@ class OfflineEngine(StorageDaemonEngine):
 
     kind = "image"
 
-    def __init__(self, session: Session, daemon: Daemon, image: Image) -> None:
-        super().__init__(session)
+    def __init__(self, session: Session, daemon: Daemon, image: Image, speed: int = 0) -> None:
+        super().__init__(session, speed)
         self._daemon, self._image = daemon, image
 
     @classmethod
-    async def open(cls, image: Image) -> OfflineEngine:
+    async def open(cls, image: Image, speed: int = 0) -> OfflineEngine:
         """Start the daemon. Raises `DiskError`, `ImageInUseError` or `EngineError`."""
         daemon = Daemon(image)
         try:
-            return cls(await daemon.connect(), daemon, image)
+            return cls(await daemon.connect(), daemon, image, speed)
         except BaseException:
             daemon.close()
             raise
@@ -192,7 +192,7 @@ class OfflineEngine(StorageDaemonEngine):
 
     async def _begin(self, jobs: Mapping[str, DiskPlan]) -> None:
         ((ident, plan),) = jobs.items()
-        await self._session.execute("blockdev-backup", _backup(ident, plan))
+        await self._session.execute("blockdev-backup", _backup(ident, plan, self._speed))
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         (plan,) = plans
@@ -317,9 +317,9 @@ def _disk(name: str, node_name: str, node: Mapping[str, Any]) -> EngineDisk:
     return EngineDisk(name, size, node_name, node_name, node["drv"], persist, bitmaps, extra)
 
 
-def _backup(ident: str, plan: DiskPlan) -> dict[str, Any]:
+def _backup(ident: str, plan: DiskPlan, speed: int) -> dict[str, Any]:
     data: dict[str, Any] = {"job-id": ident, "device": plan.disk.node, "target": f"{ident}t", "sync": "full"}
-    data |= {"auto-dismiss": False, "filter-node-name": f"{ident}j"}
+    data |= {"speed": speed, "auto-dismiss": False, "filter-node-name": f"{ident}j"}
     if plan.base_bitmap:
         data |= {"sync": "bitmap", "bitmap": plan.base_bitmap, "bitmap-mode": "never"}
     return data

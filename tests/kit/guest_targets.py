@@ -153,7 +153,7 @@ class _Device:
         pass
 
 
-@dataclass
+@dataclass(repr=False)  # asyncio makes a text of a task's result
 class Backup:
     """One link of a chain. ``images`` is what a restore gives; ``reasons`` why disks were read whole."""
 
