@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -13,10 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import incbak
 from incbak import durable
 from incbak.cli.main import main
 
 DEADLINE = 60.0
+
+for _module in pkgutil.walk_packages(incbak.__path__, "incbak."):
+    if not _module.name.endswith("__main__"):
+        importlib.import_module(_module.name)  # commands import their parts late: here they are paid for once
 
 
 @dataclass

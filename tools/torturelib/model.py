@@ -30,13 +30,17 @@ class Model:
     base: State = field(default_factory=dict)
     writes: list[Write] = field(default_factory=list)
     acknowledged: int = 0
+    _known: tuple[int, State] = field(default_factory=lambda: (0, {}))
+    """A count that was asked for before, and the state after it."""
 
     def state(self, count: int) -> State:
         """The disk after the first ``count`` writes."""
-        state = dict(self.base)
-        for write in self.writes[:count]:
+        since, known = self._known if self._known[0] <= count else (0, self.base)
+        state = dict(known)
+        for write in self.writes[since:count]:
             apply(state, write)
-        return state
+        self._known = count, state
+        return dict(state)
 
     def settle(self, truth: State) -> str | None:
         """Take ``truth``, read from the image, as the new base, if it can be explained; else say what cannot.
@@ -49,6 +53,7 @@ class Model:
             if block not in touched and expected.get(block) != truth.get(block):
                 return f"block {block} (offset {block * BLOCK}) of the image lost an acknowledged write"
         self.base, self.writes, self.acknowledged = truth, [], 0
+        self._known = 0, truth
         return None
 
 

@@ -93,7 +93,7 @@ def runner_round(world: World) -> None:
     low = world.model.acknowledged
     kind = rng.choice(("full", "incremental", "incremental", "incremental"))
     runner = world.spawn("-q", kind, f"qmp:{world.monitor}", crash_at=crash, log="runner")
-    kill_at = time.monotonic() + (2.0 if crash else 0.2 * rng.random())
+    kill_at = time.monotonic() + (2.0 if crash else 0.1 * rng.random())
     while runner.poll() is None and time.monotonic() < kill_at:
         if not world.write():
             raise LostError("a guest write failed while a runner was killed")
