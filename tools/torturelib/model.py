@@ -30,8 +30,9 @@ class Model:
     base: State = field(default_factory=dict)
     writes: list[Write] = field(default_factory=list)
     acknowledged: int = 0
-    _known: tuple[int, State] = field(default_factory=lambda: (0, {}))
-    """A count that was asked for before, and the state after it."""
+
+    def __post_init__(self) -> None:
+        self._known = 0, self.base  # a count that was asked for before, and the state after it
 
     def state(self, count: int) -> State:
         """The disk after the first ``count`` writes."""
