@@ -1,0 +1,245 @@
+"""Restore onto what is there already and cannot be renamed: block devices and NBD exports."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from incbak.disk.faults import Faults, FaultyDisk
+from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.memory import MemoryDisk
+from incbak.errors import DamagedError, DiskError, DurabilityError, ImageInUseError, NbdError, RestoreError
+from incbak.restore.restore import Restored, restore_disk
+from incbak.restore.targets import DeviceTarget, open_target
+from tests.kit.cli import Content, Incbak, content, differing
+from tests.kit.need import need
+from tests.kit.serve import Peer, wait_until
+from tests.unit.restore.conftest import CLUSTER, SIZE, Made
+
+ROUND = -(-SIZE // 4096) * 4096
+JUNK = 0xEE
+
+
+def _restore(made: Made, where: str | Path, *, salvage: bool = False) -> Restored:
+    return restore_disk(made.repo, made.record, made.disk, open_target(str(where), SIZE), salvage=salvage)
+
+
+def _on_device(path: Path) -> tuple[Content, bytes]:
+    """The disk's part of a device, in pieces, and what lies behind it."""
+    disk = open_disk(path, read_only=True)
+    try:
+        return _cut(disk.read(0, SIZE)), disk.read(SIZE, disk.size - SIZE)
+    finally:
+        disk.close()
+
+
+def _cut(data: bytes) -> Content:
+    pieces = ((at, data[at : at + CLUSTER]) for at in range(0, len(data), CLUSTER))
+    return {-1: str(len(data)).encode(), **{at: piece for at, piece in pieces if any(piece)}}
+
+
+# -- block devices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_a_device_is_what_the_disk_was(made: Made, loop: Callable[[int], Path]) -> None:
+    """I1: zeroes are written over what was there; what lies behind the disk stays."""
+    device = loop(ROUND + 4096)
+    _restore(made, device)
+    found, behind = _on_device(device)
+    assert differing(found, made.held) == []
+    assert set(behind) == {JUNK}
+
+
+@pytest.mark.root
+def test_a_device_that_is_too_small_is_not_touched(made: Made, loop: Callable[[int], Path]) -> None:
+    """faults row 53."""
+    device = loop(ROUND - 4096)
+    with pytest.raises(RestoreError, match="too small"):
+        _restore(made, device)
+    disk = open_disk(device)
+    assert set(disk.read(0, 65536)) == {JUNK}
+    disk.close()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("how", ["exclusively", "as an image"])
+def test_a_device_in_use_is_not_touched(made: Made, loop: Callable[[int], Path], how: str) -> None:
+    """faults row 52: mounted or otherwise claimed, and held by a virtual machine."""
+    device = loop(ROUND)
+    if how == "exclusively":
+        fd = os.open(device, os.O_RDONLY | os.O_EXCL)
+        with pytest.raises(DiskError, match="ourselves alone"):
+            _restore(made, device)
+        os.close(fd)
+    else:
+        disk = open_disk(device)
+        with pytest.raises(ImageInUseError):
+            _restore(made, device)
+        disk.close()
+    with device.open("rb") as f:
+        assert set(f.read(65536)) == {JUNK}
+    _restore(made, device)
+
+
+@pytest.mark.root
+def test_a_device_is_synced_before_it_is_said_to_be_done(
+    made: Made, loop: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """faults row 31: and a sync that fails fails the restore."""
+    device = loop(ROUND)
+    steps: list[str] = []
+    write, flush = FileDisk.write, FileDisk.flush
+
+    def traced_write(self: FileDisk, buf: bytes, offset: int) -> None:
+        steps.append("write")
+        write(self, buf, offset)
+
+    def traced_flush(self: FileDisk) -> None:
+        steps.append("flush")
+        flush(self)
+
+    monkeypatch.setattr(FileDisk, "write", traced_write)
+    monkeypatch.setattr(FileDisk, "flush", traced_flush)
+    _restore(made, device)
+    assert steps.index("flush") == len(steps) - 1
+
+    def failing_flush(self: FileDisk) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(FileDisk, "flush", failing_flush)
+    with pytest.raises(DurabilityError, match="Input/output error"):
+        _restore(made, device)
+    target = open_target(str(device), SIZE)
+    assert isinstance(target, DeviceTarget), "the failed restore has let the device go"
+    target.abandon()
+
+
+@pytest.mark.root
+def test_salvage_leaves_zeroes_where_content_is_lost(made: Made, loop: Callable[[int], Path]) -> None:
+    """Never what was on the device before."""
+    made.spoil(made.cluster(5))
+    device = loop(ROUND)
+    with pytest.raises(DamagedError):
+        _restore(made, device)
+    done = _restore(made, device, salvage=True)
+    assert [e.offset for e in done.damaged] == [5 * CLUSTER]
+    found, _behind = _on_device(device)
+    assert differing(found, made.held) == [5 * CLUSTER]
+    assert 5 * CLUSTER not in found
+
+
+@pytest.mark.root
+def test_a_device_that_is_overwritten_loses_its_bitmaps(tmp_path: Path, loop: Callable[[int], Path]) -> None:
+    """faults row 54: a device has no time of change that would tell, so an incremental would miss all of it."""
+    incbak = Incbak(tmp_path)
+    device = loop(64 * 65536)
+    incbak("init")
+    incbak("full", device, "--name", "vm")
+    first = incbak.list()[0]["id"]
+    with device.open("r+b") as f:
+        f.write(b"newer")
+    incbak("full", device, "--name", "vm")
+    (bitmap,) = incbak("--json", "bitmap", "list").objects()
+    assert bitmap["state"] == "clean"
+    ran = incbak("restore", first, device)
+    assert "is invalid from now on" in ran.out
+    (bitmap,) = incbak("--json", "bitmap", "list").objects()
+    assert bitmap["reason"] == "disk-changed"
+    disk = incbak("--json", "incremental", device, "--name", "vm").objects()[0]["disks"][0]
+    assert (disk["kind"], disk["reason"]) == ("full", "disk-changed")
+    assert incbak.restored(first) == incbak.restored("latest")
+
+
+# -- NBD ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
+    """Makes servers of ours over memory full of something else."""
+    peers: list[Peer] = []
+
+    def make(size: int, faults: Faults | None = None) -> Peer:
+        disk = MemoryDisk(size)
+        disk.data[:] = bytes([JUNK]) * size
+        peers.append(Peer(tmp_path / f"{len(peers)}.sock", FaultyDisk(disk, faults) if faults else disk))
+        return peers[-1]
+
+    yield make
+    for each in peers:
+        each.stop()
+
+
+def test_an_export_is_what_the_disk_was(made: Made, peer: Callable[..., Peer]) -> None:
+    target = peer(SIZE + 5000)
+    _restore(made, str(target.uri))
+    data = bytes(target.disk.data)  # type: ignore[union-attr]
+    assert differing(_cut(data[:SIZE]), made.held) == []
+    assert set(data[SIZE:]) == {JUNK}
+
+
+def test_an_export_that_is_too_small_is_not_touched(made: Made, peer: Callable[..., Peer]) -> None:
+    target = peer(SIZE - 1)
+    with pytest.raises(RestoreError, match="too small"):
+        _restore(made, str(target.uri))
+    assert target.wrote == []
+
+
+def test_a_read_only_export_is_refused(made: Made, peer: Callable[..., Peer]) -> None:
+    target = peer(SIZE)
+    target.read_only = True
+    with pytest.raises(RestoreError, match="read-only"):
+        _restore(made, str(target.uri))
+
+
+@pytest.mark.parametrize("kind", ["write", "zero", "flush"])
+def test_an_export_that_fails_fails_the_restore(made: Made, peer: Callable[..., Peer], kind: str) -> None:
+    """faults row 31: also when only the flush fails; nothing is said to be done that is not durable."""
+    target = peer(SIZE, Faults(fail={kind: (1, errno.EIO)}))
+    with pytest.raises((NbdError, RestoreError)):
+        _restore(made, str(target.uri))
+    assert target.disk.faults.seen[kind]  # type: ignore[union-attr]
+
+
+@contextmanager
+def _server(socket: Path, *command: str | Path) -> Iterator[str]:
+    need(str(command[0]))
+    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: socket.exists() or process.poll() is not None, "the server's socket")
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_qemu_nbd_takes_a_restore(made: Made, tmp_path: Path) -> None:
+    """Into a qcow2 image that had other content."""
+    need("qemu-img", "qemu-io")
+    image, out, socket = tmp_path / "disk.qcow2", tmp_path / "out.raw", tmp_path / "s"
+    for command in (
+        ["qemu-img", "create", "-q", "-f", "qcow2", image, str(ROUND)],
+        ["qemu-io", "-f", "qcow2", "-c", f"write -P 0xee 0 {ROUND}", image],
+    ):
+        subprocess.run([str(c) for c in command], check=True, stdout=subprocess.DEVNULL)
+    with _server(socket, "qemu-nbd", "-t", "-f", "qcow2", "-k", socket, image) as uri:
+        _restore(made, uri)
+    subprocess.run(["qemu-img", "convert", "-O", "raw", str(image), str(out)], check=True)
+    os.truncate(out, SIZE)
+    assert differing(content(out, CLUSTER), made.held) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--filter=nozero"]])
+def test_nbdkit_takes_a_restore(made: Made, tmp_path: Path, options: list[str]) -> None:
+    """Also where zeroes must be sent as such."""
+    out, socket = tmp_path / "out.raw", tmp_path / "s"
+    out.write_bytes(bytes([JUNK]) * SIZE)
+    with _server(socket, "nbdkit", "-f", "-U", socket, *options, "file", out) as uri:
+        _restore(made, uri)
+    assert differing(content(out, CLUSTER), made.held) == []
