@@ -204,6 +204,25 @@ def test_the_later_of_two_writes_counts(repo: Repository) -> None:
         assert content(repo, keep(repo, sink)) == bytes(model)
 
 
+def test_an_earlier_write_that_is_slow_does_not_win(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second write of a cluster waits until the first is through."""
+    real, second, begun = Pipeline._batch, threading.Event(), []
+
+    def slow(self: Pipeline, *args: object) -> None:
+        begun.append(args)
+        if len(begun) == 1:
+            second.wait(0.3)
+        real(self, *args)  # type: ignore[arg-type]
+        second.set()
+
+    monkeypatch.setattr(Pipeline, "_batch", slow)
+    with sinking(repo, CLUSTER) as sink:
+        sink.write(0, memoryview(b"a" * CLUSTER))
+        sink.write(0, memoryview(b"b" * CLUSTER))
+        sink.flush()
+        assert content(repo, keep(repo, sink)) == b"b" * CLUSTER
+
+
 @pytest.mark.parametrize(
     ("ranges", "flush", "text"),
     [

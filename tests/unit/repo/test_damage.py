@@ -161,6 +161,30 @@ def test_a_flipped_bit_of_each_blob_names_the_blob(made: tuple[Path, Record]) ->
     assert check(Repository.open(path), read_data=True).problems == []
 
 
+def test_a_damaged_copy_beside_a_whole_one_harms_nothing(made: tuple[Path, Record]) -> None:
+    """Every copy is tried, whichever is found first; a check names the damaged one and hurts no backup."""
+    path, record = made
+    repo = Repository.open(path)
+    digest = blob.digest_of(cluster(1))
+    repo.storage.write("damaged", "0" * 32, b'{"digests":["%s"],"backups":[]}' % digest.hex().encode())
+    back_up(repo, CONTENT)
+    repo.storage.remove("damaged", "0" * 32)
+    places = Repository.open(path).index.places(digest)
+    assert len(places) == 2
+    for place in places:
+        pack_file = path / "packs" / place.pack
+        whole = pack_file.read_bytes()
+        spoilt = bytearray(whole)
+        spoilt[place.offset + place.stored // 2] ^= 1
+        pack_file.write_bytes(spoilt)
+        fresh = Repository.open(path)
+        assert restore(fresh, record) == WANTED
+        found = check(fresh, read_data=True)
+        assert [p.backups for p in found.problems] == [()]
+        assert "another copy is whole" in found.problems[0].what
+        pack_file.write_bytes(whole)
+
+
 def test_two_packs_that_were_swapped_are_found(made: tuple[Path, Record]) -> None:
     path, _ = made
     back_up(Repository.open(path), [9, 12, 15, 18, 21])

@@ -15,6 +15,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from incbak import durable
 from incbak.errors import DamagedError, DurabilityError, FormatTooNewError, LockedError
 from incbak.repo import blob, index, pack, record
 from incbak.repo.ids import is_id, new_id
@@ -259,6 +260,22 @@ def test_small_index_files_are_merged_and_nothing_is_lost(storage: LocalStorage)
     assert open_before.have(array).all(), "a reader that has the old files mapped goes on"
     open_before.refresh()
     assert open_before.have(array).all()
+
+
+@pytest.mark.parametrize("point", ["durable.created", "durable.written", "durable.synced"])
+def test_a_merge_that_fails_loses_no_index(storage: LocalStorage, point: str) -> None:
+    """The old files go only when the merged one is durable."""
+    packs = _two_packs(storage)
+    digests = [i.to_bytes(2, "big") * 16 for i in range(FILES + 1)]
+    for digest in digests:
+        _index(storage, [digest], packs)
+    durable.arm(fault_at=f"{point}:1:ENOSPC")
+    with pytest.raises(DurabilityError):
+        merge_small(storage)
+    durable.arm()
+    array = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+    assert Index(storage).have(array).all()
+    assert len(storage.list("index")) == FILES + 1
 
 
 def test_an_entry_with_a_pack_number_out_of_range_is_passed_over(storage: LocalStorage) -> None:

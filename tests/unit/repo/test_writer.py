@@ -197,6 +197,17 @@ def test_one_run_per_vm_and_several_vms_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "repo" / "vm-a.lock").exists()
 
 
+def test_the_index_is_not_made_anew_beside_a_backup(tmp_path: Path) -> None:
+    """It could remove the index file that the backup has just written. Backups of two VMs share the lock."""
+    repo = new(tmp_path / "repo")
+    with repo.vm_lock("a"), repo.vm_lock("b"):
+        with pytest.raises(LockedError), repo.storage.lock("repository.lock", exclusive=True, wait=0):
+            pass
+    with repo.storage.lock("repository.lock", exclusive=True, wait=0):
+        with pytest.raises(LockedError), repo.vm_lock("a"):
+            pass
+
+
 def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     """faults row 48: two runs of two VMs with the same content, side by side."""
     path = tmp_path / "repo"

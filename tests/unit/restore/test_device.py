@@ -15,11 +15,15 @@ from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.memory import MemoryDisk
 from incbak.errors import DamagedError, DiskError, DurabilityError, ImageInUseError, NbdError, RestoreError
+from incbak.repo.tree import FANOUT
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import DeviceTarget, open_target
 from tests.kit.cli import Content, Incbak, content, differing
 from tests.kit.need import need
 from tests.kit.serve import Peer, wait_until
+from tests.unit.backup.scene import Disk, FakeEngine, back_up
+from tests.unit.backup.scene import made as record_of
+from tests.unit.repo.scene import new
 from tests.unit.restore.conftest import CLUSTER, SIZE, Made
 
 ROUND = -(-SIZE // 4096) * 4096
@@ -182,6 +186,17 @@ def test_an_export_is_what_the_disk_was(made: Made, peer: Callable[..., Peer]) -
     data = bytes(target.disk.data)  # type: ignore[union-attr]
     assert differing(_cut(data[:SIZE]), made.held) == []
     assert set(data[SIZE:]) == {JUNK}
+
+
+def test_zeroes_at_the_end_are_written_too(tmp_path: Path, peer: Callable[..., Peer]) -> None:
+    """The last page of the tree is not there: all of it is zeroes. So is the first."""
+    data = bytearray(3 * FANOUT * CLUSTER)
+    data[FANOUT * CLUSTER : FANOUT * CLUSTER + 4] = b"data"
+    repo = new(tmp_path / "other")
+    record = record_of(back_up(repo, FakeEngine({"vda": Disk(data)}), incremental=False))
+    target = peer(len(data))
+    restore_disk(repo, record, record.disks[0], open_target(str(target.uri), len(data)))
+    assert differing(_cut(bytes(target.disk.data)), _cut(bytes(data))) == []  # type: ignore[union-attr]
 
 
 def test_an_export_that_is_too_small_is_not_touched(made: Made, peer: Callable[..., Peer]) -> None:
