@@ -1,7 +1,7 @@
 """Planted faults: each safety step of incbak is taken out once, in a copy of the tree, and a test must notice.
 
 A step that can go without any test failing is held by nobody: either it is not needed, or a test is missing. The steps
-are in `planted_bitmaps`, `planted_serve` and `planted_backups`. An entry whose old text is not found exactly once is
+are in the modules whose names begin with ``planted_``. An entry whose old text is not found exactly once is
 stale, and an error. A run that hangs, or that breaks before a test has run, has caught nothing.
 """
 
@@ -58,9 +58,10 @@ class StaleError(Exception):
 
 def table() -> list[Fault]:
     """All faults. Raises `StaleError` when two have one name."""
-    from torturelib import planted_backups, planted_bitmaps, planted_serve
+    from torturelib import planted_backups, planted_bitmaps, planted_restores, planted_serve
 
-    faults = [*planted_bitmaps.FAULTS, *planted_serve.FAULTS, *planted_backups.FAULTS]
+    tables = (planted_bitmaps, planted_serve, planted_backups, planted_restores)
+    faults = [fault for each in tables for fault in each.FAULTS]
     if len({f.name for f in faults}) != len(faults):
         raise StaleError("two faults have the same name")
     return faults

@@ -362,6 +362,27 @@ def test_a_base_that_is_known_to_be_damaged_is_none(repo: Repository, engine: Fa
     assert differing(repo, second, "vda", disk.data) == []
 
 
+@pytest.mark.parametrize("how", ["lost", "cut"])
+def test_a_base_whose_pages_are_whole_and_whose_clusters_are_lost_is_none(
+    repo: Repository, engine: FakeEngine, how: str
+) -> None:
+    """I3: an incremental reads none of these clusters, so it would be made, and could not be restored."""
+    disk = engine.disks["vda"]
+    made(back_up(repo, engine, incremental=False))
+    (pack,) = (repo.storage.root / "packs").iterdir()
+    disk.write(0, b"new")
+    second = made(back_up(repo, engine))
+    assert second.base
+    if how == "lost":
+        pack.unlink()
+    else:
+        os.truncate(pack, pack.stat().st_size - 1)
+    disk.write(CLUSTER, b"new")
+    third = made(back_up(Repository.open(repo.storage.root), engine))
+    assert (third.base, third.disks[0].reason) == (None, "base-damaged")
+    assert differing(repo, third, "vda", disk.data) == []
+
+
 def test_a_lost_pack_of_another_disk_does_not_cost_a_whole_read(repo: Repository, engine: FakeEngine) -> None:
     """Only the backups that need it are no base."""
     other = FakeEngine({"vda": Disk(bytearray(os.urandom(SIZE)))}, vm="other")
