@@ -134,6 +134,13 @@ class BitmapError(IncbakError):
         self.reason = reason
 
 
+class AuditError(BitmapError):
+    """Clusters that a bitmap calls clean are not what they were: somebody wrote and nobody tracked it."""
+
+    code = "audit"
+    exit_code = 5
+
+
 class NbdError(IncbakError):
     """An NBD connection failed."""
 

@@ -29,6 +29,7 @@ class Reason(StrEnum):
     INVALIDATED = "invalidated"
     TRACKING_FAILED = "tracking-failed"
     IN_USE = "in-use"
+    AUDIT = "audit"
 
     @property
     def text(self) -> str:
@@ -57,5 +58,6 @@ _TEXT = {
     Reason.UNCLEAN_SHUTDOWN: "the host went down without a clean shutdown",
     Reason.INVALIDATED: "the bitmap was invalidated by hand",
     Reason.TRACKING_FAILED: "a write could not be recorded in the bitmap",
+    Reason.AUDIT: "a cluster that the bitmap calls clean was found changed",
     Reason.IN_USE: "another process has the bitmap open",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from incbak.errors import UsageError
@@ -31,6 +32,17 @@ def parse_duration(text: str) -> float:
     if not match:
         raise UsageError(f"not a duration: {text!r}", hint="Write seconds, or a number with s, m, h, d or w.")
     return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+
+
+def parse_share(text: str) -> int:
+    """Into how many slices a percentage cuts a whole: 100 for ``1%`` or ``1``, 0 for ``0``. Raises `UsageError`."""
+    try:
+        percent = float(text.strip().removesuffix("%"))
+    except ValueError:
+        percent = -1
+    if not (percent == 0 or 0.001 <= percent <= 100):
+        raise UsageError(f"not a percentage: {text!r}", hint="Write a number from 0.001 to 100, as in 1%.")
+    return math.ceil(100 / percent) if percent else 0
 
 
 def format_size(count: float) -> str:

@@ -37,7 +37,6 @@ class Pipeline:
         self._changed = threading.Condition()
         self._bytes = 0
         self._failure: BaseException | None = None
-        self._zero = {cluster_size: blob.digest_of(bytes(cluster_size))}
         count = threads or os.cpu_count() or 1
         self._threads = [threading.Thread(target=self._work, name="pipeline", daemon=True) for _ in range(count)]
         for thread in self._threads:
@@ -96,28 +95,16 @@ class Pipeline:
 
     def _batch(self, first: int, clusters: memoryview, unchanged: Unchanged, done: Done) -> None:
         step = self.cluster_size
-        pieces = [clusters[i : i + step] for i in range(0, len(clusters), step)]
-        found = [blob.digest_of(piece) for piece in pieces]
-        if found[-1] == self._zero_digest(len(pieces[-1])):
-            found[-1] = blob.ZERO_DIGEST
-        zero = self._zero[step]
-        digests = np.frombuffer(
-            b"".join([blob.ZERO_DIGEST if d == zero else d for d in found]), dtype=np.uint8
-        ).reshape(-1, blob.DIGEST)
+        digests = blob.digests_of(clusters, step)
         known = unchanged(first, digests)
         if known is None or not known.all():
             wanted = digests.any(axis=1)
             rows = np.flatnonzero(wanted if known is None else wanted & ~known)
             rows = rows[~self.writer.have(digests[rows])] if len(rows) else rows
-            stored = sum(self._store(digests[i].tobytes(), pieces[i]) for i in rows.tolist())
+            stored = sum(self._store(digests[i].tobytes(), clusters[i * step : (i + 1) * step]) for i in rows.tolist())
         else:
             stored = 0
         done(first, digests, stored)
-
-    def _zero_digest(self, size: int) -> bytes:
-        if (digest := self._zero.get(size)) is None:
-            digest = self._zero[size] = blob.digest_of(bytes(size))
-        return digest
 
     def _store(self, digest: bytes, data: memoryview) -> int:
         codec, stored = blob.encode(data, self.writer.level)

@@ -41,11 +41,15 @@ class Planned:
 
     ``base``: the backup whose bitmap says what to read; ``None``: everything is read. ``before``: the disk in the base
     or else in the newest whole backup of that size; content that is at its place there is not stored again.
+    ``audited`` and ``audit_turn`` are as in the record; ``detail`` is more of the reason.
     """
 
     plan: DiskPlan
     base: Record | None = None
     before: DiskRecord | None = None
+    detail: str = ""
+    audited: int = 0
+    audit_turn: int | None = None
 
     @property
     def name(self) -> str:
@@ -60,6 +64,12 @@ class Request:
     incremental: bool
     backup: str
     strays: Collection[tuple[str, str]] = field(default=frozenset())
+
+
+def distrust(planned: Planned, detail: str) -> None:
+    """The bitmap was found to lie: the disk is read whole."""
+    planned.base, planned.detail = None, detail
+    planned.plan.base_bitmap, planned.plan.reason = None, Reason.AUDIT
 
 
 def choose(description: Description, include: Sequence[str], exclude: Sequence[str]) -> tuple[EngineDisk, ...]:

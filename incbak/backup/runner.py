@@ -15,21 +15,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from incbak import __version__, durable
+from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
-from incbak.backup.plan import Known, Planned, Request, choose, make_plan
+from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan
 from incbak.backup.sink import DiskSink
 from incbak.backup.target import SinkServer, SinkTarget
-from incbak.bitmap.format import NAME_LIMIT
+from incbak.backup.vm import locked, vm_name
 from incbak.engine.base import Description, DiskResult, Engine, RunResult
-from incbak.errors import BackupError, DamagedError, FallbackRefusedError, IncbakError, LockedError, UsageError
+from incbak.errors import (
+    BackupError,
+    BitmapError,
+    DamagedError,
+    DiskError,
+    FallbackRefusedError,
+    IncbakError,
+)
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
 from incbak.reasons import Reason
 from incbak.repo.damage import add_note
@@ -46,7 +53,10 @@ durable.declare("runner.planned", "runner.copied", "runner.committed", "runner.d
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asked for. ``lock_wait`` in seconds; ``fallback``: whether an incremental may read everything."""
+    """What a user asked for. ``lock_wait`` in seconds; ``fallback``: whether an incremental may read everything.
+
+    ``audit``: in how many runs all clean clusters are to be compared with the base, a slice in each; 0 for none.
+    """
 
     incremental: bool
     name: str | None = None
@@ -57,6 +67,7 @@ class Options:
     dry_run: bool = False
     tags: Sequence[str] = ()
     level: int = 1
+    audit: int = 0
     attachments: Mapping[str, str] | None = None
 
 
@@ -72,12 +83,8 @@ class Outcome:
 
 async def run(repo: Repository, engine: Engine, options: Options, report: Reporter = silent) -> Outcome:
     """Make one backup. Raises `IncbakError`: then there is none, and the engine is as it was, as far as it answers."""
-    vm = options.name or (await engine.describe()).vm
-    if not vm:
-        raise UsageError("the monitor does not say what the VM is called", hint="Name it with --name.")
-    if len(vm.encode()) > NAME_LIMIT:
-        raise UsageError(f"the VM's name is longer than {NAME_LIMIT} bytes", hint="Give a shorter one with --name.")
-    async with _locked(repo, vm, options.lock_wait) as still_locked:
+    vm = await vm_name(engine, options.name)
+    async with locked(repo, vm, options.lock_wait) as still_locked:
         distrusted: set[str] = set()
         while True:
             attempt = _Attempt(repo, engine, options, report, vm, distrusted)
@@ -90,25 +97,6 @@ async def run(repo: Repository, engine: Engine, options: Options, report: Report
                 distrusted |= bases
                 add_note(repo.storage, set(), bases)
                 report(Warned(f"the base cannot be relied on, so the run begins again without it: {e}"))
-
-
-@asynccontextmanager
-async def _locked(repo: Repository, vm: str, wait: float) -> AsyncIterator[Any]:
-    """The VM's lock, without holding up the event loop while it waits."""
-    deadline = time.monotonic() + wait
-    while True:
-        lock = repo.vm_lock(vm)
-        try:
-            still_locked = lock.__enter__()
-            break
-        except LockedError:
-            if time.monotonic() >= deadline:
-                raise
-        await asyncio.sleep(0.1)
-    try:
-        yield still_locked
-    finally:
-        lock.__exit__(None, None, None)
 
 
 class _Attempt:
@@ -174,6 +162,9 @@ class _Attempt:
         damaged = await asyncio.to_thread(self._damaged, known.records)
         known = Known(known.repository, known.cluster_size, known.records, damaged, known.unreadable)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
+        if self._options.audit and not self._options.dry_run:
+            for planned in self._planned:
+                await asyncio.to_thread(self._audit, planned)
         if not self._options.fallback and (bad := next((p for p in self._planned if p.plan.reason), None)):
             reason = bad.plan.reason
             assert reason
@@ -192,10 +183,24 @@ class _Attempt:
         lost = {r.id for r in newest.values() if not self._repo.is_whole(r)}
         return frozenset(noted | lost)
 
+    def _audit(self, planned: Planned) -> None:
+        """Before anything is set up: look whether the bitmap tells the truth about a slice of the disk."""
+        last = planned.before.audit_turn if planned.before else None
+        turn = 0 if last is None else last + 1
+        try:
+            found = audit_disk(self._repo, planned, Slice(self._options.audit, turn))
+        except (BitmapError, DiskError) as e:
+            self._report(Warned(f"disk {planned.name} is not audited: {e}"))
+            return
+        if found:
+            planned.audited, planned.audit_turn = found.compared, turn
+            if found.wrong:
+                distrust(planned, found.told())
+
     def _tell_fallbacks(self) -> None:
         for planned in self._planned:
             if planned.plan.reason:
-                self._report(Fallback(planned.name, planned.plan.reason))
+                self._report(Fallback(planned.name, planned.plan.reason, planned.detail))
 
     # -- the copy -------------------------------------------------------------------------------------------------
 
@@ -299,11 +304,14 @@ def _disk_record(planned: Planned, sink: DiskSink, root: bytes) -> DiskRecord:
         kind="incremental" if planned.base else "full",
         base=planned.base.id if planned.base else None,
         reason=reason.value if reason else None,
+        detail=planned.detail,
         read=sink.counts.received,
         changed=sink.changed,
         stored=sink.counts.stored,
         root=root.hex(),
         bitmap=planned.plan.new_bitmap,
+        audited=planned.audited,
+        audit_turn=planned.audit_turn,
     )
 
 

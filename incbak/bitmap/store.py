@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +13,13 @@ from urllib.parse import quote, unquote
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from incbak import durable, host
 from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
 from incbak.bitmap.create import create_file, new_slot
-from incbak.bitmap.file import EMPTY, Bitmap, Found, State, digest_of, extents_of
+from incbak.bitmap.file import Bitmap, Found, State, digest_of, extents_of
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.errors import BitmapError, LockedError, UsageError
 from incbak.extents import Extent
@@ -88,9 +89,9 @@ class BitmapStore:
     def note_image(self, image: Path) -> None:
         """Remember where the image is, so that `disown` finds the bitmaps of an image that is overwritten."""
         path = self.directory / "disk.json"
-        found, real = _read_identity(path), os.path.realpath(image)
-        if found and found.image != real:
-            durable.write_new(path, [msgspec.json.encode(Identity(found.uuid, real))], replace=True)
+        found, where = _read_identity(path), os.path.abspath(image)
+        if found and found.image != where:
+            durable.write_new(path, [msgspec.json.encode(Identity(found.uuid, where))], replace=True)
 
     def path(self, name: str) -> Path:
         """Where the bitmap ``name`` is."""
@@ -266,6 +267,11 @@ class BitmapView:
 
     def runs(self) -> kernels.Runs:
         """The dirty clusters as (first, count). Raises `BitmapError` when the header does not verify."""
+        bits = self._mapped()
+        assert self.slot
+        return kernels.runs(bits, self.slot.clusters)
+
+    def _mapped(self) -> kernels.Bits:
         if self.slot is None:
             hint = "The next backup reads the whole disk."
             raise BitmapError(f"bitmap {self.path} cannot be read", reason=self.reason, hint=hint)
@@ -273,7 +279,17 @@ class BitmapView:
         if os.stat(self.path).st_size != end:
             raise BitmapError(f"bitmap {self.path} has a wrong size", reason=Reason.HEADER)
         mapped = np.memmap(self.path, dtype=np.uint8, mode="r", offset=0, shape=(coarse,))
-        return kernels.runs(mapped[start : start + kernels.bytes_for(self.slot.clusters)], self.slot.clusters)
+        return mapped[start : start + kernels.bytes_for(self.slot.clusters)]
+
+    def clean_mask(self) -> Callable[[int, int], NDArray[np.bool_]]:
+        """A function from (first cluster, count) to which of them are not marked *now*. Raises as `runs`."""
+        bits = self._mapped()
+
+        def clean(first: int, count: int) -> NDArray[np.bool_]:
+            window = np.unpackbits(bits[first >> 3 : (first + count + 7) >> 3], bitorder="little")
+            return np.asarray(window[first & 7 :][:count] == 0)
+
+        return clean
 
     def extents(self) -> list[Extent]:
         """The dirty bytes."""
@@ -298,8 +314,13 @@ def _in_use(directory: Path) -> bool:
 
 def view(state_dir: Path, vm: str, disk: str, name: str) -> BitmapView:
     """One bitmap, looked at. Raises `BitmapError` when there is none of that name."""
-    directory = state_dir / component(vm) / component(disk)
-    path = directory / (component(name) + SUFFIX)
+    return view_file(state_dir / component(vm) / component(disk) / (component(name) + SUFFIX))
+
+
+def view_file(path: Path) -> BitmapView:
+    """As `view`, of the file at its place in a state directory."""
+    directory = path.parent
+    vm, disk, name = (unquote(part) for part in (directory.parent.name, directory.name, path.name.removesuffix(SUFFIX)))
     if not path.exists():
         buried = path.with_name(path.name + ".invalid")
         if buried.exists():
@@ -343,16 +364,14 @@ def invalidate(state_dir: Path, vm: str, disk: str, name: str, reason: Reason = 
 def disown(state_dir: Path, image: Path) -> list[str]:
     """Invalidate the bitmaps of ``image``, which is about to be overwritten by something else than its guest.
 
-    A block device has no time of change that would tell so later. Returns their names; raises as `invalidate` does.
+    A block device has no time of change that would tell so later. It is looked for by the path that it was served by,
+    which may be a link that leads elsewhere after each boot. Returns their names; raises as `invalidate` does.
     """
     real = os.path.realpath(image)
     done = []
     for found in views(state_dir):
         identity = _read_identity(found.path.parent / "disk.json")
-        if identity and identity.image == real and found.reason is None:
+        if identity and os.path.realpath(identity.image) == real and found.reason is None:
             invalidate(state_dir, found.vm, found.disk, found.name, Reason.DISK_CHANGED)
             done.append(found.name)
     return done
-
-
-__all__ = ["EMPTY", "BitmapStore", "BitmapView", "disown", "get_dirty_blocks", "invalidate", "view", "views"]

@@ -19,7 +19,7 @@ from incbak.engine.detect import Source, open_engine
 from incbak.errors import IncompleteError, LockedError
 from incbak.report.backups import as_json, disk_line
 from incbak.report.console import Console
-from incbak.units import parse_duration, parse_size
+from incbak.units import parse_duration, parse_share, parse_size
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
@@ -79,8 +79,14 @@ def full(source: str, **options: Any) -> None:
 @click.command(short_help="Back up the clusters written since the last backup.")
 @_source_options
 @click.option("--no-fallback", is_flag=True, help="Exit with 4 rather than read a disk whole.")
+@click.option(
+    "--audit",
+    metavar="PERCENT",
+    default="0",
+    help="Also read so much of what was not written and compare it with the base, another part each time: 1%.",
+)
 @common
-def incremental(source: str, no_fallback: bool, **options: Any) -> None:
+def incremental(source: str, no_fallback: bool, audit: str, **options: Any) -> None:
     """Back up what the disks' bitmaps say was written since the last backup of SOURCE.
 
     A disk without a bitmap that can be believed is read whole; the reason is printed and kept in the record.
@@ -89,7 +95,7 @@ def incremental(source: str, no_fallback: bool, **options: Any) -> None:
     Example:
       incbak -r /backup incremental qmp:/run/incbak/web1/qmp.sock
     """
-    _back_up(source, incremental=True, fallback=not no_fallback, **options)
+    _back_up(source, incremental=True, fallback=not no_fallback, audit=parse_share(audit), **options)
 
 
 def _back_up(
@@ -97,6 +103,7 @@ def _back_up(
     *,
     incremental: bool,
     fallback: bool,
+    audit: int = 0,
     name: str | None,
     disks: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -113,6 +120,7 @@ def _back_up(
         disks=disks,
         exclude=exclude,
         fallback=fallback,
+        audit=audit,
         lock_wait=wait,
         dry_run=dry_run,
         tags=tags,
@@ -140,7 +148,7 @@ def engine_settings(
 
 async def _run(here: Settings, source: Source, options: Options, console: Console) -> Outcome:
     repo = here.open()
-    engine = await _open(source, options.lock_wait)
+    engine = await open_waiting(source, options.lock_wait)
     try:
         return await run(repo, engine, options, console)
     finally:
@@ -148,7 +156,7 @@ async def _run(here: Settings, source: Source, options: Options, console: Consol
         repo.close()
 
 
-async def _open(source: Source, wait: float) -> Engine:
+async def open_waiting(source: Source, wait: float) -> Engine:
     """An image that another run holds is waited for, as its lock in the repository is."""
     deadline = time.monotonic() + wait
     while True:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import random
+
 import click
 import numpy as np
 
+from incbak.backup.audit import Slice
+from incbak.backup.verify import Verified, Wanted, verify
 from incbak.bitmap.format import REGION, TOUCHED, Flag, layout
 from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, view, views
-from incbak.cli.settings import common, printable, settings
-from incbak.errors import BitmapError, UsageError
+from incbak.cli.backup import interruptible, open_waiting
+from incbak.cli.settings import Settings, common, printable, settings
+from incbak.engine.detect import Source
+from incbak.errors import AuditError, BitmapError, UsageError
 from incbak.extents import total
 from incbak.report.backups import table
-from incbak.units import format_size
+from incbak.units import format_size, parse_duration, parse_share
 
 _WIDTH = 64
 _SHADES = " .:-=+*#%@"
@@ -153,6 +159,66 @@ def dirty(vm: str, disk: str | None, name: str | None) -> None:
             here.tell({"offset": extent.offset, "length": extent.length})
         else:
             click.echo(f"{extent.offset} {extent.length}")
+
+
+@bitmap.command("verify", short_help="Look whether what a bitmap calls clean is unchanged.")
+@click.argument("source", metavar="SOURCE")
+@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
+@click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
+@click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated.")
+@click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM.")
+@click.option("--sample", metavar="PERCENT", default="100%", help="Read only so much, chosen by chance.")
+@common
+def verify_bitmap(
+    source: str, name: str | None, disks: tuple[str, ...], exclude: tuple[str, ...], lock_wait: str, sample: str
+) -> None:
+    """Read what was not written since the last backup of SOURCE, and compare it with that backup.
+
+    The guest goes on meanwhile. A bitmap that lied is removed, so that the next incremental reads the whole disk; the
+    exit code is 5 then.
+
+    \b
+    Example:
+      incbak -r /backup bitmap verify qmp:/run/incbak/web1/qmp.sock --sample 5%
+    """
+    here = settings()
+    slices = max(parse_share(sample), 1)
+    part = Slice(slices, random.randrange(slices))
+    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part)
+    vm, verified = interruptible(_verify(here, Source(source, here.state_dir, name, disks), wanted))
+    wrong = [v for v in verified if v.findings and v.findings.wrong]
+    for each in verified:
+        _tell_verified(here, vm, each)
+    if wrong:
+        names = ", ".join(v.planned.name for v in wrong)
+        raise AuditError(
+            f"the bitmap does not tell the truth about {names} of {vm}; it is removed",
+            hint="The next incremental reads the whole disk. Find out who wrote to the image behind incbak's back.",
+        )
+
+
+async def _verify(here: Settings, source: Source, wanted: Wanted) -> tuple[str, list[Verified]]:
+    repo = here.open()
+    engine = await open_waiting(source, wanted.lock_wait)
+    try:
+        return await verify(repo, engine, wanted)
+    finally:
+        await engine.close()
+        repo.close()
+
+
+def _tell_verified(here: Settings, vm: str, each: Verified) -> None:
+    base, findings = each.planned.base, each.findings
+    if here.json:
+        ranges = [{"offset": e.offset, "length": e.length} for e in findings.wrong] if findings else []
+        here.tell({"vm": vm, "disk": each.planned.name, "base": base.id if base else None,
+                   "compared": findings.compared if findings else 0, "wrong": ranges})  # fmt: skip
+    if findings is None or base is None:
+        reason = each.planned.plan.reason
+        here.say(f"{vm} {each.planned.name}: nothing to verify: {reason.text if reason else 'no bitmap'}")
+        return
+    result = findings.told() if findings.wrong else "no difference"
+    here.say(f"{vm} {each.planned.name}: {format_size(findings.compared)} compared with {base.id[:8]}: {result}")
 
 
 @bitmap.command("invalidate", short_help="Make the next backup read everything.")

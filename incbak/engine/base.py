@@ -56,6 +56,7 @@ class BitmapInfo:
     inconsistent: bool = False
     reason: Reason | None = None  # why it is invalid, where the engine knows
     found: str = ""  # how it survived: clean, recovered, coarse, created; empty where the engine does not say
+    path: str = ""  # its file, where it is one of ours
 
     def trouble(self, granularity: int) -> Reason | None:
         """Why an incremental cannot build on it, or ``None``. A ``count`` of 0 does not mean that nothing changed."""

@@ -61,7 +61,8 @@ class ImageEngine(Engine):
             BitmapInfo(name, 0, 0, inconsistent=True, reason=reason, found="invalid")
             for name, reason in self._bad.items()
         ]
-        disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos))
+        extra = {"path": str(self._path)}
+        disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos), extra=extra)
         return Description(self._vm, (disk,), "image", {"images": {self._name: str(self._path)}})
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
@@ -158,7 +159,12 @@ def pieces(disk: FileDisk, wanted: list[Extent], granularity: int) -> Iterator[S
 
 def _info(bitmap: Bitmap) -> BitmapInfo:
     return BitmapInfo(
-        bitmap.name, bitmap.granularity, bitmap.count(), recording=bitmap.enabled, found=bitmap.found.value
+        bitmap.name,
+        bitmap.granularity,
+        bitmap.count(),
+        recording=bitmap.enabled,
+        found=bitmap.found.value,
+        path=str(bitmap.path),
     )
 
 

@@ -121,7 +121,7 @@ def _disk(entry: Mapping[str, Any]) -> EngineDisk:
         device=entry["device"],
         can_persist=True,
         bitmaps=bitmaps,
-        extra={"image": inserted.get("file", "")},
+        extra={"image": inserted.get("file", ""), "path": inserted.get("x-incbak-path", "")},
     )
 
 
@@ -138,4 +138,5 @@ def bitmap_info(raw: Mapping[str, Any]) -> BitmapInfo:
         inconsistent=bool(raw.get("inconsistent", False)),
         reason=Reason(reason) if reason in set(Reason) else None,
         found=str(raw.get("x-incbak-found", "")),
+        path=str(raw.get("x-incbak-path", "")),
     )

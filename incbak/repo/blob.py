@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
+import numpy as np
 import zstandard
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from incbak.errors import DamagedError
 
@@ -24,6 +27,22 @@ _local = threading.local()
 def digest_of(data: bytes | memoryview) -> bytes:
     """BLAKE3, 32 bytes."""
     return blake3(data).digest()
+
+
+def digests_of(clusters: memoryview, step: int) -> NDArray[np.uint8]:
+    """The digests of clusters of ``step`` bytes, the last perhaps shorter; zero for those of zeroes. Shape (n, 32)."""
+    found = [digest_of(clusters[i : i + step]) for i in range(0, len(clusters), step)]
+    tail = len(clusters) % step
+    if tail and found[-1] == _digest_of_zeroes(tail):
+        found[-1] = ZERO_DIGEST
+    zero = _digest_of_zeroes(step)
+    whole = b"".join([ZERO_DIGEST if d == zero else d for d in found])
+    return np.frombuffer(whole, dtype=np.uint8).reshape(-1, DIGEST)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of_zeroes(size: int) -> bytes:
+    return digest_of(bytes(size))
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:

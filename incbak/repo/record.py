@@ -20,7 +20,9 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One disk of a backup. Sizes in bytes; ``root`` is the tree's root digest in hex.
 
     ``read`` is what was read of the disk, ``changed`` how much of that differs from the base, ``stored`` what new
-    blobs take in the repository. ``reason`` is set when the disk was read whole though an incremental was asked for.
+    blobs take in the repository. ``reason`` is set when the disk was read whole though an incremental was asked for,
+    with ``detail`` where there is more to say. ``audited``: bytes of clean clusters that were compared with the base,
+    in the ``audit_turn``-th slice of the disk.
     """
 
     name: str
@@ -34,6 +36,8 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stored: int
     root: str
     bitmap: str | None = None
+    audited: int = 0
+    audit_turn: int | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -27,7 +27,20 @@ def as_json(record: Record) -> dict[str, Any]:
 
 
 def _disk_json(disk: DiskRecord) -> dict[str, Any]:
-    fields = ("name", "size", "kind", "base", "reason", "read", "changed", "stored", "root", "bitmap")
+    fields = (
+        "name",
+        "size",
+        "kind",
+        "base",
+        "reason",
+        "detail",
+        "read",
+        "changed",
+        "stored",
+        "root",
+        "bitmap",
+        "audited",
+    )
     return {field: getattr(disk, field) for field in fields}
 
 
@@ -79,6 +92,8 @@ def details(record: Record) -> str:
         lines.append(f"          root    {d.root}")
         if d.reason:
             text = Reason(d.reason).text if d.reason in set(Reason) else d.reason
-            lines.append(f"          reason  {d.reason}: {text}")
+            lines.append(f"          reason  {d.reason}: {text}{f': {d.detail}' if d.detail else ''}")
+        if d.audited:
+            lines.append(f"          audited {d.audited} ({format_size(d.audited)})")
     lines += [f"note      {note}" for note in record.notes]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from incbak.bitmap.file import State
+from incbak.bitmap.file import Bitmap, State
 from incbak.nbd.uri import NbdUri
 from incbak.serve.backup_job import BackupJob, BackupSpec, BitmapMode
 from incbak.serve.cbw import OnCbwError
@@ -279,6 +279,8 @@ def bitmap_info(tracked: TrackedDisk, bitmap: AnyBitmap) -> dict[str, object]:
     info |= {"count": 0 if invalid else bitmap.count(), "recording": bitmap.enabled and not invalid}
     info |= {"busy": bitmap.name in tracked.busy, "persistent": bitmap.persistent}
     info["x-incbak-found"] = str(bitmap.found)
+    if isinstance(bitmap, Bitmap):
+        info["x-incbak-path"] = str(bitmap.path.absolute())
     if invalid:
         info |= {"inconsistent": True, "x-incbak-reason": str(bitmap.reason or "tracking-failed")}
     return info

@@ -404,6 +404,20 @@ def test_an_image_that_is_overwritten_disowns_its_bitmaps(scene: Scene, tmp_path
     assert scene.open() is Reason.DISK_CHANGED
 
 
+def test_a_device_is_found_by_the_link_that_it_was_served_by(scene: Scene, tmp_path: Path) -> None:
+    """``/dev/vg/web1`` is the same volume after each boot; the node that it leads to is not."""
+    link, other = tmp_path / "web1", tmp_path / "dm-7"
+    other.write_bytes(b"")
+    link.symlink_to(scene.image)
+    scene.store.note_image(link)
+    scene.clean(*BEFORE)
+    scene.store.unlock()
+    link.unlink()
+    link.symlink_to(other)
+    assert disown(scene.state, scene.image) == []
+    assert disown(scene.state, other) == [NAME]
+
+
 def test_who_the_disk_is_stays_when_its_image_moves(scene: Scene) -> None:
     """The identity is the VM's disk, not a path; noting the same image again writes nothing."""
     scene.clean(*BEFORE)

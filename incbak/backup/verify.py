@@ -1,0 +1,51 @@
+"""``incbak bitmap verify``: an audit without a backup."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from incbak.backup.audit import Findings, Slice, audit_disk
+from incbak.backup.plan import Known, Planned, Request, choose, make_plan
+from incbak.backup.vm import locked, vm_name
+from incbak.engine.base import DiskPlan, Engine
+from incbak.repo.repository import Repository
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which VM and disks, as the user said it, and which slice of the clean clusters."""
+
+    name: str | None = None
+    disks: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    lock_wait: float = 0.0
+    part: Slice = field(default_factory=Slice)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One disk: what its next incremental would build on, and what an audit of that found (``None``: no base)."""
+
+    planned: Planned
+    findings: Findings | None
+
+
+async def verify(repo: Repository, engine: Engine, wanted: Wanted) -> tuple[str, list[Verified]]:
+    """The VM's name, and each disk. A bitmap that lied is removed: the next incremental reads that disk whole.
+
+    Raises `BitmapError` where the engine keeps its bitmaps to itself, `DamagedError` when the base cannot be read.
+    """
+    vm = await vm_name(engine, wanted.name)
+    async with locked(repo, vm, wanted.lock_wait):
+        records = [r for r in await asyncio.to_thread(repo.backups) if r.vm == vm]
+        known = Known(repo.id, repo.cluster_size, records, repo.damage().backups, tuple(repo.unreadable))
+        disks = choose(await engine.describe(), wanted.disks, wanted.exclude)
+        verified = []
+        for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):
+            findings = await asyncio.to_thread(audit_disk, repo, planned, wanted.part)
+            if findings and findings.wrong and (name := planned.plan.base_bitmap):
+                await engine.rollback([DiskPlan(planned.plan.disk, name, repo.cluster_size)])
+            verified.append(Verified(planned, findings))
+        return vm, verified
