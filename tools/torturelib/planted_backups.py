@@ -217,8 +217,8 @@ _BACKUP = (
     Fault(
         "runner-without-lock",
         _RUNNER,
-        "    async with _locked(repo, vm, options.lock_wait) as still_locked:\n",
-        "    for still_locked in (lambda: None,):\n",
+        "locked(repo, vm, options.lock_wait) as still_locked:\n",
+        'locked(repo, f"{vm} {id(engine)}", options.lock_wait) as still_locked:\n',
         _runner("test_a_second_run_of_the_vm_touches_nothing"),
     ),
     Fault(
