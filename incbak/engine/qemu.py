@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from incbak.durable import crash_point, declare
 from incbak.engine.base import (
     Description,
     DiskPlan,
@@ -32,6 +33,10 @@ from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Sessi
 from incbak.errors import EngineError, IncbakError
 
 log = logging.getLogger(__name__)
+
+declare(
+    "qemu.prepared", "qemu.recording", "qemu.stopped", "qemu.filtering", "qemu.instant", "qemu.copying", "qemu.copied"
+)
 
 DEFAULT_SCRATCH = Path("/var/tmp")
 OLDEST = (7, 1)
@@ -128,13 +133,17 @@ class QemuEngine(Engine):
                 for disk in disks:
                     await disk.connect()
                     await disk.prepare()
+                crash_point("qemu.prepared")
                 for disk in disks:
                     notes += await self._add_bitmap(disk.plan)
                 await self._flush(disks)
+                crash_point("qemu.recording")
                 await self._point_in_time(disks, guard)
+                crash_point("qemu.instant")
                 jobs = [{"type": "blockdev-backup", "data": await d.job(self._options.speed)} for d in disks]
                 async with self._watched(disks):
                     await self._session.execute("transaction", {"actions": jobs})
+                    crash_point("qemu.copying")
                     results = await _together(self._copy(disk, targets[disk.disk], progress) for disk in disks)
         except BaseException:
             await self._abandon(disks)
@@ -187,6 +196,7 @@ class QemuEngine(Engine):
         async with self._stopped(guard) if still or len(disks) > 1 else _nothing():
             for step in (before, inside, after) if still else (inside,):
                 await _each(disks, step)
+                crash_point("qemu.filtering")
         if not still:
             await _each(disks, after)
 
@@ -203,6 +213,7 @@ class QemuEngine(Engine):
             guard.stopping()
             try:
                 await self._session.execute("stop", timeout=_WINDOW_COMMAND)
+                crash_point("qemu.stopped")
                 yield
             finally:
                 await self._session.execute("cont", timeout=_WINDOW_COMMAND)
@@ -228,6 +239,7 @@ class QemuEngine(Engine):
         disk.moved = math.inf, 0
         if result.error:
             result = DiskResult(result.copied, _explain(disk, result.error))
+        crash_point("qemu.copied")
         result = await without_padding(self._session, disk.ident + "t", disk.plan.disk.size, result)
         left = await disk.remove()
         for text in left:

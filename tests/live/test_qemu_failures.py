@@ -1,0 +1,180 @@
+"""What goes wrong with a backup does not reach a real guest that writes meanwhile, and the next run clears up."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kit.cli import Incbak
+from tests.kit.guest import Guest, GuestDisk, Target, need_guest
+from tests.kit.live import Chain, Writes, bitmaps_of, eventually, ours_in, unharmed
+from tests.kit.qmp import Qmp
+from tests.kit.serve import raw_image
+
+pytestmark = pytest.mark.kvm
+SIZE = 64 << 20
+WRITES = Writes("w", 5, [Target("vda", spacing=3 * 65536)], slots=331)
+SLOW = ("--speed-limit", "16M")  # so that a full takes four seconds
+IN_THE_WINDOW = ("qemu.stopped", "qemu.filtering")
+STEPS = ("qemu.prepared", "qemu.recording", *IN_THE_WINDOW, "qemu.instant", "qemu.copying", "qemu.copied")
+AFTER = ("runner.copied", "runner.committed")
+LONGEST_WRITE = 4.0  # seconds; the guest may be emulated, on a machine that is busy
+
+
+class Vm:
+    """A running guest with one raw disk that it writes to all the time, and its backups."""
+
+    def __init__(self, root: Path, iothread: bool) -> None:
+        self.iothread = iothread
+        self.image = raw_image(root / "vda.raw", SIZE, random.Random(1).randbytes(24 << 20))
+        self.guest = Guest(root / "guest", [GuestDisk("vda", self.image, iothread=iothread)])
+        self.chain = Chain(Incbak(root), WRITES)
+        self.chain.incbak("init")
+        WRITES.start(self.guest)
+        self.chain.back_up(self.guest, "full")
+
+    def start(self, kind: str = "full", *options: str) -> subprocess.Popen[str]:
+        """Begin a backup; it takes a while."""
+        return self.chain.incbak.popen(kind, f"qmp:{self.guest.monitor}", "--name", "vm", *SLOW, *options)
+
+    def copying(self) -> bool:
+        """Whether a backup job is there."""
+        return any(j["id"].startswith("incbak-") for j in self.guest.qmp("query-jobs"))
+
+    def good_again(self) -> None:
+        """The guest goes on, the next incremental is one, holds everything, and leaves nothing behind."""
+        unharmed(self.guest, "w")
+        disk = self.chain.back_up(self.guest)["vda-dev"]
+        assert (disk["kind"], disk["reason"]) == ("incremental", None)
+        assert ours_in(self.guest) == []
+        assert bitmaps_of(self.guest, "vda") == [disk["bitmap"]]
+        ident, acknowledged = list(self.chain.acknowledged.items())[-1]
+        WRITES.check(self.chain.restore(ident), acknowledged)
+        assert self.guest.figures("w")["max"] < LONGEST_WRITE
+
+
+@pytest.fixture(scope="module", params=["plain", "iothread"])
+def vm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vm]:
+    need_guest()
+    made = Vm(tmp_path_factory.mktemp(request.param), request.param == "iothread")
+    yield made
+    made.guest.kill()
+
+
+def test_the_runner_is_killed_at_each_step(vm: Vm) -> None:
+    """Row 13 of the faults: whatever step it is, the guest does not notice."""
+    incbak = vm.chain.incbak
+    for step in STEPS if vm.iothread else [s for s in STEPS if s not in IN_THE_WINDOW]:
+        ran = incbak.run("full", f"qmp:{vm.guest.monitor}", "--name", "vm", env={"INCBAK_CRASH_AT": step})
+        assert ran.code == -signal.SIGKILL, (step, ran)
+        unharmed(vm.guest, "w")
+    vm.good_again()
+    for step in AFTER:
+        ran = incbak.run("incremental", f"qmp:{vm.guest.monitor}", "--name", "vm", env={"INCBAK_CRASH_AT": step})
+        assert ran.code == -signal.SIGKILL, (step, ran)
+    vm.good_again()
+
+
+def test_the_runner_is_killed_at_any_moment(vm: Vm) -> None:
+    dice = random.Random(seed := random.randrange(1 << 30))
+    for _ in range(4):
+        process = vm.start(dice.choice(["full", "incremental"]))
+        time.sleep(dice.uniform(0.6, 3.0))
+        process.kill()
+        process.communicate()
+        unharmed(vm.guest, "w")
+    print(f"seed {seed}")
+    vm.good_again()
+
+
+def test_an_interrupt_leaves_nothing_behind(vm: Vm) -> None:
+    process = vm.start()
+    eventually(vm.copying, 20, "a job")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, "Traceback" in err) == (130, False), err
+    assert ours_in(vm.guest) == []
+    vm.good_again()
+
+
+def test_a_runner_that_is_stopped_stalls_nothing(vm: Vm) -> None:
+    process = vm.start()
+    eventually(vm.copying, 20, "a job")
+    process.send_signal(signal.SIGSTOP)
+    vm.guest.figures("w")
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        vm.guest.wait_more("w", 10, 10)
+    assert vm.guest.figures("w")["max"] < LONGEST_WRITE
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    vm.good_again()
+
+
+def test_a_runner_that_is_stopped_for_long_is_cut_off(vm: Vm) -> None:
+    """So that nothing that drains QEMU's disks has to wait for it: a stop, a reset."""
+    if not vm.iothread:
+        return  # one of the two is enough
+    process = vm.start()
+    eventually(vm.copying, 20, "a job")
+    process.send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    vm.guest.qmp("stop", 40)
+    assert time.monotonic() - begun < 25
+    vm.guest.qmp("cont")
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "no backup was made" in err
+    assert "Traceback" not in err
+    vm.guest.figures("w")
+    vm.good_again()
+
+
+def test_a_full_scratch_file_breaks_the_backup_only(vm: Vm) -> None:
+    process = vm.start("full", "--scratch-limit", "4M", "--speed-limit", "4M")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert "the scratch file was full" in err
+    assert "Traceback" not in err
+    assert ours_in(vm.guest) == []
+    vm.good_again()
+
+
+def test_a_monitor_that_somebody_holds_is_busy(vm: Vm) -> None:
+    with Qmp(vm.guest.monitor):
+        begun = time.monotonic()
+        ran = vm.chain.incbak.run("incremental", f"qmp:{vm.guest.monitor}", "--monitor-wait", "2")
+        assert 2 < time.monotonic() - begun < 10
+    assert ran.code == 1
+    assert "is busy: no greeting within 2 s" in ran.err
+    assert "-qmp socket" in ran.err
+    vm.good_again()
+
+
+def test_what_others_have_in_qemu_stays(vm: Vm) -> None:
+    qmp = vm.guest.qmp
+    bitmap = {"node": "vda", "name": "incbak-0badcafe-00000001"}
+    qmp("block-dirty-bitmap-add", **bitmap)
+    for name in ("theirs", "from", "incbak-0badcafe-t"):
+        qmp("blockdev-add", 20, driver="null-co", node_name=name, size=1 << 30, read_zeroes=True)
+    job = {"job_id": "copy", "device": "from", "target": "theirs", "sync": "full", "speed": 65536}
+    qmp("blockdev-backup", 20, **job)
+    vm.chain.back_up(vm.guest, "full")
+    disk = vm.chain.back_up(vm.guest)["vda-dev"]
+    assert bitmaps_of(vm.guest, "vda") == sorted([bitmap["name"], disk["bitmap"]])
+    assert [j["id"] for j in qmp("query-jobs")] == ["copy"]
+    assert {"theirs", "from", "incbak-0badcafe-t"} <= {n["node-name"] for n in qmp("query-named-block-nodes")}
+    qmp("job-cancel", 20, id="copy")
+    eventually(lambda: not qmp("query-jobs"), 10, "the end of the job")
+    for name in ("theirs", "from", "incbak-0badcafe-t"):
+        qmp("blockdev-del", 20, node_name=name)
+    qmp("block-dirty-bitmap-remove", **bitmap)
+    vm.good_again()
