@@ -99,7 +99,7 @@ class Copy:
             else:
                 shutil.copy(source, self.top / name)
         ours = {k: v for k, v in os.environ.items() if not k.startswith("INCBAK_") or k == "INCBAK_MUST_RUN"}
-        temporary = scratch / "tmp"
+        temporary = scratch / "t"  # short, since tests make sockets below it
         temporary.mkdir()
         self.environment = {**ours, "PYTHONPATH": str(self.top), "TMPDIR": str(temporary)}
         self._check_import(scratch)
@@ -182,7 +182,7 @@ def campaign(faults: Sequence[Fault], *, as_json: bool) -> int:
     """Try all of ``faults``; the number of those that nothing caught. Raises `StaleError`."""
     if old := stale(faults):
         raise StaleError("; ".join(old))
-    with tempfile.TemporaryDirectory(prefix="incbak-planted-", dir=MEMORY if MEMORY.is_dir() else None) as scratch:
+    with tempfile.TemporaryDirectory(prefix="planted-", dir=MEMORY if MEMORY.is_dir() else None) as scratch:
         copy = Copy(Path(scratch))
         code, out = copy.pytest((t for f in faults for t in f.tests), DEADLINE + 10 * len(faults))
         if code != 0:

@@ -419,6 +419,19 @@ def test_a_sync_that_fails_makes_the_bitmap_invalid_on_disk(scene: Scene) -> Non
     assert scene.open() is Reason.TRACKING_FAILED
 
 
+def test_a_header_that_is_written_in_part_is_not_counted_on(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old slot would still say that all is well."""
+    scene.clean((0, 8))
+    bitmap = scene.opened()
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:100], offset))
+    with pytest.raises(BitmapError, match="short write"):
+        bitmap.mark(0, 8)
+    assert bitmap.state is State.INVALID
+    assert not scene.path.exists()
+    bitmap.close(None)
+
+
 def test_where_the_header_cannot_be_written_the_file_is_renamed(scene: Scene) -> None:
     """faults row 26: every sync of the file fails from now on; the name says what the header cannot."""
     bitmap = scene.create()
