@@ -39,6 +39,13 @@ FAULTS = (
         _protocol("test_the_flag_is_cleared_and_synced_before_the_first_mark_returns"),
     ),
     Fault(
+        "bitmap-header-written-in-part",
+        _FILE,
+        "if os.pwrite(self._fd, fmt.encode(step), where) != fmt.SECTOR:",
+        "if os.pwrite(self._fd, fmt.encode(step), where) < 0:",
+        _protocol("test_a_header_that_is_written_in_part_is_not_counted_on"),
+    ),
+    Fault(
         "bitmap-newer-slot-overwritten",
         _FILE,
         "where = (step.sequence % 2) * fmt.SECTOR",

@@ -204,6 +204,13 @@ _WIRE = (
         unit("nbd/test_transmission", "test_an_oversized_write_ends_the_connection_and_allocates_nothing"),
     ),
     Fault(
+        "nbd-read-without-limit",
+        _PROTOCOL,
+        "    if command == READ and length > MAX_PAYLOAD:\n        return errno.EOVERFLOW\n",
+        "",
+        unit("nbd/test_transmission", "test_an_oversized_read_is_refused_and_allocates_nothing"),
+    ),
+    Fault(
         "nbd-writes-to-read-only",
         _PROTOCOL,
         "    if read_only and command in _CHANGES:\n        return errno.EPERM\n",

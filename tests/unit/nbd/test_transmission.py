@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from incbak.disk.faults import Faults, FaultyDisk
+from incbak.disk.file import open_disk
 from incbak.disk.memory import MemoryDisk
 from incbak.errors import UsageError
 from incbak.nbd import connection
@@ -176,6 +178,21 @@ def test_the_payload_of_a_refused_write_is_drained(
     assert simple.error(p.WRITE, offset, length, flags=flags, payload=evil) == error
     assert simple.alive()
     assert export.calls == [("write", 0, 4)]
+
+
+def test_an_oversized_read_is_refused_and_allocates_nothing(tmp_path: Path) -> None:
+    """faults row 63: within a disk that is large enough, so that its size is no reason to refuse."""
+    (tmp_path / "disk").touch()
+    os.truncate(tmp_path / "disk", 1 << 40)
+    reads: list[int] = []
+    with contextlib.closing(open_disk(tmp_path / "disk")) as disk:
+        disk.read_into = lambda buf, offset: reads.append(len(buf))  # type: ignore[method-assign]
+        with served(DiskExport(disk)) as (_server, connect):
+            raw = connect().go()
+            for length in (p.MAX_PAYLOAD + 1, 1 << 31, 0xFFFFFFFF):
+                assert raw.error(p.READ, 0, length) == errno.EOVERFLOW
+                assert raw.alive()
+    assert reads == []
 
 
 def test_an_oversized_write_ends_the_connection_and_allocates_nothing(simple: Raw, export: DiskExport) -> None:
