@@ -95,6 +95,9 @@ class _Restore:
                 self._zero(at, self._disk.size)
             while flying:
                 self._landed(*flying.popleft())
+        except BaseException:
+            self._target.interrupt()
+            raise
         finally:
             self._stop = True
             pool.shutdown(cancel_futures=True)

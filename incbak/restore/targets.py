@@ -48,6 +48,9 @@ class Target(ABC):
     def abandon(self) -> None:
         """Give up; nothing that was made stays under the target's name. Raises nothing."""
 
+    def interrupt(self) -> None:  # noqa: B027
+        """Threads that wait in `write` or `zero` raise soon; `abandon` follows. Raises nothing."""
+
 
 class FileTarget(Target):
     """A sparse raw file, written beside its name and given it in the end.
@@ -199,6 +202,9 @@ class NbdTarget(Target):
         self._client.close()
 
     def abandon(self) -> None:
+        self._client.abort()
+
+    def interrupt(self) -> None:
         self._client.abort()
 
 

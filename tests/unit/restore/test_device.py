@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,6 +223,30 @@ def test_an_export_that_fails_fails_the_restore(made: Made, peer: Callable[..., 
     with pytest.raises((NbdError, RestoreError)):
         _restore(made, str(target.uri))
     assert target.disk.faults.seen[kind]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_restore_to_a_server_that_stalls_can_be_interrupted(
+    tmp_path: Path, peer: Callable[..., Peer], number: signal.Signals
+) -> None:
+    """Once is enough, also while every thread waits for the server."""
+    data = bytearray(os.urandom(256 * CLUSTER))
+    back_up(new(tmp_path / "repo"), FakeEngine({"vda": Disk(data)}), incremental=False)
+    faults = Faults(stall={"write": threading.Event()})
+    target = peer(len(data), faults)
+    ran = Incbak(tmp_path).popen("restore", "latest", str(target.uri))
+    try:
+        wait_until(lambda: faults.seen.get("write"), "the restore is under way")
+        time.sleep(0.3)
+        ran.send_signal(number)
+        _out, err = ran.communicate(timeout=20)
+    finally:
+        faults.stall["write"].set()
+        if ran.poll() is None:
+            ran.kill()
+            ran.communicate()
+    assert ran.returncode == 130
+    assert "Traceback" not in err
 
 
 @contextmanager
