@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from incbak.backup.runner import Options, Outcome, run
+from incbak.cli.attachments import read_attachments
 from incbak.cli.settings import Settings, common, settings
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
@@ -53,6 +54,13 @@ def _source_options(command: C) -> C:
         click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated."),
         click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM."),
         click.option("--tag", "tags", multiple=True, metavar="TAG", help="Note in the record; may be repeated."),
+        click.option(
+            "--attach",
+            multiple=True,
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="A text to keep in the record, as the VM's definition; may be repeated.",
+        ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
         *_ENGINE_OPTIONS,
     )
@@ -109,6 +117,7 @@ def _back_up(
     exclude: tuple[str, ...],
     lock_wait: str,
     tags: tuple[str, ...],
+    attach: tuple[Path, ...],
     dry_run: bool,
     **engine: Any,
 ) -> None:
@@ -124,6 +133,7 @@ def _back_up(
         lock_wait=wait,
         dry_run=dry_run,
         tags=tags,
+        attachments=read_attachments(attach),
     )
     console = here.reporter()
     try:

@@ -60,15 +60,22 @@ def list_backups(name: str | None) -> None:
 @click.argument("backup")
 @click.option("--name", metavar="VM", help="Which VM's latest.")
 @click.option("--vm", is_flag=True, help="Show what the engine said of the VM, as JSON.")
+@click.option("--attachment", metavar="FILE", help="Print a file that was attached.")
 @common
-def show(backup: str, name: str | None, vm: bool) -> None:
+def show(backup: str, name: str | None, vm: bool, attachment: str | None) -> None:
     """Show a backup: an id, a unique prefix of one, or "latest"."""
     here = settings()
     record = here.open().find(backup, name)
-    if vm:
+    if attachment is not None:
+        if attachment not in record.attachments:
+            have = ", ".join(record.attachments) or "none"
+            raise UsageError(f"backup {record.id[:8]} has no attachment {attachment!r}", hint=f"It has: {have}.")
+        click.echo(record.attachments[attachment], nl=False)
+    elif vm:
         click.echo(msgspec.json.format(msgspec.json.encode(record.config)).decode())
     elif here.json:
-        here.tell(as_json(record) | {"config": record.config, "host": record.host, "program": record.program})
+        here.tell(as_json(record) | {"config": record.config, "host": record.host, "program": record.program,
+                                   "attachments": list(record.attachments)})  # fmt: skip
     else:
         click.echo(printable(details(record)))
 

@@ -95,5 +95,6 @@ def details(record: Record) -> str:
             lines.append(f"          reason  {d.reason}: {text}{f': {d.detail}' if d.detail else ''}")
         if d.audited:
             lines.append(f"          audited {d.audited} ({format_size(d.audited)})")
+    lines += [f"attached  {name} ({format_size(len(text.encode()))})" for name, text in record.attachments.items()]
     lines += [f"note      {note}" for note in record.notes]
     return "\n".join(lines)

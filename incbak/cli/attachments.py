@@ -1,0 +1,30 @@
+"""``--attach FILE``: what else a restore needs, such as the VM's definition, goes into the backup record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from incbak.errors import UsageError
+from incbak.units import format_size
+
+LIMIT = 1 << 20
+
+
+def read_attachments(paths: Sequence[Path]) -> dict[str, str]:
+    """The files' texts by their names. Raises `UsageError` for what is no text, too large, or named twice."""
+    found: dict[str, str] = {}
+    for path in paths:
+        if path.name in found:
+            raise UsageError(f"two attachments are called {path.name}", hint="Rename one of them.")
+        try:
+            with path.open("rb") as f:
+                data = f.read(LIMIT + 1)
+            found[path.name] = data.decode()
+        except OSError as e:
+            raise UsageError(f"cannot read attachment {path}: {e.strerror}") from e
+        except UnicodeDecodeError:
+            raise UsageError(f"attachment {path} is not text", hint="Attach text in UTF-8 only.") from None
+        if len(data) > LIMIT:
+            raise UsageError(f"attachment {path} is larger than {format_size(LIMIT)}")
+    return found
