@@ -118,6 +118,13 @@ _REPO = (
         unit("restore/test_file", "test_what_does_not_verify_is_not_restored"),
     ),
     Fault(
+        "repo-blobs-of-any-size",
+        _READER,
+        "        if place.raw > self.limit:\n",
+        "        if False:\n",
+        unit("repo/test_formats", "test_a_blob_that_is_larger_than_any_cluster_or_page_is_not_even_decoded"),
+    ),
+    Fault(
         "repo-one-copy-is-tried",
         _READER,
         "            except DamagedError as e:\n                failure = e\n",

@@ -122,6 +122,13 @@ FAULTS = (
         _device("test_an_export_that_fails_fails_the_restore"),
     ),
     Fault(
+        "restore-cannot-be-interrupted",
+        _RESTORE,
+        "            self._target.interrupt()\n",
+        "            pass\n",
+        _device("test_a_restore_to_a_server_that_stalls_can_be_interrupted"),
+    ),
+    Fault(
         "restore-bitmaps-of-a-device-kept",
         "incbak/cli/restore.py",
         "        _disown(here, opened, where)\n",

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from incbak import durable
 from incbak.errors import DamagedError, DurabilityError, FormatTooNewError, LockedError
-from incbak.repo import blob, index, pack, record
+from incbak.repo import blob, index, pack, record, tree
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.index import Index, IndexFile
 from incbak.repo.merge import FILES, merge_small
+from incbak.repo.repository import Repository
 from incbak.repo.storage.local import STALE_TEMPORARY, LocalStorage
-from tests.unit.repo.scene import back_up, new, restore
+from tests.unit.repo.scene import back_up, new, restore, store, writing
 
 # -- ids and blobs -------------------------------------------------------------------------------------------------
 
@@ -443,6 +444,22 @@ def test_whoever_waits_for_a_lock_that_is_replaced_gets_the_new_one(
         assert len(turns) == 2
         with pytest.raises(LockedError), storage.lock("a", exclusive=True, wait=0):
             pass
+
+
+def test_a_blob_that_is_larger_than_any_cluster_or_page_is_not_even_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """faults row 76: memory is bounded by what this repository can hold, not by what its writer claims."""
+    repo = new(tmp_path / "repo")
+    sizes = [tree.PAGE, tree.PAGE + 1]
+    with writing(repo) as writer:
+        digests = [store(writer, b"x" * size) for size in sizes]
+        writer.finish()
+    reader = Repository.open(tmp_path / "repo").reader()
+    assert len(reader.read(digests[0])) == tree.PAGE
+    monkeypatch.setattr(blob, "decode", None)
+    with pytest.raises(DamagedError, match=f"claims {tree.PAGE + 1} bytes"):
+        reader.read(digests[1])
 
 
 def test_an_open_repository_sees_what_others_commit(tmp_path: Path) -> None:
