@@ -169,6 +169,13 @@ _REPO = (
         unit("repo/test_formats", "test_a_merge_that_fails_loses_no_index"),
     ),
     Fault(
+        "repo-rebuild-removes-first",
+        "incbak/repo/check.py",
+        '    _write(repo, packs, parts)\n    for name in old:\n        repo.storage.remove("index", name)\n',
+        '    for name in old:\n        repo.storage.remove("index", name)\n    _write(repo, packs, parts)\n',
+        unit("repo/test_damage", "test_an_index_that_cannot_be_made_anew_stays"),
+    ),
+    Fault(
         "repo-two-runs-of-one-vm",
         _REPOSITORY,
         "self.storage.lock(name, exclusive=True, wait=wait)",

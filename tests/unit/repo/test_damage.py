@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from incbak.errors import DamagedError, FormatTooNewError, NoRepositoryError, UsageError
+from incbak import durable
+from incbak.errors import DamagedError, DurabilityError, FormatTooNewError, NoRepositoryError, UsageError
 from incbak.repo import blob, pack
 from incbak.repo.check import check, rebuild_index
 from incbak.repo.record import Record
@@ -211,6 +212,19 @@ def test_a_damaged_index_is_found_and_made_anew(made: tuple[Path, Record], how: 
     fresh = Repository.open(path)
     assert restore(fresh, record) == WANTED
     assert check(fresh, read_data=True).problems == []
+
+
+@pytest.mark.parametrize("point", ["durable.created", "durable.written", "durable.synced"])
+def test_an_index_that_cannot_be_made_anew_stays(made: tuple[Path, Record], point: str) -> None:
+    """The old files go only when the new ones are durable."""
+    path, record = made
+    before = Repository.open(path).storage.list("index")
+    durable.arm(fault_at=f"{point}:1:ENOSPC")
+    with pytest.raises(DurabilityError):
+        rebuild_index(Repository.open(path))
+    durable.arm()
+    assert Repository.open(path).storage.list("index") == before
+    assert restore(Repository.open(path), record) == WANTED
 
 
 def test_index_files_that_were_swapped_are_as_good_as_before(made: tuple[Path, Record]) -> None:
