@@ -1,7 +1,9 @@
 """No write is lost: single writes are aimed at every step of the start of each backup, while others go on all the time.
 
-A lost write shows in every later incremental until its cluster is written again. So each goes to a cluster of its own,
-and after some backups the VM is stopped and a last incremental compared with the disks.
+A write that is in no bitmap shows in every later incremental until its cluster is written again. So each goes to a
+cluster of its own, and after some backups the VM is stopped and a last incremental compared with the disks. A write
+that one backup alone lacks shows beside a later one that it has. So the writers go to clean clusters and to those that
+are always dirty in turn, and some backups are restored and their records looked at.
 
 ``INCBAK_TEST_BACKUPS`` is the number of backups for a longer campaign; otherwise it is what some seconds allow.
 """
@@ -30,9 +32,13 @@ pytestmark = pytest.mark.kvm
 SECONDS = 20
 PER_ROUND = 16
 CLUSTER = 65536
-AIMED_AT, AIMED = 64 << 20, 1024  # where single writes go, and how many clusters there are
+AIMED_AT, AIMED = 80 << 20, 768  # where single writes go, and how many clusters there are
 SIZE = AIMED_AT + AIMED * CLUSTER
-BUSY = Writes("busy", 3, [Target(d, spacing=CLUSTER) for d in ("vda", "vdb")], slots=1009, pause=0.002)
+WRITERS = {  # by the number of disks that are backed up
+    1: Writes("one", 3, [Target("vda", spacing=CLUSTER), Target("vda", base=44 << 20)], slots=701, pause=0.002),
+    2: Writes("two", 4, [Target("vda", base=48 << 20, spacing=CLUSTER), Target("vdb")], slots=499, pause=0.002),
+}
+CHECKED = 4  # one in so many backups is restored
 FIRST, LAST = "block-dirty-bitmap-add", "transaction"
 
 
@@ -75,16 +81,19 @@ class Campaign:
 
     def __init__(self, root: Path, guest: Guest, images: dict[str, Path]) -> None:
         self.guest, self.images, self.made = guest, images, 0
-        self.chains = {n: Chain(Incbak(root / str(n)), BUSY) for n in (1, 2)}
+        self.chains = {n: Chain(Incbak(root / str(n)), writes) for n, writes in WRITERS.items()}
         for n, chain in self.chains.items():
             (root / str(n)).mkdir()
             chain.incbak("init")
             self._back_up(n, incremental=False)
 
     def _back_up(self, disks: int, *, incremental: bool = True) -> None:
-        names = ["vda-dev", "vdb-dev"][:disks]
-        record = asyncio.run(self._run(self.chains[disks].incbak, names, incremental))
+        names, chain = ["vda-dev", "vdb-dev"][:disks], self.chains[disks]
+        before = self.guest.acked[chain.writes.name]
+        record = asyncio.run(self._run(chain.incbak, names, incremental))
         assert [d.reason for d in record.disks] == [None] * disks
+        if self.made // 2 % CHECKED == 0:
+            chain.acknowledged[record.id] = before
         self.made += 1
 
     async def _run(self, incbak: Incbak, disks: Sequence[str], incremental: bool) -> Any:
@@ -104,6 +113,8 @@ class Campaign:
             self._back_up(1 + n % 2)
         self.guest.qmp("stop")
         for n, chain in self.chains.items():
+            chain.check()
+            chain.acknowledged.clear()
             self._back_up(n)
             assert chain.differs(dict(list(self.images.items())[:n])) == {}, f"after {self.made} backups"
         self.guest.qmp("cont")
@@ -116,13 +127,15 @@ def test_no_write_is_lost(tmp_path: Path, threads: str, monkeypatch: pytest.Monk
     disks = [GuestDisk(name, image, iothread=threads == "iothread") for name, image in images.items()]
     wanted = int(os.environ.get("INCBAK_TEST_BACKUPS", "0"))
     with Guest(tmp_path / "guest", disks) as guest:
-        BUSY.start(guest)
+        for writes in WRITERS.values():
+            writes.start(guest)
         campaign = Campaign(tmp_path, guest, images)
         aim = Aim(guest)
         aim.patch(monkeypatch)
         end = time.monotonic() + SECONDS
         while campaign.made < wanted or (not wanted and time.monotonic() < end):
             campaign.round()
-        unharmed(guest, "busy")
+        for writes in WRITERS.values():
+            unharmed(guest, writes.name)
         print(f"{campaign.made} backups, {aim.count} writes aimed at each disk")
         assert aim.count > 10 * campaign.made
