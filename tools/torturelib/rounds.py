@@ -9,7 +9,9 @@ from random import Random
 
 from incbak import durable
 from torturelib.children import Child
+from torturelib.failing import fault_round
 from torturelib.model import difference, read_state
+from torturelib.rot import rot_round
 from torturelib.world import LostError, World
 
 TRACEBACK = "Traceback (most recent call last)"
@@ -138,4 +140,6 @@ ROUNDS: dict[str, Callable[[World], None]] = {
     "serve": serve_round,
     "runner": runner_round,
     "restore": restore_round,
+    "fault": fault_round,
+    "rot": rot_round,
 }

@@ -72,14 +72,15 @@ class World:
 
     # -- the guest ------------------------------------------------------------------------------------------------
 
-    def start(self, crash_at: str | None = None) -> bool:
-        """Start serve and connect the guest; false when it died before it was ready (a crash point was armed)."""
+    def start(self, crash_at: str | None = None, fault_at: str | None = None) -> bool:
+        """Start serve and connect the guest; false when it ended before it was ready (something was armed)."""
+        armed = crash_at or fault_at
         argv = ("serve", "--name", "vm", "--socket", str(self.nbd), "--monitor", str(self.monitor))
-        self.serve = self.spawn(*argv, f"vda={self.image}", crash_at=crash_at, log="serve")
+        self.serve = self.spawn(*argv, f"vda={self.image}", crash_at=crash_at, fault_at=fault_at, log="serve")
         end = time.monotonic() + 60
         while "ready" not in self.serve.out.read_text() if self.serve.out.exists() else True:
             if (status := self.serve.poll()) is not None:
-                if crash_at is None:
+                if armed is None:
                     raise LostError(f"serve exited {status} at its start: {self.serve.err.read_text()[-500:]}")
                 return False
             if time.monotonic() > end:
@@ -88,7 +89,7 @@ class World:
         try:
             self.client = NbdClient.connect(f"nbd+unix:///vda?socket={self.nbd}", timeout=60)
         except (IncbakError, OSError):
-            if crash_at is None:
+            if armed is None:
                 raise
             return False
         return True
