@@ -24,6 +24,7 @@ _COMMANDS = MappingProxyType(
         "full": "backup:full",
         "incremental": "backup:incremental",
         "inc": "backup:incremental",
+        "status": "status:status",
         "list": "repository:list_backups",
         "show": "repository:show",
         "diff": "repository:diff",

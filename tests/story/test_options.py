@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.kit.cli import Incbak
-from tests.kit.serve import raw_image
+from tests.kit.serve import raw_image, serving
 
 SIZE = 4 << 20
 
@@ -53,3 +54,23 @@ def test_a_speed_limit_is_kept(incbak: Incbak) -> None:
     incbak("full", incbak.root / "web1.raw", "--speed-limit", "2M")
     assert time.monotonic() - begun >= 2
     assert incbak.run("full", incbak.root / "web1.raw", "--speed-limit", "fast").code == 2
+
+
+def test_status_tells_what_the_next_incremental_reads_and_changes_nothing(incbak: Incbak) -> None:
+    image = incbak.root / "web1.raw"
+    (before,) = incbak("--json", "status", image).objects()
+    assert (before["last"], before["base"], before["dirty"], before["reason"]) == (None, None, SIZE, "no-base")
+    made = incbak("--json", "full", image).objects()[0]
+    with serving(incbak.root, {"disk0": image}, "--name", "web1") as serve:
+        with closing(serve.connect("disk0")) as guest:
+            guest.write(b"y" * 5, 3 * 65536 - 2)
+        for _ in range(2):
+            (row,) = incbak("--json", "status", f"qmp:{serve.monitor}").objects()
+            assert (row["last"], row["base"], row["dirty"], row["reason"]) == (made["id"], made["id"], 131072, None)
+            assert row["bitmap"] == made["disks"][0]["bitmap"]
+            assert row["age"] < 300
+        said = incbak("status", f"qmp:{serve.monitor}").out
+        assert made["id"][:8] in said
+        assert "128.0 KiB" in said
+        disk = incbak("--json", "incremental", f"qmp:{serve.monitor}").objects()[0]["disks"][0]
+        assert (disk["read"], disk["base"]) == (131072, made["id"])
