@@ -40,6 +40,7 @@ WRITERS = {  # by the number of disks that are backed up
 }
 CHECKED = 4  # one in so many backups is restored
 FIRST, LAST = "block-dirty-bitmap-add", "transaction"
+DECISIVE, WIDER = {FIRST, "block-dirty-bitmap-merge", "qom-set", LAST}, 0.04  # seconds of time for writes before these
 
 
 class Aim:
@@ -66,6 +67,7 @@ class Aim:
             aim.active = aim.active or command == FIRST
             if aim.active:
                 aim.fire()
+                await asyncio.sleep(WIDER if command in DECISIVE else 0)
             try:
                 return await execute(self, command, *args, **more)
             finally:
