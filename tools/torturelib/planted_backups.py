@@ -176,6 +176,13 @@ _REPO = (
         unit("repo/test_damage", "test_an_index_that_cannot_be_made_anew_stays"),
     ),
     Fault(
+        "repo-bitmaps-share-a-name",
+        _REPOSITORY,
+        "        while (fresh := new_id())[:8] in taken:\n            pass\n",
+        "        fresh = new_id()\n",
+        unit("repo/test_writer", "test_no_two_backups_have_bitmaps_of_one_name"),
+    ),
+    Fault(
         "repo-two-runs-of-one-vm",
         _REPOSITORY,
         "self.storage.lock(name, exclusive=True, wait=wait)",

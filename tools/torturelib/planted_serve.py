@@ -159,6 +159,20 @@ _SERVE = (
         unit("serve/test_jobs", "test_a_job_is_done_only_when_the_target_has_flushed"),
     ),
     Fault(
+        "serve-image-not-noted",
+        _OPENING,
+        "        store.note_image(path)\n",
+        "",
+        unit("serve/test_opening", "test_an_image_that_was_served_is_known_by_its_path"),
+    ),
+    Fault(
+        "serve-bitmap-believed-after-all",
+        _OPENING,
+        "                store.give_up(lost, reason)\n",
+        "                pass\n",
+        unit("serve/test_opening", "test_a_bitmap_that_was_not_believed_once_never_is_again"),
+    ),
+    Fault(
         "serve-end-without-flush",
         _OPENING,
         "        if not tracked.read_only:\n            tracked.disk.flush()\n",

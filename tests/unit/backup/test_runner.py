@@ -104,7 +104,7 @@ def test_what_the_record_says(repo: Repository, engine: FakeEngine) -> None:
 
 
 def test_only_bitmaps_of_this_repository_are_replaced(repo: Repository, engine: FakeEngine) -> None:
-    """Also older ones than the base: a run that was killed after its commit left them. Others' stay."""
+    """faults row 57; also older ones than the base: a run that was killed after its commit left them. Others' stay."""
     disk = engine.disks["vda"]
     first = made(back_up(repo, engine, incremental=False))
     disk.bitmaps |= {"incbak-00000000-11111111": set(), "mine": set()}
@@ -162,7 +162,7 @@ def test_a_copy_that_is_not_proven_whole_is_no_backup(
 
 
 def test_one_disk_that_fails_is_left_out_and_goes_on_later(repo: Repository) -> None:
-    """faults row 44: the backup has the other disk; the failed one's base still holds everything."""
+    """I6: the backup has the other disk; the failed one's base still holds everything."""
     engine = _two()
     first = made(back_up(repo, engine, incremental=False))
     for disk in engine.disks.values():
@@ -320,7 +320,7 @@ def test_a_run_that_waits_gets_its_turn(repo: Repository, engine: FakeEngine) ->
 def test_a_base_that_turns_out_damaged_is_given_up_and_the_run_begins_again(
     repo: Repository, engine: FakeEngine, part: str
 ) -> None:
-    """faults row 22, L26: found only while it is read. The disk is read whole, what was damaged is stored anew."""
+    """faults rows 24, L26: found only while it is read. The disk is read whole, what was damaged is stored anew."""
     disk = engine.disks["vda"]
     first = made(back_up(repo, engine, incremental=False))
     root = bytes.fromhex(first.disks[0].root)
@@ -346,7 +346,7 @@ def test_a_base_that_turns_out_damaged_is_given_up_and_the_run_begins_again(
 
 @pytest.mark.parametrize("how", ["lost", "cut", "noted"])
 def test_a_base_that_is_known_to_be_damaged_is_none(repo: Repository, engine: FakeEngine, how: str) -> None:
-    """faults rows 23, 24: a pack that is gone or short, and a backup that a check has noted."""
+    """faults rows 24, 25, 55: a pack that is gone or short, and a backup that a check has noted."""
     disk = engine.disks["vda"]
     first = made(back_up(repo, engine, incremental=False))
     (pack,) = (repo.storage.root / "packs").iterdir()

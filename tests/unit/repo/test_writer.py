@@ -15,7 +15,7 @@ import pytest
 
 from incbak import durable
 from incbak.errors import DurabilityError, IncbakError, LockedError
-from incbak.repo import blob, pack
+from incbak.repo import blob, pack, repository
 from incbak.repo import writer as module
 from incbak.repo.check import check
 from incbak.repo.repository import Repository
@@ -227,6 +227,15 @@ def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     listed = _whole(path)
     assert len(listed) == 6
     assert sorted(listed) == sorted(_content([n + t for n in (1, 2, 3)]) for t in range(3) for _ in "ab")
+
+
+def test_no_two_backups_have_bitmaps_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I6: a bitmap is named after the first 8 digits, and would be believed for the wrong base."""
+    repo = new(tmp_path / "repo")
+    first = back_up(repo, FIRST)
+    drawn = iter([first.id, first.id[:8] + 24 * "0", "f" * 32])
+    monkeypatch.setattr(repository, "new_id", lambda: next(drawn))
+    assert repo.new_backup_id() == "f" * 32
 
 
 def test_content_is_stored_once_in_a_run_and_between_runs(tmp_path: Path) -> None:

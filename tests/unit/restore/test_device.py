@@ -66,7 +66,7 @@ def test_a_device_is_what_the_disk_was(made: Made, loop: Callable[[int], Path]) 
 
 @pytest.mark.root
 def test_a_device_that_is_too_small_is_not_touched(made: Made, loop: Callable[[int], Path]) -> None:
-    """faults row 53."""
+    """faults row 82."""
     device = loop(ROUND - 4096)
     with pytest.raises(RestoreError, match="too small"):
         _restore(made, device)
@@ -78,7 +78,7 @@ def test_a_device_that_is_too_small_is_not_touched(made: Made, loop: Callable[[i
 @pytest.mark.root
 @pytest.mark.parametrize("how", ["exclusively", "as an image"])
 def test_a_device_in_use_is_not_touched(made: Made, loop: Callable[[int], Path], how: str) -> None:
-    """faults row 52: mounted or otherwise claimed, and held by a virtual machine."""
+    """faults row 82: mounted or otherwise claimed, and held by a virtual machine."""
     device = loop(ROUND)
     if how == "exclusively":
         fd = os.open(device, os.O_RDONLY | os.O_EXCL)
@@ -144,7 +144,7 @@ def test_salvage_leaves_zeroes_where_content_is_lost(made: Made, loop: Callable[
 
 @pytest.mark.root
 def test_a_device_that_is_overwritten_loses_its_bitmaps(tmp_path: Path, loop: Callable[[int], Path]) -> None:
-    """faults row 54: a device has no time of change that would tell, so an incremental would miss all of it."""
+    """I5: a device has no time of change that would tell, so an incremental would miss all of it."""
     incbak = Incbak(tmp_path)
     device = loop(64 * 65536)
     incbak("init")

@@ -107,7 +107,7 @@ def test_a_file_that_appears_meanwhile_is_left_alone(
 
 
 def test_an_image_that_is_in_use_is_not_replaced(made: Made, out: Path) -> None:
-    """faults row 52: at the beginning, and when it came into use during the restore."""
+    """faults row 82: at the beginning, and when it came into use during the restore."""
     out.write_bytes(b"mine")
     disk = open_disk(out)
     with pytest.raises(ImageInUseError):
@@ -142,7 +142,7 @@ def test_a_link_is_followed_to_the_file_it_names(made: Made, out: Path) -> None:
 
 
 def test_a_planted_link_is_not_followed(made: Made, out: Path, tmp_path: Path) -> None:
-    """faults row 71: nothing is written but in its place."""
+    """faults row 75: nothing is written but in its place."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
     out.with_name("disk.raw.incomplete").symlink_to(victim)
@@ -199,7 +199,7 @@ def test_salvage_gets_what_is_whole(made: Made, out: Path, part: str, lost: list
 
 
 def test_a_cluster_of_another_length_is_damage(made: Made, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """faults row 76: a tree may name any blob; one that is longer would spoil its neighbour, or write past the end."""
+    """I1: a tree may name any blob; one that is longer would spoil its neighbour, or write past the end."""
     reader = made.repo.reader()
     number = made.cluster(2)
     read_many = type(reader).read_many
@@ -241,7 +241,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(made: Made, out: Path, monkeypat
     ["restore.opened", "restore.written", "durable.written", "durable.synced", "durable.named", "restore.named"],
 )
 def test_killed_at_any_step_the_name_stands_for_a_whole_disk(made: Made, out: Path, point: str) -> None:
-    """faults row 18; and the next restore is not hindered by what was left."""
+    """faults row 16; and the next restore is not hindered by what was left."""
     incbak = Incbak(made.repo.storage.root.parent)
     ran = incbak.run("-q", "restore", "latest", out, env={"INCBAK_CRASH_AT": point})
     assert ran.code == -signal.SIGKILL

@@ -465,6 +465,8 @@ def test_query_block_tells_what_runners_need(tmp_path: Path, image: Path) -> Non
         assert node["x-incbak-path"] == str(image)
         assert node["image"]["virtual-size"] == SIZE
         told = {"name": "b", "granularity": 4096, "count": 0, "recording": True, "busy": False, "persistent": True}
-        assert node["dirty-bitmaps"] == [{**told, "x-incbak-found": "created"}]
+        (bitmap,) = node["dirty-bitmaps"]
+        assert Path(bitmap.pop("x-incbak-path")).is_file()
+        assert bitmap == {**told, "x-incbak-found": "created"}
         assert json.dumps(device)
         qmp.close()

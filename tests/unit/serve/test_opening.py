@@ -11,6 +11,7 @@ import pytest
 
 from incbak.bitmap import store as module
 from incbak.bitmap.file import Found
+from incbak.bitmap.store import disown
 from incbak.errors import BitmapError
 from incbak.reasons import Reason
 from incbak.serve.opening import close_tracked, open_tracked
@@ -71,6 +72,12 @@ def test_nor_is_one_whose_header_could_not_be_read(image: Path, monkeypatch: pyt
             assert vm.lost["vda"] == {"b": Reason.HEADER}
             vm.disks["vda"].disk.write(memoryview(b"unrecorded"), WHERE)
     assert _found(image) is Reason.TRACKING_FAILED
+
+
+def test_an_image_that_was_served_is_known_by_its_path(image: Path) -> None:
+    """I5: who overwrites it finds its bitmaps, though it be a block device that nothing else tells."""
+    assert disown(image.parent / "state", image) == ["b"]
+    assert _found(image) is Reason.DISK_CHANGED
 
 
 def test_without_that_the_disk_is_not_served(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
