@@ -12,13 +12,14 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from benchlib import work
+from benchlib import rows, work
 from benchlib.corpus import make_disk
+from benchlib.marks import mark
 from incbak import __version__
 from incbak.units import format_size, parse_size
 
-WORK = {"serve": work.serve, "full": work.full, "second": work.second, "incremental": work.incremental,
-        "restore": work.restore}  # fmt: skip
+WORK = {"mark": mark, "serve": work.serve, "full": work.full, "second": work.second, "incremental": work.incremental,
+        "fallback": work.fallback, "restore": work.restore}  # fmt: skip
 
 
 def main() -> None:
@@ -34,30 +35,30 @@ def main() -> None:
         sys.exit(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(WORK)}")
     top = Path(tempfile.mkdtemp(prefix="incbak-bench-", dir=options.dir))
     try:
-        rows = _measure(top, chosen, options.runs, parse_size(options.size))
+        table = _measure(top, chosen, options.runs, parse_size(options.size))
     finally:
         shutil.rmtree(top)
     if options.json:
         machine = {"cpus": os.cpu_count(), "kernel": platform.release(), "incbak": __version__}
-        options.json.write_text(json.dumps({"machine": machine, "rows": [asdict(r) for r in rows]}, indent=1))
-    print(f"{'WORK':34} {'WHO':20} {'MEDIAN':>22} {'RATIO':>7}  GOAL")
-    for row in rows:
+        options.json.write_text(json.dumps({"machine": machine, "rows": [asdict(r) for r in table]}, indent=1))
+    print(f"{'WORK':34} {'WHO':24} {'MEDIAN':>26} {'RATIO':>7}  GOAL")
+    for row in table:
         ratio = f"{row.ratio:.2f}" if row.ratio is not None else ""
-        print(f"{row.work:34} {row.who:20} {row.figure:>22} {ratio:>7}  {row.goal}")
+        print(f"{row.work:34} {row.who:24} {row.figure:>26} {ratio:>7}  {row.goal}")
 
 
-def _measure(top: Path, chosen: list[str], runs: int, size: int) -> list[work.Row]:
+def _measure(top: Path, chosen: list[str], runs: int, size: int) -> list[rows.Row]:
     disk = top / "disk.raw"
     data = 0
-    if set(chosen) & {"full", "second", "restore"}:
+    if set(chosen) & {"full", "second", "fallback", "restore"}:
         data = make_disk(disk, size)
         print(f"the disk: {format_size(disk.stat().st_size)} with {format_size(data)} of files", file=sys.stderr)
-    bench = work.Bench(top, runs, disk, data)
-    rows = []
+    bench = rows.Bench(top, runs, disk, data)
+    made: list[rows.Row] = []
     for name in chosen:
         print(f"  {name}", file=sys.stderr)
-        rows += WORK[name](bench)
-    return rows
+        made += WORK[name](bench)
+    return made
 
 
 main()

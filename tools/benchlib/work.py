@@ -12,72 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchlib.runs import Case, emptied, have, in_turns, incbak
-
-_SECRET = {"RESTIC_PASSWORD": "x", "BORG_PASSPHRASE": "x", "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
-           "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes"}  # fmt: skip
-
-
-@dataclass
-class Row:
-    """One line of the result. ``goal`` is what the ratio is to be; empty where there is none."""
-
-    work: str
-    who: str
-    figure: str
-    ratio: float | None = None
-    goal: str = ""
-
-
-@dataclass
-class Bench:
-    """Where things are, and how often to run."""
-
-    directory: Path
-    runs: int
-    disk: Path
-    data: int
-
-    @property
-    def repo(self) -> Path:
-        return self.directory / "repo"
-
-    def env(self) -> dict[str, str]:
-        """For every command: state and caches below the directory."""
-        home = str(self.directory)
-        return {"INCBAK_REPOSITORY": str(self.repo), "INCBAK_STATE_DIR": f"{home}/state", "HOME": home,
-                "XDG_CACHE_HOME": f"{home}/cache", "BORG_BASE_DIR": home, **_SECRET}  # fmt: skip
-
-    def run(self, *argv: str | Path) -> None:
-        """A command that is not timed."""
-        done = subprocess.run(
-            [str(a) for a in argv], check=False, env={**os.environ, **self.env()}, capture_output=True
-        )
-        if done.returncode:
-            sys.exit(f"{argv[0]} exited {done.returncode}: {done.stderr.decode(errors='replace')[-800:]}")
-
-    def forget(self) -> None:
-        """No repository, no bitmaps; a new repository."""
-        emptied(self.repo)()
-        emptied(self.directory / "state")()
-        self.run(*incbak("-q", "init"))
-
-    def compare(self, work: str, cases: list[Case], goals: dict[str, str]) -> list[Row]:
-        """Rows of seconds; the first case is ours, the ratio is how many times as long the other took."""
-        for case in cases:
-            case.env = {**self.env(), **case.env}
-        found = in_turns(cases, self.runs)
-        ours = found[cases[0].name]
-        rows = [Row(work, "incbak", f"{ours.median:.2f} s, {ours.memory:.0f} MiB")]
-        for case in cases[1:]:
-            other = found[case.name]
-            ratio = other.median / ours.median
-            rows.append(Row(work, case.name, f"{other.median:.2f} s", ratio, goals.get(case.name, "")))
-        return rows
-
+from benchlib.rows import Bench, Row
+from benchlib.runs import Case, emptied, have, incbak
+from incbak.units import format_size
 
 # -- serve ------------------------------------------------------------------------------------------------------------
 
@@ -222,6 +161,25 @@ def second(bench: Bench) -> list[Row]:
         bench.run(*case.command)
     cases = [Case("incbak", incbak("-q", "full", bench.disk, "--name", "vm")), *rivals]
     return bench.compare("second full, nothing changed", cases, {"borg": ">= 2.5", "restic": ">= 2.5"})
+
+
+def fallback(bench: Bench) -> list[Row]:
+    """An incremental whose bitmap is not believed: everything is read, and only what differs is stored."""
+    seconds, reports = [], []
+    for _ in range(bench.runs):
+        bench.forget()
+        first = bench.ask(*incbak("--json", "full", bench.disk, "--name", "vm"))
+        os.utime(bench.disk)
+        began = time.perf_counter()
+        reports.append(bench.ask(*incbak("--json", "incremental", bench.disk, "--name", "vm")))
+        seconds.append(time.perf_counter() - began)
+    last = reports[-1]["disks"][0]
+    if last["reason"] != "disk-changed":
+        sys.exit(f"the disk was not read whole: {last}")
+    work = "incremental, bitmap not believed"
+    naive = first["disks"][0]["stored"]
+    what = f"{statistics.median(seconds):.2f} s, read {format_size(last['read'])}, stored {format_size(last['stored'])}"
+    return [Row(work, "incbak", what), Row(work, "a naive full stores", format_size(naive))]
 
 
 def incremental(bench: Bench) -> list[Row]:
