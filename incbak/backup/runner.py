@@ -179,8 +179,8 @@ class _Attempt:
         index.refresh()
         if all(bool(f.usable.all()) for f in index.files) and not index.damaged:
             return frozenset(noted)
-        newest = {d.name: r for r in records for d in r.disks}
-        lost = {r.id for r in newest.values() if not self._repo.is_whole(r)}
+        seen: set[bytes] = set()
+        lost = {r.id for r in records if not self._repo.is_whole(r, seen)}
         return frozenset(noted | lost)
 
     def _audit(self, planned: Planned) -> None:

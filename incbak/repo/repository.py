@@ -162,18 +162,23 @@ class Repository:
         clusters = clusters_in(disk.size, cluster_size or self.cluster_size)
         return TreeReader(self.reader().read, bytes.fromhex(disk.root), clusters)
 
-    def is_whole(self, record: Record) -> bool:
-        """Whether every page of a backup's trees verifies and every cluster is in a pack that is there."""
+    def is_whole(self, record: Record, seen: set[bytes]) -> bool:
+        """Whether every page of a backup's trees verifies and every cluster is in a pack that is there.
+
+        Pages in ``seen`` are known to be whole with all below them; those of a whole backup are added.
+        """
         reader = self.reader()
+        trail = set(seen)
         try:
             for disk in record.disks:
                 tree = TreeReader(reader.read, bytes.fromhex(disk.root), clusters_in(disk.size, record.cluster_size))
-                for _digest, level, page in tree.pages(set()):
+                for _digest, level, page in tree.pages(trail):
                     rows = page[page.any(axis=1)]
                     if level == 0 and not self.index.have(np.ascontiguousarray(rows)).all():
                         return False
         except DamagedError:
             return False
+        seen |= trail
         return True
 
     def damage(self) -> Damage:

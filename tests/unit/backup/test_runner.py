@@ -383,6 +383,29 @@ def test_a_base_whose_pages_are_whole_and_whose_clusters_are_lost_is_none(
     assert differing(repo, third, "vda", disk.data) == []
 
 
+@pytest.mark.parametrize("bitmap", ["goes", "stays"])
+def test_an_older_backup_that_is_damaged_too_is_no_base_either(
+    repo: Repository, engine: FakeEngine, bitmap: str
+) -> None:
+    """I3: its bitmap is still there when the last run was killed right after its commit; without one its tree is what
+    clusters are compared with, and those that are equal are not stored.
+    """
+    disk = engine.disks["vda"]
+    made(back_up(repo, engine, incremental=False))
+    (pack,) = (repo.storage.root / "packs").iterdir()
+    disk.write(0, b"new")
+    made(back_up(repo, engine))
+    disk.write(0, b"newer")
+    engine.on = lambda step: _refuse(step, "commit" if bitmap == "stays" else "never")
+    made(back_up(repo, engine))
+    engine.on = lambda step: None
+    assert len(disk.bitmaps) == {"goes": 1, "stays": 2}[bitmap]
+    pack.unlink()
+    last = made(back_up(Repository.open(repo.storage.root), engine))
+    assert (last.base, last.disks[0].reason) == (None, "base-damaged")
+    assert differing(repo, last, "vda", disk.data) == []
+
+
 def test_a_lost_pack_of_another_disk_does_not_cost_a_whole_read(repo: Repository, engine: FakeEngine) -> None:
     """Only the backups that need it are no base."""
     other = FakeEngine({"vda": Disk(bytearray(os.urandom(SIZE)))}, vm="other")
