@@ -257,6 +257,13 @@ _BACKUP = (
         _runner("test_a_base_whose_pages_are_whole_and_whose_clusters_are_lost_is_none"),
     ),
     Fault(
+        "runner-only-the-newest-looked-at",
+        _RUNNER,
+        "        lost = {r.id for r in records if not",
+        "        lost = {r.id for r in records[-1:] if not",
+        _runner("test_an_older_backup_that_is_damaged_too_is_no_base_either"),
+    ),
+    Fault(
         "runner-interrupt-cuts-the-commit",
         _RUNNER,
         "            await asyncio.shield(task)\n",
@@ -297,6 +304,13 @@ _BACKUP = (
         "        if self.full and (came := kernels.count(self._covered)) != self.clusters:\n",
         "        if (came := kernels.count(self._covered)) < 0:\n",
         unit("backup/test_sink", "test_a_full_that_is_not_whole_is_no_backup"),
+    ),
+    Fault(
+        "sink-damaged-base-believed",
+        _SINK,
+        "base is not None and base.size == size and writer.trusts_bases",
+        "base is not None and base.size == size",
+        unit("backup/test_sink", "test_where_anything_is_damaged_clusters_as_in_the_base_are_looked_up"),
     ),
     Fault(
         "sink-two-writes-race",

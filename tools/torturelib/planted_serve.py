@@ -152,6 +152,20 @@ _SERVE = (
         unit("serve/test_jobs", "test_the_guest_waits_until_the_job_has_read"),
     ),
     Fault(
+        "job-takes-holes-for-old-content",
+        _JOB,
+        "holes = 0 if run.saved else self._holes(run)",
+        "holes = self._holes(run)",
+        unit("serve/test_jobs", "test_what_the_guest_discards_is_copied_as_it_was"),
+    ),
+    Fault(
+        "job-ends-beside-writes",
+        _JOB,
+        "        with self.tracked.gate.drained(_END_DRAIN):\n",
+        "        if True:\n",
+        unit("serve/test_jobs", "test_a_job_that_ends_waits_for_a_write_in_flight"),
+    ),
+    Fault(
         "job-without-flush",
         _JOB,
         "            self._copy_all(self._copy)\n            self.target.flush()\n",

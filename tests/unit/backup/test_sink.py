@@ -271,6 +271,23 @@ def test_clusters_as_in_the_base_are_not_stored_again(repo: Repository) -> None:
     assert content(repo, made) == bytes(data)
 
 
+def test_where_anything_is_damaged_clusters_as_in_the_base_are_looked_up(repo: Repository) -> None:
+    """The base may name content that is there no more: what is read again is stored again (faults row 24)."""
+    data = _disk(0)
+    with sinking(repo) as sink:
+        sink.write(0, memoryview(bytes(data)))
+        sink.flush()
+        base = keep(repo, sink)
+    lost = repo.tree(base).digests(3, 1)[0].tobytes()
+    repo.storage.write("damaged", "0" * 32, b'{"digests":["%s"],"backups":[]}' % lost.hex().encode())
+    with sinking(repo, base=base) as sink:
+        sink.write(0, memoryview(bytes(data)))
+        sink.flush()
+        keep(repo, sink)
+        assert sink.counts.stored == CLUSTER
+    assert len(Repository.open(repo.storage.root).index.places(lost)) == 2
+
+
 # -- the pipeline --------------------------------------------------------------------------------------------------
 
 

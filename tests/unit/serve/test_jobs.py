@@ -49,6 +49,50 @@ def test_a_full_copies_everything_at_one_instant_while_the_guest_writes(tmp_path
         assert disk.data[39 * GRAIN + 7 : 39 * GRAIN + 10] == b"new"
 
 
+@pytest.mark.parametrize("kind", ["zeroes", "trim"])
+def test_what_the_guest_discards_is_copied_as_it_was(tmp_path: Path, kind: str) -> None:
+    """I1, faults row 59: the disk has holes there now, the point in time had content."""
+    disk = _disk()
+    before = bytes(disk.data)
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        peer = machine.target("t0", SIZE)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j", speed=1 << 20)
+        guest = machine.guest["vda"]
+        if kind == "zeroes":
+            guest.write_zeroes(17 * GRAIN, 23 * GRAIN, unmap=True, fast=False)
+        else:
+            guest.trim(17 * GRAIN, 23 * GRAIN)
+        machine("block-job-set-speed", device="j", speed=0)
+        assert "error" not in machine.ended("j")
+        assert not any(disk.data[17 * GRAIN : 40 * GRAIN])
+        assert bytes(peer.disk.data) == before  # type: ignore[union-attr]
+
+
+def test_a_job_that_ends_waits_for_a_write_in_flight(tmp_path: Path) -> None:
+    """I6: the write is recorded in the bitmap and, a moment later, in what stays of it: both or neither count."""
+    faults, disk = Faults(), _disk()
+    with Machine(tmp_path, {"vda": FaultyDisk(disk, faults)}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        peer = machine.target("t0", SIZE)
+        _write(machine, 2 * GRAIN, b"x")
+        job = {"sync": "bitmap", "bitmap": "b", "bitmap-mode": "on-success", "job-id": "j", "speed": 1}
+        machine("blockdev-backup", {"device": "vda", "target": "t0", **job})
+        wait_until(lambda: machine.vm.jobs.find("j"), "the job runs")
+        faults.stall["write"] = threading.Event()
+        guest = threading.Thread(target=_write, args=(machine, 9 * GRAIN, b"x"))
+        guest.start()
+        wait_until(lambda: faults.seen["write"] == 2, "the write is under way")
+        machine("block-job-set-speed", device="j", speed=0)
+        wait_until(lambda: peer.wrote, "the job has copied")
+        time.sleep(0.2)
+        early = [event for event, _data in list(machine.events) if event == "BLOCK_JOB_COMPLETED"]
+        faults.stall["write"].set()
+        guest.join(10)
+        machine.ended("j")
+        assert early == []
+        assert machine.tracked["vda"].bitmaps["b"].runs().tolist() == [[9, 1]]
+
+
 def test_a_bitmap_backup_copies_the_dirty_clusters_and_no_others(tmp_path: Path) -> None:
     disk = _disk()
     with Machine(tmp_path, {"vda": disk}) as machine:
