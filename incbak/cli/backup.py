@@ -17,7 +17,7 @@ from incbak.cli.attachments import read_attachments
 from incbak.cli.settings import Settings, common, settings
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
-from incbak.errors import IncompleteError, LockedError
+from incbak.errors import IncompleteError, LockedError, UsageError
 from incbak.report.backups import as_json, disk_line
 from incbak.report.console import Console
 from incbak.units import parse_duration, parse_share, parse_size
@@ -39,6 +39,13 @@ _ENGINE_OPTIONS = (
         metavar="SIZE",
         help="Of QEMU: how much may wait there for each disk; more breaks the backup, never the guest.  "
         "[default: half of the free space]",
+    ),
+    click.option("--quiesce", is_flag=True, help="Of QEMU: freeze the guest's file systems at the point in time."),
+    click.option(
+        "--agent-socket",
+        type=click.Path(path_type=Path),
+        metavar="SOCKET",
+        help="Where the guest agent listens that does so.",
     ),
     click.option(
         "--monitor-wait", metavar="TIME", default="20", help="Wait so long while another client has the monitor."
@@ -145,13 +152,21 @@ def _back_up(
 
 
 def engine_settings(
-    speed_limit: str, scratch_dir: Path | None, scratch_limit: str | None, monitor_wait: str
+    speed_limit: str,
+    scratch_dir: Path | None,
+    scratch_limit: str | None,
+    quiesce: bool,
+    agent_socket: Path | None,
+    monitor_wait: str,
 ) -> dict[str, Any]:
     """What the options say of how an engine is driven, as fields of `Source`."""
+    if quiesce != (agent_socket is not None):
+        raise UsageError("--quiesce and --agent-socket go together")
     return {
         "speed": parse_size(speed_limit.removesuffix("/s")),
         "scratch_dir": scratch_dir,
         "scratch_limit": None if scratch_limit is None else parse_size(scratch_limit),
+        "agent": agent_socket,
         "monitor_wait": max(parse_duration(monitor_wait), 0.5),
     }
 

@@ -23,7 +23,7 @@ class Source:
     """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them.
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
-    ``monitor_wait``: seconds for which another client may keep the monitor.
+    ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`.
     """
 
     text: str
@@ -35,11 +35,12 @@ class Source:
     speed: int = 0
     stall: float = STALL_SECONDS
     monitor_wait: float = GREETING_SECONDS
+    agent: Path | None = None
 
     def qemu_options(self) -> QemuOptions:
         """What of it concerns a running QEMU."""
         directory = self.scratch_dir or DEFAULT_SCRATCH
-        return QemuOptions(directory, self.scratch_limit, self.stall, self.speed)
+        return QemuOptions(directory, self.scratch_limit, self.stall, self.speed, self.agent)
 
 
 async def open_engine(source: Source) -> Engine:
@@ -51,6 +52,7 @@ async def open_engine(source: Source) -> Engine:
         except BaseException:
             await session.close()
             raise
+    _no_agent(source)
     path = Path(source.text)
     if len(source.disks) > 1:
         raise UsageError("an image is one disk", hint="Give one --disk at most.")
@@ -65,6 +67,7 @@ async def open_engine(source: Source) -> Engine:
 async def _over_qmp(session: Session, source: Source) -> Engine:
     version = await session.execute("query-version")
     if str(version.get("package", "")).startswith("incbak"):
+        _no_agent(source)
         return ServedEngine(session, source.speed)
     commands = {c["name"] for c in await session.execute("query-commands")}
     number = (int(version["qemu"]["major"]), int(version["qemu"]["minor"]))
@@ -75,4 +78,10 @@ async def _over_qmp(session: Session, source: Source) -> Engine:
         )
     if "cont" in commands:
         return QemuEngine(session, source.qemu_options())
+    _no_agent(source)
     return StorageDaemonEngine(session, source.speed)
+
+
+def _no_agent(source: Source) -> None:
+    if source.agent:
+        raise UsageError(f"{source.text} has no guest that could be frozen", hint="--quiesce is for a running QEMU.")

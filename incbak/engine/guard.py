@@ -1,11 +1,14 @@
 """A process of its own that undoes what a dead incbak would leave behind. Run as a script; imports nothing of incbak.
 
-``guard.py watch CONTROL MONITOR WINDOW SILENCE SINK...`` (descriptors and seconds) reads single bytes from CONTROL:
+``guard.py watch CONTROL MONITOR AGENT WINDOW FREEZE SILENCE SINK...`` (descriptors, AGENT -1 for none, and seconds)
+reads single bytes from CONTROL:
 
 - ``h``: the owner is alive. After SILENCE seconds without any byte, or at the end of file, the sinks' sockets are shut
   down, so that no drain in QEMU waits for them.
 - ``s``: the VM is about to be stopped. At the end of file, or WINDOW seconds later, ``cont`` goes to MONITOR.
 - ``c``: it runs again. The answer is ``c``; or ``r`` if the guard has resumed it, so that there is no point in time.
+- ``f``: the guest's file systems are about to be frozen. At the end of file, or FREEZE seconds later, AGENT thaws them.
+- ``t``: they are thawed. The answer is ``t``; or ``r`` if the guard has done it.
 - ``q``: the end.
 
 ``guard.py child CONTROL COMMAND...`` runs a command that must not outlive its owner: at the end of file it gets
@@ -24,8 +27,10 @@ import time
 from contextlib import suppress
 
 _CONT = b'{"execute": "cont", "id": "incbak-guard"}\n'
+_THAW = b'{"execute": "guest-fsfreeze-thaw"}\n'
 _RESET = b"\xff"  # ends a message that was cut off
 _ANSWER_SECONDS = 5.0
+_LEAVE_SECONDS = 1.0
 _PATIENCE = 60.0
 _NEVER = float("inf")
 
@@ -33,13 +38,21 @@ _NEVER = float("inf")
 class Watch:
     """The state of ``watch``."""
 
-    def __init__(self, control: socket.socket, monitor: socket.socket, window: float, silence: float) -> None:
-        self._control, self._monitor = control, monitor
-        self._window, self._silence = window, silence
+    def __init__(
+        self,
+        control: socket.socket,
+        monitor: socket.socket,
+        agent: socket.socket | None,
+        window: float,
+        freeze: float,
+        silence: float,
+    ) -> None:
+        self._control, self._monitor, self._agent = control, monitor, agent
+        self._window, self._freeze, self._silence = window, freeze, silence
         self._sinks: list[socket.socket] = []
-        self._resume_at = _NEVER
+        self._resume_at = self._thaw_at = _NEVER
         self._cut_at = time.monotonic() + silence
-        self._resumed = False
+        self._resumed = self._thawed = False
 
     def add_sink(self, sock: socket.socket) -> None:
         """A socket that is shut down when the owner is gone."""
@@ -49,11 +62,13 @@ class Watch:
         """Until the owner says ``q`` or is gone."""
         self._control.sendall(b"g")
         while True:
-            wait = min(self._resume_at, self._cut_at) - time.monotonic()
+            wait = min(self._resume_at, self._thaw_at, self._cut_at) - time.monotonic()
             ready, _, _ = select.select([self._control], [], [], None if wait == _NEVER else max(wait, 0))
             now = time.monotonic()
             if now >= self._resume_at:
                 self._resume(orphan=False)
+            if now >= self._thaw_at:
+                self._thaw()
             if not ready:
                 if now >= self._cut_at:
                     self._cut()
@@ -77,16 +92,25 @@ class Watch:
             with suppress(OSError):
                 self._control.sendall(b"r" if self._resumed else b"c")
             self._resumed = False
-        elif byte == b"x":
-            if self._resume_at != _NEVER:
-                self._resume(orphan=True)
-            self._cut()
-            return False
-        elif byte == b"q":
-            if self._resume_at != _NEVER:
-                self._resume(orphan=False)
+        elif byte == b"f":
+            self._thaw_at = time.monotonic() + self._freeze
+        elif byte == b"t":
+            self._thaw_at = _NEVER
+            with suppress(OSError):
+                self._control.sendall(b"r" if self._thawed else b"t")
+            self._thawed = False
+        elif byte in b"xq":
+            self._end(orphan=byte == b"x")
             return False
         return True
+
+    def _end(self, orphan: bool) -> None:
+        if self._resume_at != _NEVER:
+            self._resume(orphan)
+        if self._thaw_at != _NEVER:
+            self._thaw()
+        if orphan:
+            self._cut()
 
     def _resume(self, orphan: bool) -> None:
         self._resume_at, self._resumed = _NEVER, True
@@ -95,6 +119,15 @@ class Watch:
             self._monitor.sendall(_RESET + _CONT if orphan else _CONT)
             if orphan:
                 self._wait_answer()
+
+    def _thaw(self) -> None:
+        """The agent takes one command after the other, so this is also right while it freezes."""
+        self._thaw_at, self._thawed = _NEVER, True
+        if self._agent:
+            with suppress(OSError):
+                self._agent.settimeout(_ANSWER_SECONDS)
+                self._agent.sendall(_RESET + _THAW)
+                time.sleep(_LEAVE_SECONDS)  # an agent may drop what comes from a peer that is gone again
 
     def _wait_answer(self) -> None:
         seen, deadline = b"", time.monotonic() + _ANSWER_SECONDS
@@ -111,8 +144,10 @@ class Watch:
 
 
 def _watch(arguments: list[str]) -> int:
-    control, monitor, window, silence, *sinks = arguments
-    watch = Watch(socket.socket(fileno=int(control)), socket.socket(fileno=int(monitor)), float(window), float(silence))
+    control, monitor, agent, window, freeze, silence, *sinks = arguments
+    sockets = [socket.socket(fileno=int(fd)) for fd in (control, monitor)]
+    to_agent = socket.socket(fileno=int(agent)) if int(agent) >= 0 else None
+    watch = Watch(sockets[0], sockets[1], to_agent, float(window), float(freeze), float(silence))
     for fd in sinks:
         watch.add_sink(socket.socket(fileno=int(fd)))
     watch.run()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from incbak.durable import crash_point, declare
+from incbak.engine.agent import Agent, Frozen, connected, frozen_inside
 from incbak.engine.base import (
     Description,
     DiskPlan,
@@ -54,13 +55,15 @@ class QemuOptions:
 
     ``scratch_limit``: bytes per disk of old content that may wait to be copied (``None``: half of the free space,
     shared by the disks). ``stall``: seconds after which a copy that does not get on is given up. ``speed``: bytes per
-    second and disk, 0 for no limit.
+    second and disk, 0 for no limit. ``agent``: the guest agent's socket; with one, file systems are frozen at the point
+    in time.
     """
 
     scratch_dir: Path = DEFAULT_SCRATCH
     scratch_limit: int | None = None
     stall: float = STALL_SECONDS
     speed: int = 0
+    agent: Path | None = None
 
 
 class QemuEngine(Engine):
@@ -127,9 +130,11 @@ class QemuEngine(Engine):
         limit = self._limit(len(plans))
         disks = [DiskFilter(self._session, plan, n, self._options.scratch_dir, limit) for n, plan in enumerate(plans)]
         notes: list[str] = []
+        frozen = Frozen()
         try:
             async with AsyncExitStack() as stack:
-                guard = await stack.enter_async_context(self._guard(disks, targets))
+                agent = await stack.enter_async_context(connected(self._options.agent, frozen))
+                guard = await stack.enter_async_context(self._guard(disks, targets, agent))
                 for disk in disks:
                     await disk.connect()
                     await disk.prepare()
@@ -138,20 +143,27 @@ class QemuEngine(Engine):
                     notes += await self._add_bitmap(disk.plan)
                 await self._flush(disks)
                 crash_point("qemu.recording")
-                await self._point_in_time(disks, guard)
+                async with frozen_inside(agent, guard, frozen):
+                    await self._point_in_time(disks, guard)
                 crash_point("qemu.instant")
                 jobs = [{"type": "blockdev-backup", "data": await d.job(self._options.speed)} for d in disks]
+                copies = [CopyJob(self._session, d.ident, d.disk) for d in disks]
                 async with self._watched(disks):
                     await self._session.execute("transaction", {"actions": jobs})
                     crash_point("qemu.copying")
-                    results = await _together(self._copy(disk, targets[disk.disk], progress) for disk in disks)
+                    results = await _together(
+                        self._copy(disk, copy, targets[disk.disk], progress)
+                        for disk, copy in zip(disks, copies, strict=True)
+                    )
         except BaseException:
             await self._abandon(disks)
             raise
         finally:
             for disk in disks:
                 disk.close()
-        return RunResult({d.disk: r for d, r in zip(disks, results, strict=True)}, None, tuple(notes))
+        if frozen.why:
+            log.warning("the guest was not frozen: %s", frozen.why)
+        return RunResult({d.disk: r for d, r in zip(disks, results, strict=True)}, frozen.state, tuple(notes))
 
     def _limit(self, count: int) -> int:
         if self._options.scratch_limit is not None:
@@ -162,11 +174,12 @@ class QemuEngine(Engine):
             raise EngineError(f"scratch directory {self._options.scratch_dir}: {e.strerror}") from e
         return free.f_bavail * free.f_frsize // 2 // max(count, 1)
 
-    def _guard(self, disks: Sequence[DiskFilter], targets: Mapping[str, Target]) -> Guard:
+    def _guard(self, disks: Sequence[DiskFilter], targets: Mapping[str, Target], agent: Agent | None) -> Guard:
         """The guard has the targets' sockets before QEMU does."""
         for disk in disks:
             disk.sink = widen(targets[disk.disk].socket())
-        return Guard(self._session.duplicate(), [disk.sink.dup() for disk in disks if disk.sink])
+        sinks = [disk.sink.dup() for disk in disks if disk.sink]
+        return Guard(self._session.duplicate(), sinks, agent.duplicate() if agent else None)
 
     async def _add_bitmap(self, plan: DiskPlan) -> list[str]:
         one = {"node": plan.disk.node, "name": plan.new_bitmap}
@@ -225,7 +238,7 @@ class QemuEngine(Engine):
         if (await self._session.execute("query-status"))["running"]:
             raise EngineError("the VM was resumed by somebody while its disks were set up")
 
-    async def _copy(self, disk: DiskFilter, target: Target, progress: ProgressCallback) -> DiskResult:
+    async def _copy(self, disk: DiskFilter, copy: CopyJob, target: Target, progress: ProgressCallback) -> DiskResult:
         """Wait for one disk's job, and take its filter out."""
         clock = asyncio.get_running_loop().time
         disk.moved = clock(), -1
@@ -235,7 +248,7 @@ class QemuEngine(Engine):
                 disk.moved = clock(), done
             progress(name, done, whole)
 
-        result = await CopyJob(self._session, disk.ident, disk.disk).wait(moved)
+        result = await copy.wait(moved)
         disk.moved = math.inf, 0
         if result.error:
             result = DiskResult(result.copied, _explain(disk, result.error))

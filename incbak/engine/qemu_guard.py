@@ -14,6 +14,7 @@ from incbak.engine import guard
 from incbak.errors import EngineError
 
 WINDOW_SECONDS = 8.0
+FREEZE_SECONDS = 20.0  # from the first thought of freezing to the thaw
 SILENCE_SECONDS = 15.0
 _BEAT = 1.0
 _ANSWER = 10.0
@@ -52,13 +53,15 @@ class GuardChannel:
 class Guard:
     """Watches over one run. Use as an async context manager; `stopped` around the time in which the VM is stopped."""
 
-    def __init__(self, monitor: socket.socket, sinks: Sequence[socket.socket]) -> None:
-        """Takes over ``monitor`` and ``sinks``: they are closed here once the guard has them."""
-        held = [monitor, *sinks]
-        fds = [sock.fileno() for sock in held]
+    def __init__(
+        self, monitor: socket.socket, sinks: Sequence[socket.socket], agent: socket.socket | None = None
+    ) -> None:
+        """Takes over ``monitor``, ``sinks`` and ``agent``: they are closed here once the guard has them."""
+        held = [monitor, *sinks, *([agent] if agent else [])]
         try:
-            options = [str(fds[0]), str(WINDOW_SECONDS), str(SILENCE_SECONDS), *map(str, fds[1:])]
-            self._channel = GuardChannel("watch", options, fds)
+            options: list[object] = [monitor.fileno(), agent.fileno() if agent else -1]
+            options += [WINDOW_SECONDS, FREEZE_SECONDS, SILENCE_SECONDS, *(sock.fileno() for sock in sinks)]
+            self._channel = GuardChannel("watch", [str(x) for x in options], [sock.fileno() for sock in held])
         finally:
             for sock in held:
                 sock.close()
@@ -89,16 +92,25 @@ class Guard:
 
     def stopping(self) -> None:
         """Call it just before the VM is stopped."""
-        try:
-            self._channel.ours.sendall(b"s")
-        except OSError as e:
-            raise EngineError("the guard process is gone") from e
+        self._tell(b"s")
 
     async def running(self) -> bool:
         """Call it when the VM runs again; false if the guard had to resume it before that."""
+        self._tell(b"c")
+        return await self._answer(b"c", b"r") == b"c"
+
+    def freezing(self) -> None:
+        """Call it just before the guest's file systems are frozen."""
+        self._tell(b"f")
+
+    async def thawed(self) -> bool:
+        """Call it when they are thawed; false if the guard had to thaw them before that."""
+        self._tell(b"t")
+        return await self._answer(b"t", b"r") == b"t"
+
+    def _tell(self, byte: bytes) -> None:
         try:
-            self._channel.ours.sendall(b"c")
-            return await self._answer(b"c", b"r") == b"c"
+            self._channel.ours.sendall(byte)
         except OSError as e:
             raise EngineError("the guard process is gone") from e
 

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from qemu.qmp import EventListener
-
 from incbak.engine.base import DiskResult, ProgressCallback
 from incbak.engine.session import CommandFailed, Session
 
@@ -29,24 +27,24 @@ JOB_POLICY = {
 
 
 class CopyJob:
-    """One job, begun with `JOB_POLICY`."""
+    """One job, begun with `JOB_POLICY` after this was made: it listens from then on."""
 
     def __init__(self, session: Session, ident: str, disk: str) -> None:
         self._session, self._ident, self._disk = session, ident, disk
         self._error: str | None = None
+        self._events = session.listen("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR")
 
     async def wait(self, progress: ProgressCallback) -> DiskResult:
         """Until it is over; it is dismissed then."""
-        events = self._session.listen("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR")
         try:
             while True:
-                if result := await self._look(progress, events):
+                if result := await self._look(progress):
                     return result
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_POLL):
-                        self._hear([await events.get()])
+                        self._hear([await self._events.get()])
         finally:
-            self._session.forget(events)
+            self._session.forget(self._events)
 
     def _hear(self, events: Iterable[Mapping[str, Any]]) -> None:
         """The event of an error says which side failed."""
@@ -54,7 +52,7 @@ class CopyJob:
             if event["event"] == "BLOCK_JOB_ERROR" and event["data"].get("device") == self._ident:
                 self._error = self._error or _said(event["data"])
 
-    async def _look(self, progress: ProgressCallback, events: EventListener) -> DiskResult | None:
+    async def _look(self, progress: ProgressCallback) -> DiskResult | None:
         job = next((j for j in await self._session.execute("query-jobs") if j["id"] == self._ident), None)
         if job is None:
             return DiskResult(error=self._error or "the job vanished")
@@ -69,7 +67,7 @@ class CopyJob:
             if status == "pending":
                 await self._session.execute("job-finalize", {"id": self._ident})
             elif await self._paused_by_error():
-                self._hear(events.clear())
+                self._hear(self._events.clear())
                 self._error = self._error or "an I/O error"
                 await self._session.execute("job-cancel", {"id": self._ident})
         except CommandFailed:

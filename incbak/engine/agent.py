@@ -1,0 +1,158 @@
+"""The guest agent: freezes the guest's file systems around the point in time, so that they need no recovery.
+
+The agent may be slow, hang, be missing, or still busy with what another client asked. So every answer has a deadline, a
+``guest-sync`` skips answers that are not ours, and a backup whose guest could not be frozen is made all the same, and
+says so. What was frozen is thawed in any case: here, or by the guard when this process is gone or stuck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from incbak.durable import crash_point, declare
+from incbak.engine.qemu_guard import Guard
+from incbak.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+declare("agent.frozen")
+
+SYNC_SECONDS = 5.0
+FREEZE_SECONDS = 10.0
+_THAW_SECONDS = 10.0
+_LINE_LIMIT = 1 << 20
+
+
+class Agent:
+    """One connection to a guest agent's socket."""
+
+    def __init__(self, sock: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._socket, self._reader, self._writer = sock, reader, writer
+
+    @classmethod
+    async def connect(cls, path: Path) -> Agent:
+        """Connect and find the agent alive. Raises `EngineError`."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setblocking(False)
+        try:
+            async with asyncio.timeout(SYNC_SECONDS):
+                await asyncio.get_running_loop().sock_connect(sock, str(path))
+                reader, writer = await asyncio.open_connection(sock=sock, limit=_LINE_LIMIT)
+        except (OSError, TimeoutError) as e:
+            sock.close()
+            raise EngineError(f"cannot connect to guest agent {path}: {_text(e)}") from e
+        agent = cls(sock.dup(), reader, writer)
+        try:
+            await agent._sync()
+        except BaseException:
+            await agent.close()
+            raise
+        return agent
+
+    def duplicate(self) -> socket.socket:
+        """A second descriptor, for the guard. The caller closes it."""
+        return self._socket.dup()
+
+    async def _sync(self) -> None:
+        number = secrets.randbelow(1 << 31)
+        with suppress(OSError):
+            self._writer.write(b"\xff")  # ends what an earlier client has not finished
+        await self._ask("guest-sync", {"id": number}, SYNC_SECONDS, expected=number)
+
+    async def _ask(self, command: str, arguments: dict[str, Any], timeout: float, expected: int | None = None) -> Any:
+        request = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        try:
+            async with asyncio.timeout(timeout):
+                self._writer.write(json.dumps(request).encode() + b"\n")
+                await self._writer.drain()
+                while True:
+                    answer = json.loads((await self._reader.readline()).strip(b"\xff \r\n") or b"null")
+                    if answer is None:
+                        raise EngineError(f"the guest agent went away during {command}")
+                    if expected is None and "error" in answer:
+                        raise EngineError(f"{command}: {answer['error'].get('desc', 'no reason given')}")
+                    if "return" in answer and expected in (None, answer["return"]):
+                        return answer["return"]
+        except TimeoutError as e:
+            raise EngineError(f"the guest agent did not answer {command} within {timeout:g} s") from e
+        except (OSError, ValueError) as e:
+            raise EngineError(f"{command}: {_text(e)}") from e
+
+    async def freeze(self) -> int:
+        """Freeze all file systems; how many there are."""
+        return int(await self._ask("guest-fsfreeze-freeze", {}, FREEZE_SECONDS))
+
+    async def thaw(self) -> None:
+        """Thaw them; an answer to a freeze that came late is skipped."""
+        with suppress(EngineError):
+            await self._sync()
+        await self._ask("guest-fsfreeze-thaw", {}, _THAW_SECONDS)
+
+    async def close(self) -> None:
+        """Disconnect."""
+        self._writer.close()
+        with suppress(OSError):
+            await self._writer.wait_closed()
+        self._socket.close()
+
+
+@dataclass
+class Frozen:
+    """Whether the file systems were frozen all through the point in time (``None``: not asked for), and why not."""
+
+    state: bool | None = None
+    why: str = ""
+
+
+@asynccontextmanager
+async def connected(path: Path | None, frozen: Frozen) -> AsyncIterator[Agent | None]:
+    """The agent, if one was asked for and is there."""
+    agent = None
+    if path is not None:
+        frozen.state = False
+        try:
+            agent = await Agent.connect(path)
+        except EngineError as e:
+            frozen.why = str(e)
+    try:
+        yield agent
+    finally:
+        if agent:
+            await agent.close()
+
+
+@asynccontextmanager
+async def frozen_inside(agent: Agent | None, guard: Guard, frozen: Frozen) -> AsyncIterator[None]:
+    """The guest's file systems are frozen inside, where that can be had, and thawed afterwards, whatever happens."""
+    if agent is None:
+        yield
+        return
+    guard.freezing()
+    try:
+        try:
+            frozen.state = await agent.freeze() > 0
+            frozen.why = "" if frozen.state else "the agent has frozen no file system"
+        except EngineError as e:
+            frozen.why = str(e)
+        crash_point("agent.frozen")
+        yield
+    finally:
+        try:
+            await agent.thaw()
+            if not await guard.thawed():
+                frozen.state, frozen.why = False, "the guest had to be thawed before all disks were set up"
+        except EngineError as e:
+            log.warning("the guard thaws the guest, since this failed: %s", e)
+
+
+def _text(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
