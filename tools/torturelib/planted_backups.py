@@ -306,6 +306,13 @@ _BACKUP = (
         unit("backup/test_sink", "test_a_full_that_is_not_whole_is_no_backup"),
     ),
     Fault(
+        "sink-zeroes-not-laid-over",
+        _SINK,
+        "        if self.full and not again:\n",
+        "        if not again:\n",
+        unit("backup/test_sink", "test_an_incremental_lays_any_writes_over_its_base"),
+    ),
+    Fault(
         "sink-damaged-base-believed",
         _SINK,
         "base is not None and base.size == size and writer.trusts_bases",

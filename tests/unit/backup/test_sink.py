@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from incbak import durable
@@ -124,6 +124,9 @@ _CHANGE = st.tuples(st.integers(0, SIZE - 1), st.integers(1, 3 * CLUSTER), st.in
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 1023), changes=st.lists(_CHANGE, max_size=8))
+@example(seed=0, changes=[(CLUSTER, 2 * CLUSTER, 0)])
+@example(seed=0, changes=[(CLUSTER + 10, 5, 0), (SIZE - 700, 700, 0)])
+@example(seed=1023, changes=[(CLUSTER, 2 * CLUSTER, 1), (2 * CLUSTER, CLUSTER, 0)])
 def test_an_incremental_lays_any_writes_over_its_base(
     shared: Repository, seed: int, changes: list[tuple[int, int, int]]
 ) -> None:
