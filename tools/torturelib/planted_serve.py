@@ -116,6 +116,13 @@ _SERVE = (
         unit("serve/test_cbw", "test_a_write_waits_for_the_job_to_read_its_run_and_no_more"),
     ),
     Fault(
+        "cbw-job-passes-the-guest",
+        _CBW,
+        "            if self._claim_on(cluster) is None:\n                saved",
+        "            if True:\n                saved",
+        unit("serve/test_cbw", "test_the_job_keeps_off_what_a_write_is_saving"),
+    ),
+    Fault(
         "cbw-broken-is-mended",
         _CBW,
         "                if self._broken:\n                    raise self._broken\n                if run :=",

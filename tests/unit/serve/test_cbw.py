@@ -269,6 +269,24 @@ def test_a_write_waits_for_the_job_to_read_its_run_and_no_more(rigs: Callable[..
     assert rig.disk.read(GRAIN, 3) == b"new"
 
 
+def test_the_job_keeps_off_what_a_write_is_saving(rigs: Callable[..., Rig]) -> None:
+    """I1: it would read the cluster while the guest, done with saving, overwrites it."""
+    faults = Faults(stall={"read": threading.Event()})
+    disk = FaultyDisk(_filled(), faults)
+    before = bytes(disk.inner.data)  # type: ignore[attr-defined]
+    rig = rigs(disk)
+    guest = threading.Thread(target=rig.guest, args=(0, b"new"))
+    guest.start()
+    wait_until(lambda: faults.seen.get("read"), "the write is saving")
+    run = rig.copy.next_run(0, CLUSTERS * GRAIN, wait=0)
+    faults.stall["read"].set()
+    guest.join(10)
+    assert run
+    assert run.first == 1
+    got = rig.finish(run) | rig.rest()
+    assert b"".join(got[c] for c in sorted(got)) == before
+
+
 def test_close_lets_waiting_writes_go(rigs: Callable[..., Rig]) -> None:
     rig = rigs(_filled(), timeout=30.0)
     assert rig.copy.next_run(0, 2 * GRAIN)
