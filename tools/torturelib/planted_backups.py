@@ -264,6 +264,13 @@ _BACKUP = (
         _runner("test_an_older_backup_that_is_damaged_too_is_no_base_either"),
     ),
     Fault(
+        "runner-others-bitmaps-are-leftovers",
+        _RUNNER,
+        "keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}",
+        "keep = {known.bitmap(r.id) for r in known.records}",
+        _runner("test_a_failed_run_under_another_name_costs_nothing"),
+    ),
+    Fault(
         "runner-interrupt-cuts-the-commit",
         _RUNNER,
         "            await asyncio.shield(task)\n",

@@ -123,6 +123,13 @@ _SERVE = (
         unit("serve/test_cbw", "test_the_job_keeps_off_what_a_write_is_saving"),
     ),
     Fault(
+        "cbw-claims-overlap",
+        _CBW,
+        ", *(c.first for c in self._claims if c.first > first)])",
+        "])",
+        unit("serve/test_cbw", "test_the_job_keeps_off_what_a_write_is_saving"),
+    ),
+    Fault(
         "cbw-broken-is-mended",
         _CBW,
         "                if self._broken:\n                    raise self._broken\n                if run :=",

@@ -416,6 +416,27 @@ def test_a_lost_pack_of_another_disk_does_not_cost_a_whole_read(repo: Repository
     assert made(back_up(Repository.open(repo.storage.root), engine)).base == first.id
 
 
+def test_a_base_whose_record_cannot_be_read_is_called_damaged(repo: Repository, engine: FakeEngine) -> None:
+    """Its bitmap is not taken for that of a backup that is gone; it goes when the next backup is made."""
+    disk = engine.disks["vda"]
+    made(back_up(repo, engine, incremental=False))
+    (record,) = (repo.storage.root / "backups").iterdir()
+    record.write_bytes(record.read_bytes()[:-5])
+    second = made(back_up(Repository.open(repo.storage.root), engine))
+    assert (second.base, second.disks[0].reason) == (None, "base-damaged")
+    assert list(disk.bitmaps) == [second.disks[0].bitmap]
+
+
+def test_a_failed_run_under_another_name_costs_nothing(repo: Repository, engine: FakeEngine) -> None:
+    """A bitmap that some backup in the repository stands for is no leftover, whatever the VM is called in it."""
+    first = made(back_up(repo, engine, incremental=False))
+    engine.results = {"vda": DiskResult(0, "no")}
+    with pytest.raises(BackupError):
+        back_up(repo, engine, name="other")
+    engine.results = {}
+    assert made(back_up(repo, engine)).base == first.id
+
+
 # -- asking ------------------------------------------------------------------------------------------------------------
 
 

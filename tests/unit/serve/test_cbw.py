@@ -269,20 +269,23 @@ def test_a_write_waits_for_the_job_to_read_its_run_and_no_more(rigs: Callable[..
     assert rig.disk.read(GRAIN, 3) == b"new"
 
 
-def test_the_job_keeps_off_what_a_write_is_saving(rigs: Callable[..., Rig]) -> None:
+@pytest.mark.parametrize(("cluster", "taken"), [(0, (1, CLUSTERS)), (3, (0, 3))])
+def test_the_job_keeps_off_what_a_write_is_saving(
+    rigs: Callable[..., Rig], cluster: int, taken: tuple[int, int]
+) -> None:
     """I1: it would read the cluster while the guest, done with saving, overwrites it."""
     faults = Faults(stall={"read": threading.Event()})
     disk = FaultyDisk(_filled(), faults)
     before = bytes(disk.inner.data)  # type: ignore[attr-defined]
     rig = rigs(disk)
-    guest = threading.Thread(target=rig.guest, args=(0, b"new"))
+    guest = threading.Thread(target=rig.guest, args=(cluster * GRAIN, b"new"))
     guest.start()
     wait_until(lambda: faults.seen.get("read"), "the write is saving")
     run = rig.copy.next_run(0, CLUSTERS * GRAIN, wait=0)
     faults.stall["read"].set()
     guest.join(10)
     assert run
-    assert run.first == 1
+    assert (run.first, run.end) == taken
     got = rig.finish(run) | rig.rest()
     assert b"".join(got[c] for c in sorted(got)) == before
 
