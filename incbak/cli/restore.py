@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from incbak.cli.settings import Settings, common, settings
 from incbak.errors import DamagedError, UsageError
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
+from incbak.restore.images import InPlaceTarget, Qcow2Target
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import DeviceTarget, Target, open_target
 from incbak.units import format_size
@@ -23,15 +25,26 @@ from incbak.units import format_size
 @click.option("--disk", metavar="DISK", help="Which disk, when the backup has several.")
 @click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--format", "form", type=click.Choice(["raw", "qcow2"]), default="raw", help="Of the file that is made.")
+@click.option("--in-place", is_flag=True, help="Onto an image or device that is there: write only what differs.")
 @click.option(
     "--salvage", is_flag=True, help="Restore what is whole of a damaged backup; the rest is zeroes. Exits 13."
 )
 @common
-def restore(backup: str, target: str, disk: str | None, name: str | None, force: bool, salvage: bool) -> None:
+def restore(
+    backup: str,
+    target: str,
+    disk: str | None,
+    name: str | None,
+    force: bool,
+    form: str,
+    in_place: bool,
+    salvage: bool,
+) -> None:
     """Write a disk of BACKUP to TARGET: a raw file, a block device, or an NBD URI.
 
     BACKUP is an id, a unique prefix of one, or "latest". All that is read is verified, and all is synced before this
-    says that it is done. A directory as TARGET takes all disks, each as DISK.raw.
+    says that it is done. A directory as TARGET takes all disks, each as DISK.raw (or DISK.qcow2).
 
     \b
     Examples:
@@ -39,21 +52,42 @@ def restore(backup: str, target: str, disk: str | None, name: str | None, force:
       incbak -r /backup restore 1f2e3d4c /dev/vg/web1 --disk vda
     """
     here = settings()
+    if in_place and form != "raw":
+        raise UsageError("only raw images can be restored in place", hint="Leave out --format.")
+    how = _How(form, force, in_place, salvage)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     repo = here.open()
     record = repo.find(backup, name)
-    done = [_one(here, repo, record, found, where, force, salvage) for found, where in _pairs(record, target, disk)]
+    done = [_one(here, repo, record, found, where, how) for found, where in _pairs(record, target, disk, form)]
     if lost := sum(e.length for each in done for e in each.damaged):
         raise DamagedError(f"{lost} bytes of backup {record.id[:8]} could not be read and are zeroes in the target")
 
 
-def _pairs(record: Record, target: str, disk: str | None) -> list[tuple[DiskRecord, str]]:
+@dataclass(frozen=True)
+class _How:
+    """What the options say of the target, and of damage."""
+
+    form: str
+    force: bool
+    in_place: bool
+    salvage: bool
+
+    def open(self, where: str, size: int) -> Target:
+        """The target of one disk."""
+        if self.in_place:
+            return InPlaceTarget(Path(where), size)
+        if self.form == "qcow2":
+            return Qcow2Target(Path(where), size, force=self.force)
+        return open_target(where, size, force=self.force)
+
+
+def _pairs(record: Record, target: str, disk: str | None, form: str) -> list[tuple[DiskRecord, str]]:
     have = ", ".join(d.name for d in record.disks)
     if disk is not None and (found := record.disk(disk)) is None:
         raise UsageError(f"backup {record.id[:8]} has no disk {disk!r}", hint=f"Its disks are: {have}.")
     chosen = [found] if disk is not None and found else list(record.disks)
     if Path(target).is_dir():
-        return [(d, str(Path(target) / f"{component(d.name)}.raw")) for d in chosen]
+        return [(d, str(Path(target) / f"{component(d.name)}.{form}")) for d in chosen]
     if len(chosen) != 1:
         raise UsageError(
             f"backup {record.id[:8]} has several disks: {have}", hint="Say which with --disk, or give a directory."
@@ -61,14 +95,12 @@ def _pairs(record: Record, target: str, disk: str | None) -> list[tuple[DiskReco
     return [(chosen[0], target)]
 
 
-def _one(
-    here: Settings, repo: Repository, record: Record, disk: DiskRecord, where: str, force: bool, salvage: bool
-) -> Restored:
-    opened = open_target(where, disk.size, force=force)
+def _one(here: Settings, repo: Repository, record: Record, disk: DiskRecord, where: str, how: _How) -> Restored:
+    opened = how.open(where, disk.size)
     console = here.reporter()
     try:
         _disown(here, opened, where)
-        done = restore_disk(repo, record, disk, opened, salvage=salvage, report=console)
+        done = restore_disk(repo, record, disk, opened, salvage=how.salvage, report=console)
     finally:
         console.end()
     if here.json:
@@ -78,14 +110,16 @@ def _one(
     here.say(
         f"{record.vm} {disk.name}: restored {record.id[:8]} to {where}: {size}, {written} of data, verified and synced"
     )
+    if isinstance(opened, InPlaceTarget):
+        here.say(f"{format_size(opened.changed)} of {where} differed and were written")
     if larger := getattr(opened, "larger", 0):
         here.say(f"{where} is {larger} bytes larger than the disk; what lies behind it was left alone")
     return done
 
 
 def _disown(here: Settings, opened: Target, where: str) -> None:
-    """The bitmaps of a device that is overwritten know nothing of it: they go before the first byte."""
-    if isinstance(opened, DeviceTarget):
+    """The bitmaps of a disk that is overwritten know nothing of it: they go before the first byte."""
+    if isinstance(opened, DeviceTarget | InPlaceTarget):
         try:
             for name in disown(here.state_dir, Path(where)):
                 here.say(f"bitmap {name} is invalid from now on: its disk is overwritten")

@@ -64,11 +64,11 @@ class FileTarget(Target):
     def __init__(self, path: Path, size: int, *, force: bool) -> None:
         self.path = Path(os.path.realpath(path))
         self.name, self._force = str(path), force
-        self._temporary = self.path.with_name(self.path.name + INCOMPLETE)
+        self.temporary = self.path.with_name(self.path.name + INCOMPLETE)
         self._check()
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self._fd = os.open(self._temporary, flags, 0o600)
+            self._fd = os.open(self.temporary, flags, 0o600)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.ftruncate(self._fd, 0)
@@ -77,9 +77,9 @@ class FileTarget(Target):
                 os.close(self._fd)
                 raise
         except BlockingIOError:
-            raise ImageInUseError(f"another restore is writing to {self._temporary}") from None
+            raise ImageInUseError(f"another restore is writing to {self.temporary}") from None
         except OSError as e:
-            raise RestoreError(f"cannot create {self._temporary}: {e.strerror}", hint="Check the path.") from e
+            raise RestoreError(f"cannot create {self.temporary}: {e.strerror}", hint="Check the path.") from e
         durable.crash_point("restore.opened")
 
     def _check(self) -> None:
@@ -103,7 +103,7 @@ class FileTarget(Target):
         durable.crash_point("restore.written")
         self._check()
         try:
-            durable.commit(self._temporary, self.path, replace=self._force)
+            durable.commit(self.temporary, self.path, replace=self._force)
         except FileExistsError:
             raise RestoreError(f"{self.name} appeared during the restore; it is left alone") from None
         durable.crash_point("restore.named")
@@ -112,7 +112,7 @@ class FileTarget(Target):
     def abandon(self) -> None:
         with suppress(OSError):
             os.close(self._fd)
-            self._temporary.unlink()
+            self.temporary.unlink()
 
 
 class DeviceTarget(Target):
@@ -126,26 +126,26 @@ class DeviceTarget(Target):
             hint = "Unmount it, and stop what has it open."
             raise DiskError(f"cannot open device {path} for ourselves alone: {e.strerror}", hint=hint) from e
         try:
-            self._disk: FileDisk = open_disk(path)
-            if self._disk.size < size:
-                self._disk.close()
-                raise _too_small(self.name, self._disk.size, size)
+            self.disk: FileDisk = open_disk(path)
+            if self.disk.size < size:
+                self.disk.close()
+                raise _too_small(self.name, self.disk.size, size)
         except BaseException:
             os.close(self._guard)
             raise
-        self.larger = self._disk.size - size
+        self.larger = self.disk.size - size
         durable.crash_point("restore.opened")
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
-        self._disk.write(data, offset)
+        self.disk.write(data, offset)
 
     def zero(self, offset: int, length: int) -> None:
-        self._disk.write_zeroes(offset, length, unmap=True)
+        self.disk.write_zeroes(offset, length, unmap=True)
 
     def finish(self) -> None:
         durable.crash_point("restore.written")
         try:
-            self._disk.flush()
+            self.disk.flush()
         except OSError as e:
             raise DurabilityError(f"cannot sync {self.name}: {e.strerror}", hint="Look at the storage.") from e
         durable.crash_point("restore.synced")
@@ -153,7 +153,7 @@ class DeviceTarget(Target):
 
     def abandon(self) -> None:
         if self._guard >= 0:
-            self._disk.close()
+            self.disk.close()
             os.close(self._guard)
             self._guard = -1
 
