@@ -130,11 +130,17 @@ class BackupJob(Job):
     # -- copying --------------------------------------------------------------------------------------------------
 
     def work(self) -> None:
-        """Copy until nothing is left, then have the target flush."""
+        """Copy until nothing is left, then have the target and the disk flush.
+
+        The disk, because a power cut may take from it what was copied and not flushed: it was written before the point
+        in time, so the bitmap that counts from there would call the difference clean.
+        """
         assert self._copy
         try:
             self._copy_all(self._copy)
             self.target.flush()
+            if not self.tracked.read_only:
+                self.tracked.disk.flush()
         except (OSError, NbdError):
             if self._copy.broken:  # that is the cause: it cut the target off
                 raise self._copy.broken from None

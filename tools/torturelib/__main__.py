@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from torturelib import planted, powercut
+from torturelib import bitmapcut, planted, powercut
 from torturelib.rounds import ROUNDS
 from torturelib.world import LostError, Outcomes, World
 
@@ -20,6 +20,9 @@ MEMORY = Path("/dev/shm")
 """Worlds are made there where it is: a killed process leaves the same in memory as on a disk, only sooner."""
 SCHEDULES = 6
 """Random power-cut schedules at each moment that has too many to try them all."""
+
+SESSIONS = 300
+"""Sessions of a tracked disk, most of which end in a power cut, for each disk that is backed up under strace."""
 
 
 def main() -> int:
@@ -61,6 +64,7 @@ def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
         try:
             if target == "power":
                 powercut.campaign(top / f"world-{number}", f"{options.seed}/{number}", SCHEDULES, outcomes)
+                bitmapcut.campaign(top / f"world-{number}/bitmap", f"{options.seed}/{number}", SESSIONS, outcomes)
                 done += 1
             else:
                 world = World(top / f"world-{number}", rng, outcomes)

@@ -373,3 +373,22 @@ def test_speed_is_kept_also_when_it_is_low_or_changed(tmp_path: Path) -> None:
         assert machine("query-jobs")[0]["current-progress"] <= 1 << 20
         machine("block-job-set-speed", device="j", speed=0)
         assert machine.ended("j")["offset"] == 8 << 20
+
+
+@pytest.mark.parametrize("mode", ["never", "on-success"])
+def test_a_job_is_done_only_when_what_it_copied_is_on_the_disk(tmp_path: Path, mode: str) -> None:
+    """Else a power cut takes from the disk what the backup has, and the bitmap from there on calls it clean."""
+    faults = Faults(fail={"flush": (1, errno.EIO)})
+    with Machine(tmp_path, {"vda": FaultyDisk(_disk(), faults)}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        machine.guest["vda"].write(memoryview(b"x"), 3 * GRAIN)
+        machine.target("t0", SIZE)
+        job = {"device": "vda", "target": "t0", "sync": "bitmap", "bitmap": "b", "bitmap-mode": mode, "job-id": "j"}
+        machine("blockdev-backup", job)
+        assert machine.ended("j")["error"] == "Input/output error"
+        assert faults.seen["flush"] == 1
+        assert machine.bitmap("vda", "b")["count"] == GRAIN
+        faults.fail.clear()
+        machine("blockdev-backup", job | {"job-id": "k"})
+        assert "error" not in machine.ended("k")
+        assert faults.seen["flush"] == 2
