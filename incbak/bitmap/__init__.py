@@ -32,6 +32,10 @@ leaves 3, which comes before 4. A host that dies leaves 2, which is durable befo
 touched region. `clear` keeps the bitmap marked invalid on disk while it is between two states; `merge_bits` touches
 before it sets; `keep_bits` only takes away what its caller no longer needs, and leaves the coarse map as it is.
 
+It counts from the instant at which the bitmap began to record. What the guest had written before and not flushed is in
+the backup, and a power cut may take it from the disk in regions that nobody has touched since. So a backup counts only
+when the disk was flushed after its instant: `incbak.serve.backup_job` and `incbak.engine.image` see to it.
+
 When a sync or a header write fails, that is final: the bitmap is made invalid on disk while the sync lock is still
 held, because the kernel reports a lost page once and the next thread's sync would succeed. If the header cannot be
 written, the file is renamed to ``*.invalid``. If that fails too, the mark fails, `State` does not say invalid, and the
@@ -72,6 +76,9 @@ owner's before it is handed out: the coarse map is rewritten and synced (a byte 
 after a power cut together with the bits that it added; then the header gets this boot. A power cut in between finds the
 former boot, and does the same again.
 
+What is not used is made invalid on disk by `incbak serve` before its guest can write (`BitmapStore.give_up`): the next
+look might find nothing wrong any more, and would believe a bitmap in which nobody had recorded.
+
 Held by tests
 -------------
 ``tests/unit/bitmap/test_protocol.py``: 1 by test_the_flag_is_cleared_and_synced_before_the_first_mark_returns and
@@ -83,5 +90,5 @@ test_a_failed_sync_is_final_for_the_threads_behind_it, test_where_the_header_can
 test_where_even_that_fails_no_write_may_go_out.
 ``tests/unit/bitmap/test_found_on_open.py``: the table, with a child process killed at each crash point.
 ``tests/property/test_bitmap_model.py``: test_a_bitmap_is_a_set_of_clusters loses the power at every sync, and any
-subset of the sectors that were not synced.
+subset of the sectors that were not synced; ``tools/torture --target power`` does so with the image as witness.
 """
