@@ -15,6 +15,7 @@
     +-- DiskError                       an image or device cannot be used
     |   +-- ImageInUseError             another process holds its lock
     +-- BitmapError                     a bitmap cannot be used; ``reason`` says why
+    |   +-- AuditError              5   a bitmap calls clean what has changed
     +-- NbdError                        the peer, or the wire
     |   +-- NbdProtocolError            the peer does not keep to the protocol
     |   +-- NbdRequestError             the server refused one request; ``errno`` is its error

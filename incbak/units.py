@@ -14,6 +14,9 @@ TiB = 1 << 40
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?", re.IGNORECASE)
+_LARGEST = 1 << 63
+_LONGEST = 1e9
+"""Seconds, some 30 years: what the system's clocks and waits can still do."""
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -23,7 +26,10 @@ def parse_size(text: str) -> int:
     if not match:
         raise UsageError(f"not a size: {text!r}", hint="Write bytes, or a number with K, M, G or T.")
     power = " kmgtp".index(match[2].lower() or " ")
-    return int(float(match[1]) * 1024**power) if "." in match[1] else int(match[1]) << (10 * power)
+    size = float(match[1]) * 1024**power
+    if size >= _LARGEST:
+        raise UsageError(f"too large a size: {text[:100]!r}")
+    return int(size) if "." in match[1] else int(match[1]) << (10 * power)
 
 
 def parse_duration(text: str) -> float:
@@ -31,7 +37,10 @@ def parse_duration(text: str) -> float:
     match = _DURATION.fullmatch(text.strip())
     if not match:
         raise UsageError(f"not a duration: {text!r}", hint="Write seconds, or a number with s, m, h, d or w.")
-    return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+    seconds = float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+    if seconds > _LONGEST:
+        raise UsageError(f"too long a duration: {text[:100]!r}")
+    return seconds
 
 
 def parse_share(text: str) -> int:

@@ -78,6 +78,6 @@ def _disk(text: str) -> tuple[str, Path]:
 
 def _address(text: str) -> tuple[str, int]:
     host_name, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
+    if not colon or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise UsageError(f"not HOST:PORT: {text}", hint="Write for example 127.0.0.1:10809.")
     return host_name.strip("[]") or "127.0.0.1", int(port)

@@ -2,7 +2,7 @@
 
 `protocol` is the format, pure, shared by both ends; requests are judged in one function there. The server: `server`
 (listeners, bounds), `handshake` (negotiation), `connection` (transmission), `export` (what an export and its device owe
-the server). The client: `client`, `uri`. `wire` reads and writes whole messages with a deadline.
+the server). The client: `client`, `dial`, `uri`. `wire` reads and writes whole messages with a deadline.
 
 What the server guarantees: no memory by a length that the client chose beyond the advertised maximum; a refused
 payload is drained; nothing is opened before negotiation is over, and that has bounds in time, options and bytes; a few

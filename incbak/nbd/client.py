@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from incbak.errors import NbdError, NbdProtocolError, NbdRequestError
+from incbak.errors import NbdError, NbdProtocolError, NbdRequestError, UsageError
 from incbak.nbd import protocol as p
+from incbak.nbd.dial import dial
 from incbak.nbd.uri import NbdUri, parse_uri
 from incbak.nbd.wire import Wire, close_hard
 
@@ -57,16 +58,17 @@ class NbdClient:
     ) -> NbdClient:
         """Connect to a URI (or take a connected socket, which is then owned) and negotiate within ``timeout`` seconds.
 
-        Raises `NbdError` when nobody answers, `NbdProtocolError` when the server breaks the rules or lacks the export.
+        Raises `NbdError` when nobody answers, `NbdProtocolError` when the server breaks the rules or lacks the export,
+        `UsageError` for an address or name that cannot be.
         """
         if isinstance(where, socket.socket):
             sock, name = where, export or ""
         else:
             uri = parse_uri(where) if isinstance(where, str) else where
-            sock, name = _dial(uri, timeout), uri.export if export is None else export
+            sock, name = dial(uri, timeout), uri.export if export is None else export
         client = cls(sock, window=window)
         try:
-            client._negotiate(name, contexts, None if timeout is None else time.monotonic() + timeout)
+            client._negotiate(_encoded(name), contexts, None if timeout is None else time.monotonic() + timeout)
         except OSError as e:
             close_hard(sock)
             raise NbdError(f"the NBD server of export {p.printable(name)!r} went away: {e.strerror or e}") from e
@@ -77,7 +79,7 @@ class NbdClient:
 
     # -- negotiation ----------------------------------------------------------------------------------------------
 
-    def _negotiate(self, name: str, contexts: Sequence[str], deadline: float | None) -> None:
+    def _negotiate(self, encoded: bytes, contexts: Sequence[str], deadline: float | None) -> None:
         wire = Wire(self.sock, deadline)
         head = wire.recv(18)
         (flags,) = p.U16.unpack_from(head, 16)
@@ -85,7 +87,6 @@ class NbdClient:
             raise NbdProtocolError("the server does not speak fixed newstyle NBD")
         wire.send(p.U32.pack(flags & (p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES)))
         self._structured = self._ask(wire, p.OPT_STRUCTURED, b"")[0][0] == p.REP_ACK
-        encoded = name.encode()
         if contexts and self._structured:
             self._set_contexts(wire, encoded, contexts)
         go = p.U32.pack(len(encoded)) + encoded + p.U16.pack(1) + p.U16.pack(p.INFO_BLOCK_SIZE)
@@ -93,7 +94,8 @@ class NbdClient:
         if replies[-1][0] == p.ERR_UNSUP:
             self._export_name(wire, encoded, bool(flags & p.FLAG_NO_ZEROES))
         elif replies[-1][0] != p.REP_ACK:
-            raise NbdProtocolError(f"the server refuses export {p.printable(name)!r}: {_why(replies[-1])}")
+            name = p.printable(encoded.decode())
+            raise NbdProtocolError(f"the server refuses export {name!r}: {_why(replies[-1])}")
         else:
             self._take_info([data for kind, data in replies if kind == p.REP_INFO])
         self.sock.settimeout(None)
@@ -371,22 +373,11 @@ class NbdClient:
             raise NbdProtocolError("the server's answer to a read is incomplete")
 
 
-def _dial(uri: NbdUri, timeout: float | None) -> socket.socket:
+def _encoded(name: str) -> bytes:
     try:
-        if uri.path is not None:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.settimeout(timeout)
-            try:
-                sock.connect(uri.path)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
-        sock = socket.create_connection((uri.host or "", uri.port), timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    except OSError as e:
-        raise NbdError(f"cannot connect to {uri}: {e.strerror or e}", hint="Is the server running?") from e
+        return name.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(f"not the name of an export: {p.printable(name)}") from e
 
 
 def _why(reply: tuple[int, bytes]) -> str:

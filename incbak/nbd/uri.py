@@ -18,9 +18,9 @@ class NbdUri:
     port: int = 10809
 
     def __str__(self) -> str:
-        name = quote(self.export, safe="")
+        name = quote(self.export, safe="", errors="replace")
         if self.path is not None:
-            return f"nbd+unix:///{name}?socket={quote(self.path)}"
+            return f"nbd+unix:///{name}?socket={quote(self.path, errors='replace')}"
         host = f"[{self.host}]" if self.host and ":" in self.host else self.host
         return f"nbd://{host}:{self.port}/{name}"
 

@@ -83,6 +83,20 @@ def test_durations_and_formats() -> None:
     assert [units.format_duration(s) for s in (0.42, 12.3, 185, 7620)] == ["0.42 s", "12.3 s", "3m05s", "2h07m"]
 
 
+@pytest.mark.parametrize(
+    "text", ["8589934592G", "9" * 400, "9" * 400 + ".5", "9" * 5000, "9" * 5000 + "k", "1" * 309 + "P"]
+)
+def test_a_size_beyond_any_disk_is_refused(text: str) -> None:
+    with pytest.raises(errors.UsageError, match="too large"):
+        units.parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "100000000000", "9999999w"])
+def test_a_duration_that_no_clock_can_wait_is_refused(text: str) -> None:
+    with pytest.raises(errors.UsageError, match="too long"):
+        units.parse_duration(text)
+
+
 def test_every_reason_has_a_text() -> None:
     assert all(reason.text for reason in Reason)
 
