@@ -33,6 +33,7 @@ REGION = 1 << REGION_SHIFT
 UNTOUCHED, TOUCHED = 0x5A, 0xA5
 NAME_LIMIT = 128
 SIZE_LIMIT = 1 << 56
+SEQUENCE_LIMIT = 1 << 63
 
 _SLOT = struct.Struct("<8sIIQQIHH16s16sIIQQ32sQQq16s32s128s")
 _BEAT = struct.Struct("<QQ")
@@ -145,7 +146,7 @@ def decode(sector: bytes) -> Slot | Reason:
         digest=fields[19],
     )
     sane = 512 <= slot.granularity <= 1 << 31 and not slot.granularity & (slot.granularity - 1)
-    return slot if sane and slot.size <= SIZE_LIMIT else Reason.HEADER
+    return slot if sane and slot.size <= SIZE_LIMIT and slot.sequence < SEQUENCE_LIMIT else Reason.HEADER
 
 
 def newest(sectors: bytes) -> tuple[Slot | Reason, bool]:

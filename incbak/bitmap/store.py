@@ -42,10 +42,27 @@ class Identity(msgspec.Struct, frozen=True):
 
 def component(name: str) -> str:
     """``name`` as one path component: a key, never a path (faults row 71). Raises `UsageError`."""
-    if not name or len(name.encode()) > fmt.NAME_LIMIT:
+    if not 0 < len(name.encode(errors="surrogatepass")) <= fmt.NAME_LIMIT or not _is_unicode(name):
         raise UsageError(f"not a name: {name[:200]!r}", hint=f"Names have 1 to {fmt.NAME_LIMIT} bytes.")
     quoted = quote(name, safe="")
     return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _name_of(component_: str) -> str | None:
+    """The name that `component` makes this path component of; ``None`` when it is none of ours."""
+    name = unquote(component_)
+    try:
+        return name if component(name) == component_ else None
+    except UsageError:
+        return None
 
 
 class BitmapStore:
@@ -171,17 +188,17 @@ def _read_identity(path: Path) -> Identity | None:
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Identity)
         uuid.UUID(found.uuid)
-    except (FileNotFoundError, msgspec.MsgspecError, ValueError):
+    except (FileNotFoundError, msgspec.MsgspecError, ValueError, RecursionError):
         return None
-    return found
+    return None if "\0" in found.image else found
 
 
 def _names(directory: Path) -> Iterator[str]:
     found = set()
     for path in directory.glob(f"*{SUFFIX}*"):
         stem = path.name.removesuffix(".invalid")
-        if stem.endswith(SUFFIX) and not stem.startswith(".") and path.is_file():
-            found.add(unquote(stem.removesuffix(SUFFIX)))
+        if stem.endswith(SUFFIX) and path.is_file() and (name := _name_of(stem.removesuffix(SUFFIX))):
+            found.add(name)
     yield from found
 
 
@@ -339,8 +356,9 @@ def views(state_dir: Path, vm: str | None = None) -> list[BitmapView]:
     """All bitmaps below the state directory (of one VM), sorted by VM, disk and name."""
     found = []
     for directory in sorted(state_dir.glob("*/*/") if vm is None else state_dir.glob(f"{component(vm)}/*/")):
-        for name in sorted(_names(directory)):
-            found.append(view(state_dir, unquote(directory.parent.name), unquote(directory.name), name))
+        owner, disk = _name_of(directory.parent.name), _name_of(directory.name)
+        for name in sorted(_names(directory)) if owner and disk else ():
+            found.append(view_file(directory / (component(name) + SUFFIX)))
     return found
 
 
