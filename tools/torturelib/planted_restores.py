@@ -122,6 +122,13 @@ FAULTS = (
         _device("test_an_export_that_fails_fails_the_restore"),
     ),
     Fault(
+        "restore-replies-not-awaited",
+        _TARGETS,
+        "        self._client.drain()\n        if self._client.can(p.SEND_FLUSH):\n",
+        "        if self._client.can(p.SEND_FLUSH):\n",
+        _device("test_a_server_that_cannot_flush_is_asked_for_every_reply"),
+    ),
+    Fault(
         "restore-cannot-be-interrupted",
         _RESTORE,
         "            self._target.interrupt()\n",

@@ -18,11 +18,13 @@ from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.memory import MemoryDisk
 from incbak.errors import DamagedError, DiskError, DurabilityError, ImageInUseError, NbdError, RestoreError
+from incbak.nbd import protocol as p
+from incbak.nbd.client import NbdClient
 from incbak.repo.tree import FANOUT
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import DeviceTarget, open_target
 from tests.kit.cli import Content, Incbak, content, differing
-from tests.kit.need import need
+from tests.kit.need import missing, need
 from tests.kit.serve import Peer, wait_until
 from tests.unit.backup.scene import Disk, FakeEngine, back_up
 from tests.unit.backup.scene import made as record_of
@@ -285,3 +287,18 @@ def test_nbdkit_takes_a_restore(made: Made, tmp_path: Path, options: list[str]) 
     with _server(socket, "nbdkit", "-f", "-U", socket, *options, "file", out) as uri:
         _restore(made, uri)
     assert differing(content(out, CLUSTER), made.held) == []
+
+
+def test_a_server_that_cannot_flush_is_asked_for_every_reply(made: Made, tmp_path: Path) -> None:
+    """A write that fails late, after all have been sent, still fails the restore."""
+    need("nbdkit")
+    if subprocess.run(["nbdkit", "--dump-plugin", "eval"], capture_output=True, check=False).returncode:
+        missing("nbdkit", "it lacks the eval plugin")
+    socket = tmp_path / "s"
+    script = f"get_size=echo {SIZE}", "pread=exit 1", "pwrite=sleep 0.2; echo EIO >&2; exit 1"
+    with _server(socket, "nbdkit", "-f", "-U", socket, "eval", *script) as uri:
+        client = NbdClient.connect(uri)
+        assert not client.can(p.SEND_FLUSH)
+        client.close()
+        with pytest.raises(NbdError, match="Input/output error"):
+            _restore(made, uri)
