@@ -88,6 +88,13 @@ _SERVE = (
         unit("serve/test_transaction", "test_a_write_in_flight_that_does_not_end_fails_the_transaction"),
     ),
     Fault(
+        "transaction-keeps-the-settled-map",
+        _TRANSACTION,
+        "                old += [d.refresh() for d in disks]\n",
+        "                pass\n",
+        unit("serve/test_jobs", "test_a_full_copies_everything_at_one_instant_while_the_guest_writes"),
+    ),
+    Fault(
         "transaction-not-undone",
         _TRANSACTION,
         "                for action in reversed(begun):\n                    action.undo()\n                raise\n",

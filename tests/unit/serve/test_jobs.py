@@ -33,10 +33,12 @@ def _write(machine: Machine, offset: int, data: bytes, disk: str = "vda") -> Non
 
 
 def test_a_full_copies_everything_at_one_instant_while_the_guest_writes(tmp_path: Path) -> None:
-    """I1; also the odd tail of the disk (faults row 38)."""
+    """I1; also the odd tail of the disk (faults row 38), and what had nothing to save until the job began."""
     disk = _disk()
-    before = bytes(disk.data)
     with Machine(tmp_path, {"vda": disk}) as machine:
+        for cluster in range(20, 41):
+            _write(machine, cluster * GRAIN + 7, b"old")
+        before = bytes(disk.data)
         peer = machine.target("t0", SIZE)
         machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j", speed=1 << 20)
         for cluster in range(40):
