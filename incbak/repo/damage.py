@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from incbak.errors import DamagedError
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.storage.base import Storage
 
@@ -39,7 +40,7 @@ def read_damage(storage: Storage) -> Damage:
         try:
             note = msgspec.json.decode(storage.read("damaged", name, _LIMIT), type=Note)
             digests.update(bytes.fromhex(d) for d in note.digests)
-        except (msgspec.MsgspecError, ValueError, FileNotFoundError):
+        except (msgspec.MsgspecError, ValueError, RecursionError, OSError, DamagedError):
             continue
         backups.update(note.backups)
     return Damage(frozenset(digests), frozenset(backups))

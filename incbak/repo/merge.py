@@ -48,6 +48,7 @@ def _merged(files: list[IndexFile]) -> bytes:
     for file in files:
         ours = zip(file.names, file.packs["size"].tolist(), strict=True)
         table = np.array([packs.setdefault(p, len(packs)) for p in ours], dtype=np.uint32)
-        parts.append(file.entries())
-        numbers.append(table[file.places["pack"]])
+        sound = file.places["pack"] < len(table)
+        parts.append(file.entries()[sound])
+        numbers.append(table[file.places["pack"][sound]])
     return encode(list(packs), np.concatenate(numbers), np.concatenate(parts))

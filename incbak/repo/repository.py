@@ -99,6 +99,7 @@ class Repository:
             raise DamagedError(f"the config of {path} is malformed: its id or cluster size")
         if config != config.sealed():
             raise DamagedError(f"the config of {path} does not match its digest")
+        storage.check_folders()
         return cls(storage, config)
 
     # -- reading --------------------------------------------------------------------------------------------------

@@ -45,6 +45,13 @@ def _empty() -> Page:
     return np.zeros((FANOUT, DIGEST), dtype=np.uint8)
 
 
+def page_of(digest: bytes, data: bytes | memoryview) -> Page:
+    """A page from its bytes. Raises `DamagedError` when they are none."""
+    if len(data) != PAGE:
+        raise DamagedError(f"page {digest.hex()} has {len(data)} bytes")
+    return np.frombuffer(data, dtype=np.uint8).reshape(FANOUT, DIGEST)
+
+
 class TreeReader:
     """The tree below ``root``. Raises `DamagedError` for a page that is missing or wrong. One thread."""
 
@@ -57,10 +64,7 @@ class TreeReader:
         if digest == ZERO_DIGEST:
             return _empty()
         if (found := self._pages.get(digest)) is None:
-            data = self._fetch(digest)
-            if len(data) != PAGE:
-                raise DamagedError(f"page {digest.hex()} has {len(data)} bytes")
-            found = self._pages[digest] = np.frombuffer(data, dtype=np.uint8).reshape(FANOUT, DIGEST)
+            found = self._pages[digest] = page_of(digest, self._fetch(digest))
             if len(self._pages) > _CACHE:
                 self._pages.popitem(last=False)
         return found
@@ -283,4 +287,4 @@ def clusters_in(size: int, cluster: int) -> int:
     return -(-size // cluster)
 
 
-__all__ = ["FANOUT", "PAGE", "TreeReader", "TreeUpdate", "blob", "clusters_in", "depth_of", "differing"]
+__all__ = ["FANOUT", "PAGE", "TreeReader", "TreeUpdate", "blob", "clusters_in", "depth_of", "differing", "page_of"]

@@ -16,7 +16,7 @@ from incbak.events import Progress, Reporter, Warned, silent
 from incbak.extents import Extent, merge
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
-from incbak.repo.tree import FANOUT
+from incbak.repo.tree import FANOUT, page_of
 from incbak.restore.targets import Target
 
 THREADS = 2
@@ -49,8 +49,8 @@ def restore_disk(
     Raises `DamagedError` when anything does not verify: the target is abandoned, unless ``salvage`` asks for what can
     be had; then damaged clusters are zeroes in the target, and `Restored.damaged` says where.
     """
-    job = _Restore(repo, record, disk, target, salvage, report)
     try:
+        job = _Restore(repo, record, disk, target, salvage, report)
         job.run()
         if job.done.damaged and not salvage:
             raise _damaged(record, job.done)
@@ -121,12 +121,19 @@ class _Restore:
 
     def _leaf(self, number: int, digest: bytes) -> None:
         first = number * FANOUT
+        inside = min(self._tree.clusters - first, FANOUT)
+        if inside <= 0:
+            self._beyond()
+            return
         try:
-            page = np.frombuffer(self._reader.read(digest), dtype=np.uint8).reshape(FANOUT, -1)
-        except (DamagedError, ValueError) as e:
-            self._note_damage(first, FANOUT, str(e))
+            page = page_of(digest, self._reader.read(digest))
+        except DamagedError as e:
+            self._note_damage(first, inside, str(e))
             return
         there: NDArray[np.bool_] = np.asarray(page.any(axis=1))
+        if there[inside:].any():
+            self._beyond()
+        there = there[:inside]
         rows = np.flatnonzero(there)
         numbers = rows.tolist()
         for row, content in self._reader.read_many(np.ascontiguousarray(page[rows])):
@@ -140,6 +147,11 @@ class _Restore:
         if not self._target.blank:
             for start, count in _gaps(there):
                 self._zero((first + start) * self._step, (first + start + count) * self._step)
+
+    def _beyond(self) -> None:
+        """A tree that has more than the disk is not of this disk; what lies beyond is no part of a salvage."""
+        if not self._salvage:
+            raise DamagedError(f"disk {self._disk.name}: its tree reaches beyond the end of the disk")
 
     def _put(self, cluster: int, content: bytes | memoryview) -> None:
         offset = cluster * self._step

@@ -113,6 +113,13 @@ class LocalStorage(Storage):
             raise DamagedError(f"the folder {self.root / kind} is missing") from None
         return found
 
+    def check_folders(self) -> None:
+        """Raises `DamagedError` where a folder is a link or a file: what is written there would go elsewhere."""
+        for kind in KINDS:
+            with suppress(FileNotFoundError):
+                if not stat.S_ISDIR((self.root / kind).lstat().st_mode):
+                    raise DamagedError(f"{self.root / kind} is no folder", hint="Links are not followed there.")
+
     def read(self, kind: str, name: str, limit: int) -> bytes:
         fd = os.open(self.root / kind / name, _READ)
         try:
