@@ -66,6 +66,20 @@ _SERVE = (
         unit("serve/test_tracker", "test_a_new_bitmap_records_what_was_settled_before_it_came"),
     ),
     Fault(
+        "export-tells-invalid-bitmaps",
+        _EXPORT,
+        "            if bitmap is None or bitmap.state is State.INVALID:\n",
+        "            if bitmap is None:\n",
+        unit("serve/test_tracker", "test_a_bitmap_that_is_invalid_is_not_on_offer"),
+    ),
+    Fault(
+        "export-offers-invalid-bitmaps",
+        _EXPORT,
+        "valid = [b.name for b in list(self.tracked.bitmaps.values()) if b.state is not State.INVALID]",
+        "valid = [b.name for b in list(self.tracked.bitmaps.values())]",
+        unit("serve/test_tracker", "test_a_bitmap_that_is_invalid_is_not_on_offer"),
+    ),
+    Fault(
         "gate-open-for-workers",
         _GATE,
         "            if not self._changed.wait_for(lambda: not self._inside, max(deadline - time.monotonic(), 0)):\n"

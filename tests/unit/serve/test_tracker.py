@@ -18,6 +18,7 @@ from incbak.bitmap.format import REGION, TOUCHED, Flag, Slot
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.memory import MemoryDisk
+from incbak.reasons import Reason
 from incbak.serve.cbw import CopyBeforeWrite, OnCbwError
 from incbak.serve.export import DiskExport, TrackedDevice
 from incbak.serve.memory_bitmap import MemoryBitmap
@@ -159,6 +160,18 @@ def test_what_cannot_be_recorded_makes_the_bitmap_invalid_before_the_write_goes_
     assert slot.flags & Flag.INVALID
     rig.device.write(memoryview(b"y"), REGION + GRAIN)
     assert rig.disk.data[REGION + GRAIN] == ord("y")
+
+
+def test_a_bitmap_that_is_invalid_is_not_on_offer(rig: Rig) -> None:
+    """It would lie: not to who connects now, nor to who asked for it while it was valid."""
+    export, context = DiskExport(rig.tracked), "qemu:dirty-bitmap:b"
+    rig.device.write(memoryview(b"x"), 0)
+    assert context in export.contexts()
+    assert rig.device.status(0, 2 * GRAIN, context) == [(GRAIN, 1), (GRAIN, 0)]
+    rig.bitmap.invalidate(Reason.TRACKING_FAILED)
+    assert context not in export.contexts()
+    with pytest.raises(OSError, match="no valid bitmap"):
+        rig.device.status(0, 2 * GRAIN, context)
 
 
 def test_a_write_is_refused_when_not_even_that_can_be_made_durable(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
