@@ -14,7 +14,7 @@ from incbak.engine import guard
 from incbak.errors import EngineError
 
 WINDOW_SECONDS = 8.0
-FREEZE_SECONDS = 20.0  # from the first thought of freezing to the thaw
+FREEZE_SECONDS = 14.0  # from the first thought of freezing to the thaw
 SILENCE_SECONDS = 15.0
 _BEAT = 1.0
 _ANSWER = 10.0

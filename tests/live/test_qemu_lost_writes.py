@@ -29,8 +29,8 @@ from tests.kit.live import Chain, Writes, unharmed
 from tests.kit.serve import raw_image
 
 pytestmark = pytest.mark.kvm
-SECONDS = 20
-PER_ROUND = 16
+SECONDS = 12
+PER_ROUND = 12
 CLUSTER = 65536
 AIMED_AT, AIMED = 80 << 20, 768  # where single writes go, and how many clusters there are
 SIZE = AIMED_AT + AIMED * CLUSTER
