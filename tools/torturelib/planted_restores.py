@@ -19,15 +19,15 @@ FAULTS = (
     Fault(
         "restore-name-before-sync",
         _TARGETS,
-        "            durable.commit(self._temporary, self.path, replace=self._force)\n",
-        "            os.rename(self._temporary, self.path)\n            durable.sync_dir(self.path.parent)\n",
+        "            durable.commit(self.temporary, self.path, replace=self._force)\n",
+        "            os.rename(self.temporary, self.path)\n            durable.sync_dir(self.path.parent)\n",
         _file("test_it_is_synced_before_it_has_its_name"),
     ),
     Fault(
         "restore-under-its-name-at-once",
         _TARGETS,
-        "self._temporary = self.path.with_name(self.path.name + INCOMPLETE)",
-        "self._temporary = self.path",
+        "self.temporary = self.path.with_name(self.path.name + INCOMPLETE)",
+        "self.temporary = self.path",
         _file("test_killed_at_any_step_the_name_stands_for_a_whole_disk"),
     ),
     Fault(
@@ -89,7 +89,7 @@ FAULTS = (
     Fault(
         "restore-onto-a-small-device",
         _TARGETS,
-        "            if self._disk.size < size:\n",
+        "            if self.disk.size < size:\n",
         "            if False:\n",
         _device("test_a_device_that_is_too_small_is_not_touched"),
     ),
@@ -110,7 +110,7 @@ FAULTS = (
     Fault(
         "restore-device-not-synced",
         _TARGETS,
-        "            self._disk.flush()\n",
+        "            self.disk.flush()\n",
         "            pass\n",
         _device("test_a_device_is_synced_before_it_is_said_to_be_done"),
     ),
