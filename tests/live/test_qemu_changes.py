@@ -16,7 +16,7 @@ import pytest
 from tests.kit.cli import Incbak, content
 from tests.kit.guest import Guest, GuestDisk, Target, need_guest
 from tests.kit.guest_targets import MemoryTarget, chain_of
-from tests.kit.live import Chain, Writes, eventually, ours_in, running
+from tests.kit.live import Chain, Writes, bitmaps_of, eventually, ours_in, running
 from tests.kit.serve import raw_image
 
 pytestmark = pytest.mark.kvm
@@ -82,6 +82,42 @@ def test_a_disk_cannot_be_resized_under_a_backup(vm: Vm) -> None:
         assert content(vm.chain.restore() / "vda-dev.raw") == before
     else:
         assert process.returncode in (1, 3), err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--scratch-dir", "/nonexistent"), "scratch"),
+        (("--scratch-limit", "1K"), "cannot make the scratch file"),
+        (("--disk", "vdz"), "there is no disk 'vdz'"),
+        (("--scratch-dir", "/proc"), "scratch"),
+    ],
+)
+def test_what_cannot_be_begun_leaves_nothing(vm: Vm, options: tuple[str, ...], said: str) -> None:
+    ran = vm.chain.incbak.run("full", f"qmp:{vm.guest.monitor}", "--name", "vm", *options)
+    assert ran.code in (1, 2)
+    assert said in ran.err
+    assert ours_in(vm.guest) == []
+    assert bitmaps_of(vm.guest, "vda") == []
+    assert not running(vm.guest)
+
+
+def test_a_dry_run_says_what_and_why_and_changes_nothing(vm: Vm) -> None:
+    command = ("--json", "incremental", f"qmp:{vm.guest.monitor}", "--name", "vm", "--dry-run")
+    before = vm.chain.incbak(*command).objects()
+    assert {(d["disk"], d["kind"], d["reason"]) for d in before} == {
+        ("vda-dev", "full", "no-base"),
+        ("vdb-dev", "full", "no-base"),
+    }
+    assert bitmaps_of(vm.guest, "vda") == []
+    vm.reasons("full")
+    (held,) = bitmaps_of(vm.guest, "vda")
+    assert {(d["disk"], d["kind"]) for d in vm.chain.incbak(*command).objects()} == {
+        ("vda-dev", "incremental"),
+        ("vdb-dev", "incremental"),
+    }
+    assert bitmaps_of(vm.guest, "vda") == [held]
+    assert len(vm.chain.incbak.list()) == 1
 
 
 def test_qemu_is_killed_during_a_backup(vm: Vm) -> None:
