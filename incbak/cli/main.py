@@ -30,6 +30,7 @@ _COMMANDS = MappingProxyType(
         "diff": "repository:diff",
         "restore": "restore:restore",
         "check": "repository:check",
+        "export": "export:export",
         "bitmap": "bitmap:bitmap",
         "serve": "serve:serve",
     }

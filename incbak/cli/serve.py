@@ -58,7 +58,7 @@ def serve(
         state_dir=settings().state_dir,
         nbd_socket=nbd or runtime / "nbd.sock",
         monitor_socket=monitor or (None if stdio else runtime / "qmp.sock"),
-        tcp=_address(tcp) if tcp else None,
+        tcp=parse_tcp(tcp) if tcp else None,
         read_only=read_only,
         stdio=stdio,
         scratch_dir=scratch_dir,
@@ -76,7 +76,8 @@ def _disk(text: str) -> tuple[str, Path]:
     return name, Path(image)
 
 
-def _address(text: str) -> tuple[str, int]:
+def parse_tcp(text: str) -> tuple[str, int]:
+    """The address to listen on. Raises `UsageError`."""
     host_name, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise UsageError(f"not HOST:PORT: {text}", hint="Write for example 127.0.0.1:10809.")

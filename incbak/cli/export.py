@@ -1,0 +1,100 @@
+"""``incbak export``."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+from pathlib import Path
+
+import click
+
+from incbak.cli.serve import parse_tcp
+from incbak.cli.settings import common, settings
+from incbak.errors import UsageError
+from incbak.export.image import BackupImage
+from incbak.export.overlay import Overlay
+from incbak.export.server import ImageExport
+from incbak.nbd.server import NbdServer
+from incbak.nbd.uri import NbdUri
+from incbak.repo.repository import Repository
+from incbak.serve.systemd import notify
+
+
+@click.command(short_help="Offer a backup as an NBD export, with nothing restored first.")
+@click.argument("backup")
+@click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
+@click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository.")
+@click.option("--socket", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket.  [default: a new one]")
+@click.option("--tcp", metavar="HOST:PORT", help="Serve on TCP instead. There is no TLS: trusted networks only.")
+@click.option("--writable", is_flag=True, help="Take writes, and forget them in the end: to boot a VM from it.")
+@click.option(
+    "--scratch-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    default="/var/tmp",
+    show_default=True,
+    help="Where writes are kept until then.",
+)
+@common
+def export(
+    backup: str,
+    disks: tuple[str, ...],
+    name: str | None,
+    socket: Path | None,
+    tcp: str | None,
+    writable: bool,
+    scratch_dir: Path,
+) -> None:
+    """Serve the disks of BACKUP over NBD until SIGTERM or Ctrl-C. All that is read is verified.
+
+    BACKUP is an id, a unique prefix of one, or "latest". A line on stdout says where the disks are.
+
+    \b
+    Examples:
+      incbak -r /backup export latest --socket /tmp/old.sock
+      qemu-img map nbd+unix:///vda?socket=/tmp/old.sock
+      incbak -r /backup export latest --writable --socket /tmp/old.sock    (and boot a VM from it)
+    """
+    here = settings()
+    repo = here.open()
+    exports = _exports(repo, backup, name, disks, scratch_dir if writable else None)
+    server = NbdServer(lambda: exports)
+    wanted = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: wanted.set())
+    with tempfile.TemporaryDirectory(prefix="incbak-export-") as private:
+        try:
+            if tcp:
+                host, port = server.listen_tcp(*parse_tcp(tcp))
+                uris = [str(NbdUri(each, host=host, port=port)) for each in exports]
+            else:
+                path = server.listen_unix(socket or Path(private, "nbd.sock"))
+                uris = [str(NbdUri(each, path=str(path))) for each in exports]
+            if here.json:
+                here.tell({"uris": uris})
+            else:
+                click.echo("ready: " + " ".join(uris))
+            notify("READY=1")
+            wanted.wait()
+        finally:
+            server.stop()
+            repo.close()
+
+
+def _exports(
+    repo: Repository, backup: str, name: str | None, disks: tuple[str, ...], scratch: Path | None
+) -> dict[str, ImageExport]:
+    record = repo.find(backup, name)
+    have = [d.name for d in record.disks]
+    if unknown := [d for d in disks if d not in have]:
+        raise UsageError(
+            f"backup {record.id[:8]} has no disk {unknown[0]!r}", hint=f"Its disks are: {', '.join(have)}."
+        )
+    made = {}
+    for disk in record.disks:
+        if not disks or disk.name in disks:
+            image = BackupImage(repo, record, disk)
+            text = f"{disk.name} of {record.vm}, backup {record.id[:8]}"
+            made[disk.name] = ImageExport(Overlay(image, scratch) if scratch else image, text)
+    return made
