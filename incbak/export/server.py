@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
-
 from incbak.export.image import BackupImage
 from incbak.export.overlay import Overlay
-from incbak.extents import StatusExtent
 
 _ALLOCATION = "base:allocation"
 _HOLE, _ZERO = 1, 2
