@@ -15,7 +15,6 @@ from incbak.cli.backup import interruptible, open_waiting
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.engine.detect import Source
 from incbak.errors import AuditError, BitmapError, UsageError
-from incbak.extents import total
 from incbak.report.backups import table
 from incbak.units import format_size, parse_duration, parse_share
 
@@ -47,10 +46,15 @@ def list_bitmaps(name: str | None) -> None:
 
 
 def _dirty(found: BitmapView) -> int:
+    """Bytes, by numpy alone: there may be millions of runs."""
     try:
-        return total(found.extents())
+        runs = found.runs()
     except BitmapError:
         return 0
+    assert found.slot
+    clusters, granularity = found.slot.clusters, found.slot.granularity
+    tail = clusters * granularity - found.slot.size if len(runs) and int(runs[-1].sum()) == clusters else 0
+    return int(runs[:, 1].sum()) * granularity - tail
 
 
 def _state(found: BitmapView) -> str:

@@ -87,6 +87,9 @@ class Run:
         else:
             data = target.make(Random(f"{self.options.seed}/{name}/{number}"))
         self._now = (name, number, data)
+        if self.options.dump:
+            self.options.dump.mkdir(parents=True, exist_ok=True)
+            (self.options.dump / f"{name}-{number}").write_bytes(data)
         if what := self.watch.run(lambda: target.run(data)):
             self.found(what)
 
@@ -106,6 +109,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="run this case only; with --cases, begin there")
     parser.add_argument("--input", type=Path, help="run this input only")
     parser.add_argument("--keep", type=Path, help="where inputs of findings go (default: a new temporary directory)")
+    parser.add_argument("--dump", type=Path, help="write every input here")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.cases is None and (options.case is not None or options.input):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,8 @@ class BitmapTarget(FuzzTarget):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.state = directory / "state"
+        os.environ["INCBAK_BOOT_ID_FILE"] = str(directory / "boot-id")
+        (directory / "boot-id").write_text("3b1d0c52-7f7b-4c5e-8f60-8a3a7c0b7f11\n")
         self.store = BitmapStore(self.state, "vm", "disk")
         self.store.directory.mkdir(parents=True)
         (self.store.directory / "disk.json").write_text(_IDENTITY)
@@ -54,7 +57,7 @@ class BitmapTarget(FuzzTarget):
         bitmap.mark(70000, 200_000)
         bitmap.mark(SIZE - 5, 5)
         bitmap.close(FINGERPRINT if clean else None)
-        return self.path.read_bytes()
+        return _without_time(self.path.read_bytes())
 
     def make(self, rng: Random) -> bytes:
         sample = rng.choice(self.samples)
@@ -77,7 +80,8 @@ class BitmapTarget(FuzzTarget):
         head = b"".join(fmt.encode(s) for s in ((slot, other) if rng.random() < 0.5 else (other, slot)))
         body = sample[1024:]
         if rng.random() < 0.7 and 512 <= slot.granularity <= 1 << 31 and fmt.layout(slot)[2] < 4 << 20:
-            body = body.ljust(fmt.layout(slot)[2], b"\x5a")[: fmt.layout(slot)[2] - 1024]
+            _bits, coarse, end = fmt.layout(slot)
+            body = body.ljust(coarse - 1024, b"\0")[: coarse - 1024] + b"\x5a" * (end - coarse)
         return head + body
 
     def run(self, data: bytes) -> None:
@@ -140,6 +144,16 @@ class BitmapTarget(FuzzTarget):
     def close(self) -> None:
         self.store.unlock()
         shutil.rmtree(self.state)
+
+
+def _without_time(data: bytes) -> bytes:
+    """The same file for every run: nothing of this process and this moment in it."""
+    head = b""
+    for at in (0, fmt.SECTOR):
+        slot = fmt.decode(data[at : at + fmt.SECTOR])
+        assert isinstance(slot, Slot)
+        head += fmt.encode(replace(slot, created_ns=1, owner_pid=1234, owner_start=5678))
+    return head + fmt.encode_beat(1) + data[fmt.HEARTBEAT + 16 :]
 
 
 def _changed(rng: Random, slot: Slot) -> Slot:

@@ -20,6 +20,8 @@ from incbak.serve.monitor import Monitor
 from tests.kit.serve import Machine, Peer
 
 SIZE = 1 << 20
+_PEER = "@peer@"
+"""Stands for the path of a server's socket, which is another one in each run."""
 _NAMES = ("vda", "vdb", "b0", "b1", "t0", "job0", "nobody", "")
 _WORDS = ("node", "name", "device", "target", "sync", "bitmap", "persistent", "granularity", "disabled", "job-id",
           "id", "actions", "type", "data", "driver", "node-name", "server", "path", "export", "speed", "bitmap-mode",
@@ -61,7 +63,7 @@ class MonitorTarget(FuzzTarget):
 
     def _arguments(self, rng: Random, name: str) -> object:
         """Right ones for the most part, so that commands get far; with one that is not."""
-        path = str(self.peer.path) if rng.random() < 0.8 else mutate.text(rng)
+        path = _PEER if rng.random() < 0.8 else mutate.text(rng)
         server: dict[str, object] = {"type": "unix", "path": path}
         if rng.random() < 0.05:
             server = {"type": "inet", "host": "127.0.0.1", "port": rng.choice(("1", "99999", "9" * 5000, "x", "-1"))}
@@ -105,6 +107,7 @@ class MonitorTarget(FuzzTarget):
         return given if rng.random() < 0.97 else _value(rng, 2)
 
     def run(self, data: bytes) -> None:
+        data = data.replace(_PEER.encode(), str(self.peer.path).encode())
         if b"inet" in data and b"127.0.0.1" not in data:
             return
         self._number += 1

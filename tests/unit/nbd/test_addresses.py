@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from incbak.cli.serve import _address
+from incbak.cli import serve
 from incbak.errors import UsageError
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri, parse_uri
@@ -42,4 +42,4 @@ def test_a_name_that_is_no_text_is_not_sent(name: str) -> None:
 @pytest.mark.parametrize("text", ["host:65536", "host:" + "9" * 5000, "host:", "host", ":-1"])
 def test_what_is_no_address_to_listen_on(text: str) -> None:
     with pytest.raises(UsageError, match="not HOST:PORT"):
-        _address(text)
+        (getattr(serve, "parse_tcp", None) or serve._address)(text)
