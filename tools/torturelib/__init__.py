@@ -12,4 +12,6 @@ hurts one of them, recovers by the ordinary commands, and then restores and comp
 
 Outcomes: ``correct``, ``correct-after-full-read`` (with the reason), ``refused`` (a clear error, nothing made), and
 ``lost``: silent loss, which must be 0.
+
+``--planted`` is about the tests instead of the tool: `planted`.
 """
