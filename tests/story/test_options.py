@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.cli import Incbak
+from tests.kit.need import need
 from tests.kit.serve import raw_image, serving
 
 SIZE = 4 << 20
@@ -50,10 +52,35 @@ def test_what_cannot_be_attached_is_said_before_anything_is_done(
 
 
 def test_a_speed_limit_is_kept(incbak: Incbak) -> None:
+    image = incbak.root / "web1.raw"
+    assert _seconds(incbak, image) >= 4
+    with serving(incbak.root, {"disk0": image}, "--name", "web1") as serve:
+        assert _seconds(incbak, f"qmp:{serve.monitor}") >= 3.2
+    assert incbak.run("full", image, "--speed-limit", "fast").code == 2
+
+
+@pytest.mark.qemu
+def test_a_speed_limit_is_kept_for_other_formats(incbak: Incbak) -> None:
+    need("qemu-img", "qemu-storage-daemon")
+    image = incbak.root / "web1.qcow2"
+    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", incbak.root / "web1.raw", image]
+    subprocess.run(convert, check=True, timeout=20)
+    assert _seconds(incbak, image) >= 3.2
+
+
+def _seconds(incbak: Incbak, source: Path | str) -> float:
+    """How long a full of 4 MiB takes at 2 MiB per second."""
     begun = time.monotonic()
-    incbak("full", incbak.root / "web1.raw", "--speed-limit", "2M")
-    assert time.monotonic() - begun >= 2
-    assert incbak.run("full", incbak.root / "web1.raw", "--speed-limit", "fast").code == 2
+    incbak("full", source, "--speed-limit", "1M")
+    return time.monotonic() - begun
+
+
+def test_only_a_guest_can_be_frozen(incbak: Incbak) -> None:
+    image = incbak.root / "web1.raw"
+    ran = incbak.run("full", image, "--quiesce", "--agent-socket", "/run/web1.qga")
+    assert (ran.code, "has no guest that could be frozen" in ran.err) == (2, True)
+    assert incbak.run("full", image, "--quiesce").code == 2
+    assert incbak.run("full", image, "--agent-socket", "/run/web1.qga").code == 2
 
 
 def test_status_tells_what_the_next_incremental_reads_and_changes_nothing(incbak: Incbak) -> None:
