@@ -9,6 +9,7 @@ few workers, which answer for themselves. So one slow request holds up no fast o
 from __future__ import annotations
 
 import logging
+import mmap
 import queue
 import socket
 import struct
@@ -73,7 +74,7 @@ class Connection:
         self._out = bytearray(BUFFER)
         self._out_view = memoryview(self._out)
         self._out_len = 0
-        self._large = bytearray(0)
+        self._large: bytearray | mmap.mmap = bytearray(0)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._budget = _Budget()
         self._workers: list[threading.Thread] = []
@@ -157,7 +158,7 @@ class Connection:
         if self._out_len:
             self._flush_out()
         if len(self._large) < length:
-            self._large = bytearray(length)
+            self._large = mmap.mmap(-1, length)  # takes memory as bytes arrive, not when they are announced
         view = memoryview(self._large)[:length]
         done = len(have)
         view[:done] = have
