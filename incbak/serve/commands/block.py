@@ -64,9 +64,10 @@ def blockdev_add(vm: Vm, args: Args) -> object:
 def _uri(server: dict[str, str], export: str) -> NbdUri:
     if server["type"] == "unix":
         return NbdUri(export, path=server["path"])
-    if not server["port"].isdecimal():
-        raise QmpError(f"Parameter 'server.port' expects a number, not '{server['port']}'")
-    return NbdUri(export, host=server["host"], port=int(server["port"]))
+    port = server["port"]
+    if not port.isdecimal() or len(port) > 5 or int(port) >= 1 << 16:
+        raise QmpError(f"Parameter 'server.port' expects a number, not '{port[:20]}'")
+    return NbdUri(export, host=server["host"], port=int(port))
 
 
 @command("blockdev-del", {"node-name": STR})

@@ -259,6 +259,28 @@ def test_errors_are_those_of_qemu(ready: Raw, tmp_path: Path) -> None:
     ready.ask("block-dirty-bitmap-remove", {"node": "vda", "name": "dup"})
 
 
+@pytest.mark.parametrize(
+    "server",
+    [
+        {"type": "inet", "host": "127.0.0.1", "port": "9" * 5000},
+        {"type": "inet", "host": "127.0.0.1", "port": "65536"},
+        {"type": "inet", "host": "127.0.0.1", "port": "-1"},
+        {"type": "inet", "host": "a..b", "port": "1"},
+        {"type": "inet", "host": "\ud800", "port": "1"},
+        {"type": "unix", "path": "/run/a\0b"},
+        {"type": "unix", "path": "\ud800"},
+    ],
+)
+@pytest.mark.parametrize("export", ["x", "\ud800"])
+def test_a_server_that_can_be_none_is_refused(ready: Raw, server: dict[str, str], export: str) -> None:
+    """No error of our own, and the monitor goes on."""
+    answer = ready.ask("blockdev-add", {"driver": "nbd", "node-name": "t", "server": server, "export": export})
+    cls, text = _error(answer)
+    assert cls == "GenericError"
+    assert "internal error" not in text
+    assert ready.ask("query-status")["return"]
+
+
 # -- the splitter --------------------------------------------------------------------------------------------------
 
 _JSON = st.recursive(
