@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
-    """Worlds of a few rounds each until time or rounds are up; true when something was lost."""
+    """Worlds of a few rounds each until time or rounds are up; true when something was lost, or a command hung."""
     targets = [*ROUNDS, "power"] if options.target == "all" else [options.target]
     if shutil.which("strace") is None:
         print("without strace there are no power cuts", file=sys.stderr)
@@ -78,7 +78,8 @@ def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
             if world:
                 _finish(world)
         except (LostError, TimeoutError) as e:
-            print(f"LOST: seed {options.seed} world {number} ({target}) round {step}: {e}", file=sys.stderr)
+            what = "HUNG" if isinstance(e, TimeoutError) else "LOST"
+            print(f"{what}: seed {options.seed} world {number} ({target}) round {step}: {e}", file=sys.stderr)
             print(f"evidence: {top / f'world-{number}'}", file=sys.stderr)
             return True
         finally:
