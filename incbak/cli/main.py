@@ -33,6 +33,7 @@ _COMMANDS = MappingProxyType(
         "export": "export:export",
         "bitmap": "bitmap:bitmap",
         "serve": "serve:serve",
+        "doctor": "doctor:doctor",
     }
 )
 """Where each command is: its module is imported when it is needed, so that a start is quick."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
@@ -98,9 +99,19 @@ def _impossible(name: str, record: Record) -> str | None:
         return f"a cluster size of {record.cluster_size}"
     if len(record.disks) > MAX_DISKS or len({d.name for d in record.disks}) != len(record.disks):
         return "its disks"
+    if not (_is_time(record.started) and _is_time(record.finished)):
+        return "its times"
     for disk in record.disks:
         if not 0 <= disk.size <= MAX_DISK_SIZE:
             return f"a disk of {disk.size} bytes"
         if len(disk.root) != 64 or not set(disk.root) <= set("0123456789abcdef"):
             return "a root that is no digest"
     return None
+
+
+def _is_time(text: str) -> bool:
+    """Whether it is a date and time with its distance from UTC."""
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False

@@ -1,0 +1,66 @@
+"""``incbak doctor``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from incbak.cli.backup import interruptible
+from incbak.cli.settings import Settings, common, printable, settings
+from incbak.doctor.finding import Finding, Level
+from incbak.doctor.host import look_at_host
+from incbak.doctor.repository import look_at_repository
+from incbak.doctor.source import look_at_source
+from incbak.engine.detect import Source
+from incbak.errors import IncbakError
+from incbak.units import parse_duration
+
+_LABEL = {Level.OK: "ok     ", Level.WARNING: "WARNING", Level.FAULT: "FAULT  "}
+
+
+@click.command(short_help="Look for what would spoil a backup of this host, or of a VM.")
+@click.argument("source", metavar="[SOURCE]", required=False)
+@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
+@click.option(
+    "--scratch-dir", type=click.Path(path_type=Path), metavar="DIR", help="As for backups.  [default: /var/tmp]"
+)
+@click.option("--monitor-wait", metavar="TIME", default="20", help="Wait so long while another client has the monitor.")
+@common
+def doctor(source: str | None, name: str | None, scratch_dir: Path | None, monitor_wait: str) -> None:
+    """Look at this host, at the repository if -r names one, and at a VM or image if SOURCE does. Changes nothing.
+
+    For a VM it lists each disk, whether its bitmaps outlast a restart, and what is left out of backups, with the
+    reason. Exits with 1 when there is a fault; warnings alone leave 0. With -q only warnings and faults are printed.
+
+    \b
+    Example:
+      incbak doctor -r /backup qmp:/run/web1.qmp
+    """
+    here = settings()
+    wait = max(parse_duration(monitor_wait), 0.5)
+    found = look_at_host(here.state_dir)
+    if here.repository:
+        found += look_at_repository(here.repository)
+    if source:
+        wanted = Source(source, here.state_dir, name, scratch_dir=scratch_dir, monitor_wait=wait)
+        found += interruptible(look_at_source(wanted))
+    _print(here, found)
+    faults = sum(f.level is Level.FAULT for f in found)
+    if faults:
+        raise IncbakError(f"{faults} of {len(found)} looks found a fault", hint="Mend them from the top.")
+
+
+def _print(here: Settings, found: Sequence[Finding]) -> None:
+    for each in found:
+        if here.json:
+            here.tell({"level": each.level, "what": each.what, "text": each.text, "hint": each.hint})
+        elif not here.quiet or each.level is not Level.OK:
+            _line(each)
+
+
+def _line(each: Finding) -> None:
+    click.echo(printable(f"{_LABEL[each.level]}  {each.what}: {each.text}"))
+    if each.hint:
+        click.echo(printable(f"         {each.hint}"))
