@@ -83,6 +83,10 @@ def _every_kind(incbak: Incbak, guest: Guest, disks: list[GuestDisk]) -> None:
     shown = incbak("show", "latest", "--vm").out
     for part in ('"machine"', '"qemu"', "base.qcow2", "scsi-dev"):
         assert part in shown
+    looks = {f["what"]: f for f in incbak("--json", "doctor", f"qmp:{guest.monitor}", "--name", "vm").objects()}
+    assert "its bitmaps outlast a restart" in looks["disk nvme-dev"]["text"]
+    assert "incbak watch" in looks["disk ide-dev"]["hint"]
+    assert "is left out: it is read-only" in looks["disk fixed-dev"]["text"]
 
 
 def test_storage_daemon_and_qemu_make_the_same_backup(incbak: Incbak) -> None:
