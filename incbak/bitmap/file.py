@@ -248,6 +248,13 @@ class Bitmap:
         with self._lock:
             np.bitwise_or(self._bits, other, out=self._bits)
 
+    def fill(self, other: kernels.Bits) -> None:
+        """As `merge_bits`, in a file that nobody else can know yet: nothing is durable before `close`."""
+        for first, count in kernels.runs(other, self.slot.clusters).tolist():
+            last = min((first + count) << self._shift, self.size) - 1
+            self._coarse[first << self._shift >> REGION_SHIFT : (last >> REGION_SHIFT) + 1] = TOUCHED
+        np.bitwise_or(self._bits, other, out=self._bits)
+
     def keep_bits(self, other: kernels.Bits) -> None:
         """Clear all bits that ``other`` (packed, of the same granularity and size) does not have.
 

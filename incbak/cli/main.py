@@ -34,6 +34,7 @@ _COMMANDS = MappingProxyType(
         "bitmap": "bitmap:bitmap",
         "serve": "serve:serve",
         "doctor": "doctor:doctor",
+        "watch": "watch:watch",
     }
 )
 """Where each command is: its module is imported when it is needed, so that a start is quick."""

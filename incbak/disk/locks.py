@@ -32,6 +32,15 @@ def _held_by_another(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
+def writer_present(path: str) -> bool:
+    """Whether another process has the image open for writing, as far as it takes locks. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return _held_by_another(fd, PERMISSION_BASE + WRITE)
+    finally:
+        os.close(fd)
+
+
 def lock_image(fd: int, path: str, *, write: bool) -> None:
     """Take the locks of a writer or a reader on ``fd``; they last until it is closed. Raises `ImageInUseError`."""
     wanted, refused = WRITER if write else READER

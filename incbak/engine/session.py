@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, StateError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, Runstate, StateError
 
 from incbak.errors import EngineError, UsageError
 
@@ -115,10 +115,21 @@ class Session:
 
     def peer_uid(self) -> int | None:
         """The user that the engine runs as, where the socket tells."""
-        if not self.address.is_unix:
-            return None
+        return self._peer()[1] if self.address.is_unix else None
+
+    def peer_pid(self) -> int | None:
+        """The process that made the socket, where it tells: the engine, or who passed the socket to it."""
+        return self._peer()[0] if self.address.is_unix else None
+
+    def _peer(self) -> tuple[int, int, int]:
         raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int(struct.unpack("3i", raw)[1])
+        pid, uid, gid = struct.unpack("3i", raw)
+        return pid, uid, gid
+
+    async def ended(self) -> None:
+        """Wait until the engine has closed the connection."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = COMMAND_SECONDS

@@ -1,0 +1,197 @@
+"""Which disks of a VM are watched, where their images are, and what tells their state."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from incbak import host
+from incbak.bitmap.store import BitmapStore
+from incbak.disk.file import open_disk
+from incbak.disk.locks import writer_present
+from incbak.engine.base import EngineDisk, LeftOut
+from incbak.engine.qemu_disks import Graph, find_disks
+from incbak.engine.qemu_leftovers import read_graph
+from incbak.engine.session import Session
+from incbak.errors import DiskError, LockedError
+from incbak.fingerprint import Fingerprint
+
+LOCK_SECONDS = 15.0
+"""How long the watch of the VM's last run may take to save."""
+_PROTOCOLS = ("file", "host_device")
+_SETTLE_SECONDS = 10.0
+_SECOND, _TICK = 1_000_000_000, 20_000_000
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A disk whose bitmaps are in QEMU's memory only. ``raw``: what the image holds is what the guest sees."""
+
+    name: str
+    node: str
+    size: int
+    image: Path
+    raw: bool
+    store: BitmapStore
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the image, which may be open elsewhere; with the size of the *disk*. Raises `DiskError` or `OSError`."""
+        disk = open_disk(self.image, read_only=True, lock=False)
+        try:
+            found = disk.fingerprint()
+        finally:
+            disk.close()
+        if self.raw:
+            return found
+        sample = blake3(found.sample + found.size.to_bytes(8, "little")).digest(length=16)
+        return found._replace(size=self.size, sample=sample)
+
+    def settled(self) -> Fingerprint:
+        """The same, taken when any later write must show in it: the clock has gone past the image's time of change.
+
+        File systems take that time from a clock that ticks every few milliseconds; some keep whole seconds, or pairs
+        of them. Raises `DiskError` when somebody goes on writing.
+        """
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            now = time.time_ns()
+            found = self.fingerprint()
+            if not found.mtime_ns or not _may_repeat(found.mtime_ns, now):
+                return found
+            if time.monotonic() > deadline:
+                raise DiskError(f"somebody goes on writing to {self.image}", hint="Look who has it open.")
+            time.sleep(0.002)
+
+    def sync(self) -> None:
+        """What was written to the image is on its storage. Raises `OSError`."""
+        fd = os.open(self.image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _may_repeat(mtime_ns: int, now_ns: int) -> bool:
+    """Whether a write after ``now_ns`` could have the time ``mtime_ns`` too. A clock that was set back is no reason."""
+    grain = 2 * _SECOND if mtime_ns % _SECOND == 0 else _TICK
+    return mtime_ns - _SECOND <= now_ns <= mtime_ns + grain
+
+
+async def find_watched(session: Session, state_dir: Path, vm: str) -> tuple[list[Watched], list[LeftOut]]:
+    """The disks to watch, their stores not yet locked; and why the others are not."""
+    graph = await read_graph(session)
+    disks, left_out = find_disks(await session.execute("query-block"), graph)
+    found: list[Watched] = []
+    for disk in disks:
+        image = _image_of(disk, graph)
+        if isinstance(image, str):
+            left_out.append(LeftOut(disk.name, image))
+            continue
+        raw = disk.format in ("raw", *_PROTOCOLS)
+        watched = Watched(disk.name, disk.node, disk.size, image, raw, BitmapStore(state_dir, vm, disk.name))
+        if why := await asyncio.to_thread(_unusable, watched, session.peer_pid()):
+            left_out.append(LeftOut(disk.name, why))
+            continue
+        found.append(watched)
+    return found, left_out
+
+
+def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
+    """The one file or block device that the disk is, or why there is none."""
+    if disk.can_persist:
+        return "its image stores its bitmaps itself"
+    node = disk.node
+    while graph.nodes[node]["drv"] not in _PROTOCOLS:
+        below = [(edge, child) for (parent, edge), child in graph.edges.items() if parent == node]
+        if len(below) != 1 or below[0][0] != "file":
+            return "its image is not one file or block device of this host"
+        node = below[0][1]
+    path = str(graph.nodes[node].get("file", ""))
+    if not path.startswith("/") or path.startswith("/dev/fdset/"):
+        return "QEMU was not given its image by an absolute path"
+    return Path(path)
+
+
+def _unusable(disk: Watched, pid: int | None) -> str:
+    try:
+        found = disk.fingerprint()
+    except (DiskError, OSError) as e:
+        return f"its image cannot be read here: {e}"
+    if found.size != disk.size:
+        return f"the image has {found.size} bytes, the disk has {disk.size}"
+    if not _locked(disk) and not (pid and _has_open(pid, disk.image)):
+        return f"nothing shows that QEMU has this {disk.image} open: it takes no locks, and its files are not seen"
+    return ""
+
+
+async def lock_store(disk: Watched) -> None:
+    """Own the bitmap files of ``disk``. Raises `LockedError` when somebody else does for long."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            disk.store.lock()
+            break
+        except LockedError:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.1)
+    disk.store.note_image(disk.image)
+
+
+def unlock_stores(disks: Iterable[Watched]) -> None:
+    """Let others have them."""
+    for disk in disks:
+        disk.store.unlock()
+
+
+class Holder:
+    """The process that has the images open. Made while it certainly has."""
+
+    def __init__(self, pid: int | None, disks: Sequence[Watched]) -> None:
+        self.pid = pid if pid and all(_has_open(pid, d.image) for d in disks) else None
+        self._started = host.start_time(self.pid) if self.pid else None
+        self._unlocked = [d.name for d in disks if not _locked(d)]
+
+    def why_not_told(self) -> str:
+        """Why nobody could tell when the images are closed, or ""."""
+        if self.pid or not self._unlocked:
+            return ""
+        return f"nothing tells when QEMU has closed {', '.join(self._unlocked)}: it takes no locks, and is not seen"
+
+    async def gone(self, disks: Sequence[Watched], timeout: float) -> bool:
+        """Wait until it has closed all images. Where it is not seen, that is when nobody has them open for writing."""
+        deadline = time.monotonic() + timeout
+        while self._has_any(disks) if self.pid else any(_locked(d) for d in disks):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    def _has_any(self, disks: Sequence[Watched]) -> bool:
+        assert self.pid
+        return host.start_time(self.pid) == self._started and any(_has_open(self.pid, d.image) for d in disks)
+
+
+def _locked(disk: Watched) -> bool:
+    with suppress(OSError):
+        return writer_present(str(disk.image))
+    return True
+
+
+def _has_open(pid: int, image: Path) -> bool:
+    try:
+        wanted = image.stat()
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if os.path.samestat(fd.stat(), wanted):
+                    return True
+    except OSError:
+        pass
+    return False
