@@ -1,0 +1,103 @@
+"""What tells the state of an image, and the order in which a VM is let go."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from incbak.disk.file import open_disk
+from incbak.engine.session import Address
+from incbak.errors import DiskError
+from incbak.watch import disks, vm
+from incbak.watch.disks import Holder, Watched
+from incbak.watch.loading import Outcome
+from incbak.watch.vm import WatchOptions
+from tests.unit.watch.fake import FakeQemu, a_disk
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Watched:
+    return a_disk(tmp_path)
+
+
+def test_any_later_write_shows(disk: Watched) -> None:
+    """Also one that changes nothing that is sampled, right after: time stamps come from a clock that ticks."""
+    for _ in range(20):
+        with disk.image.open("r+b") as f:
+            f.write(b"x")
+        before = disk.settled()
+        with disk.image.open("r+b") as f:
+            f.write(b"x")
+        assert disk.fingerprint() != before
+
+
+def test_a_file_system_that_keeps_seconds(disk: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write two seconds later may have the same time."""
+    whole = 1_700_000_000 * 10**9
+    os.utime(disk.image, ns=(whole, whole))
+    times = iter([whole + 10**8, whole + 19 * 10**8, whole + 21 * 10**8])
+    monkeypatch.setattr(disks.time, "time_ns", lambda: next(times))
+    assert disk.settled().mtime_ns == whole
+    assert list(times) == []
+
+
+def test_an_image_that_is_written_all_the_time_is_given_up(disk: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disks, "_SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(disks.time, "time_ns", lambda: disk.image.stat().st_mtime_ns)
+    with pytest.raises(DiskError, match="goes on writing"):
+        disk.settled()
+
+
+def test_a_clock_that_was_set_back_is_not_waited_for(disk: Watched) -> None:
+    future = 4_000_000_000 * 10**9 + 1
+    os.utime(disk.image, ns=(future, future))
+    assert disk.settled().mtime_ns == future
+
+
+def test_an_image_of_another_format_has_the_size_of_its_disk(tmp_path: Path) -> None:
+    """Its own size is in the sample: so it shows when it changes."""
+    disk = a_disk(tmp_path, raw=False)
+    before = disk.fingerprint()
+    with disk.image.open("r+b") as f:
+        f.truncate(disk.size + 512)
+    os.utime(disk.image, ns=(1, before.mtime_ns))
+    after = disk.fingerprint()
+    assert (before.size, after.size, before.sample == after.sample) == (disk.size, disk.size, False)
+
+
+def test_who_has_the_image_open(disk: Watched) -> None:
+    """Its process tells; else its locks do; else nobody."""
+    assert "nothing tells" in Holder(None, [disk]).why_not_told()
+    assert "nothing tells" in Holder(1 << 22, [disk]).why_not_told()
+    with disk.image.open("rb"):
+        ours = Holder(os.getpid(), [disk])
+        assert (ours.pid, ours.why_not_told()) == (os.getpid(), "")
+        assert asyncio.run(ours.gone([disk], 0.05)) is False
+    assert asyncio.run(ours.gone([disk], 0.05)) is True
+    writer = open_disk(disk.image)
+    theirs = Holder(None, [disk])
+    assert theirs.why_not_told() == ""
+    assert asyncio.run(theirs.gone([disk], 0.05)) is False
+    writer.close()
+    assert asyncio.run(theirs.gone([disk], 0.05)) is True
+
+
+def test_the_vm_is_let_go_last(disk: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bitmaps are there, and a shutdown would pause it."""
+    qemu, told = FakeQemu(), []
+    options = WatchOptions(Address(path="/x"), "vm", Path("/x"), lambda e, *_: told.append(e), start=True)
+    attached = vm._Attached(qemu.session, options, asyncio.Event())
+    attached._disks = {"vda": disk}
+
+    async def load(*_: Any) -> list[Outcome]:
+        qemu.done.append("load")
+        return [Outcome("vda")]
+
+    monkeypatch.setattr(vm, "load", load)
+    asyncio.run(attached._attach())
+    assert qemu.done[-3:] == ["load", "set-action", "cont"]
+    assert told == ["ready"]
