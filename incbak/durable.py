@@ -202,4 +202,17 @@ def remove(path: Path) -> None:
     sync_dir(path.parent)
 
 
+def remove_all(directory: Path, names: Iterable[str]) -> None:
+    """Remove the files of these names in ``directory``, durably, with one sync; no error for one that is not there."""
+    for name in names:
+        try:
+            os.unlink(directory / name)
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            raise DurabilityError(f"cannot remove {directory / name}: {e.strerror}") from e
+        crash_point("durable.unlinked")
+    sync_dir(directory)
+
+
 arm(os.environ.get("INCBAK_CRASH_AT"), os.environ.get("INCBAK_FAULT_AT"))

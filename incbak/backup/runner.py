@@ -177,7 +177,7 @@ class _Attempt:
         noted = self._repo.damage().backups | self._distrusted
         index = self._repo.index
         index.refresh()
-        if all(bool(f.usable.all()) for f in index.files) and not index.damaged:
+        if index.complete:
             return frozenset(noted)
         seen: set[bytes] = set()
         lost = {r.id for r in records if not self._repo.is_whole(r, seen)}

@@ -10,6 +10,7 @@ import msgspec
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.errors import DamagedError, UsageError
 from incbak.repo import check as checks
+from incbak.repo.pins import read_pins
 from incbak.repo.record import Record
 from incbak.repo.repository import DEFAULT_CLUSTER, Repository
 from incbak.repo.tree import differing
@@ -44,11 +45,12 @@ def list_backups(name: str | None) -> None:
     here = settings()
     repo = here.open()
     records = repo.backups(name)
+    pins = read_pins(repo.storage)
     if here.json:
         for record in records:
-            here.tell(as_json(record))
+            here.tell(as_json(record) | {"pinned": record.id in pins})
     elif records:
-        click.echo(printable(listing(records)))
+        click.echo(printable(listing(records, pins)))
     elif not here.quiet:
         click.echo("no backups")
     if repo.unreadable:
@@ -65,7 +67,9 @@ def list_backups(name: str | None) -> None:
 def show(backup: str, name: str | None, vm: bool, attachment: str | None) -> None:
     """Show a backup: an id, a unique prefix of one, or "latest"."""
     here = settings()
-    record = here.open().find(backup, name)
+    repo = here.open()
+    record = repo.find(backup, name)
+    pinned = record.id in read_pins(repo.storage)
     if attachment is not None:
         if attachment not in record.attachments:
             have = ", ".join(record.attachments) or "none"
@@ -75,9 +79,9 @@ def show(backup: str, name: str | None, vm: bool, attachment: str | None) -> Non
         click.echo(msgspec.json.format(msgspec.json.encode(record.config)).decode())
     elif here.json:
         here.tell(as_json(record) | {"config": record.config, "host": record.host, "program": record.program,
-                                   "attachments": list(record.attachments)})  # fmt: skip
+                                   "attachments": list(record.attachments), "pinned": pinned})  # fmt: skip
     else:
-        click.echo(printable(details(record)))
+        click.echo(printable(details(record, pinned=pinned)))
 
 
 @click.command(short_help="List the clusters that differ between two backups.")

@@ -62,6 +62,8 @@ def check(
     repo.index.refresh()
     for name in repo.index.damaged:
         found.problems.append(Problem(f"index {name} does not verify; make it anew with: incbak check --rebuild-index"))
+    for why in repo.index.condemned.unknown.values():
+        found.problems.append(Problem(f"{why}; until then backups store everything anew; mend it with: incbak prune"))
     _large_indexes(repo, found)
     tables, suspects = _packs(repo, found)
     chosen = sorted(tables) if read_data else []
@@ -89,13 +91,16 @@ def _packs(repo: Repository, found: Report) -> tuple[dict[str, pack.Entries], di
     """Tables of all packs that have one; missing and broken packs are problems.
 
     Of a pack whose own table is broken, the second one tells what the index looks for there: all of it is suspect.
+    Condemned packs may be there or not, and hold nothing that counts.
     """
     there = repo.storage.list("packs")
-    named = {n: s for f in repo.index.files for n, s in zip(f.names, f.packs["size"].tolist(), strict=True)}
-    for name in sorted(named.keys() - there.keys()):
-        found.problems.append(Problem(f"pack {name} is missing"))
+    for name in sorted(_named(repo) - there.keys()):
+        if not _pruned(repo, name):
+            found.problems.append(Problem(f"pack {name} is missing"))
     tables, suspects = {}, {}
     for name, size in sorted(there.items()):
+        if name in repo.index.condemned.packs:
+            continue
         try:
             if not is_id(name):
                 raise DamagedError(f"{name[:100]!r} in packs is no pack")
@@ -103,10 +108,24 @@ def _packs(repo: Repository, found: Report) -> tuple[dict[str, pack.Entries], di
             found.packs += 1
             found.blobs += len(tables[name])
         except (DamagedError, OSError) as e:
+            if _pruned(repo, name):
+                continue
             found.problems.append(Problem(str(e)))
             if len(entries := _indexed(repo, name)):
                 suspects[name] = entries
     return tables, suspects
+
+
+def _named(repo: Repository) -> set[str]:
+    return {name for file in repo.index.files for name in file.names}
+
+
+def _pruned(repo: Repository, name: str) -> bool:
+    """Whether a pack is gone because a prune that ran meanwhile removed it."""
+    if name in repo.storage.list("packs"):
+        return False
+    repo.index.refresh()
+    return name in repo.index.condemned.packs or name not in _named(repo)
 
 
 def _indexed(repo: Repository, name: str) -> pack.Entries:
@@ -129,7 +148,10 @@ def _blobs(repo: Repository, tables: dict[str, pack.Entries], found: Report, rep
             found.bytes_read += count
             report(Progress("", found.bytes_read, total))
     reader = repo.reader()
+    pruned = {name for name in {name for name, _ in suspects} if _pruned(repo, name)}
     for name, digest in suspects:
+        if name in pruned:
+            continue
         try:
             reader.read(digest)
             found.problems.append(Problem(f"blob {digest.hex()} in pack {name} is damaged; another copy is whole"))
@@ -177,8 +199,13 @@ def _backups(repo: Repository, records: list[Record], found: Report) -> set[str]
     for name, why in sorted(repo.unreadable.items()):
         found.problems.append(Problem(why, (name,)))
     for record in records:
+        before = set(found.damaged)
+        problem = _one_backup(repo, record, seen, found)
+        if problem and record.id not in repo.storage.list("backups"):
+            found.damaged = before  # pruned meanwhile
+            continue
         found.backups += 1
-        if problem := _one_backup(repo, record, seen, found):
+        if problem:
             hurt.add(record.id)
             found.problems.append(Problem(problem, (record.id,)))
     return hurt

@@ -21,6 +21,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError, FormatTooNewError
+from incbak.repo.condemned import Condemned, read_condemned
 from incbak.repo.pack import ENTRY, Entries
 from incbak.repo.storage.base import Storage
 
@@ -93,17 +94,24 @@ class IndexFile:
         self.places = np.frombuffer(data, dtype=PLACE, count=count, offset=at + 8 * count)
         self.names = [bytes(n).hex() for n in self.packs["name"]]
         self.usable = np.ones(packs, dtype=bool)
+        self.lasting = self.usable
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def only_packs(self, there: dict[str, int]) -> None:
-        """Believe only in packs that exist with their size: others hold nothing to build on (faults rows 24, 25)."""
+    def only_packs(self, there: dict[str, int], condemned: Condemned) -> None:
+        """Believe only in packs that exist with their size: others hold nothing to build on (faults rows 24, 25).
+
+        Of these only the ``lasting`` ones are built on: not condemned, where all that is condemned is known.
+        """
         sizes = self.packs["size"].tolist()
         self.usable = np.array([there.get(n) == s for n, s in zip(self.names, sizes, strict=True)], dtype=bool)
+        stays = [n not in condemned.packs and not condemned.unknown for n in self.names]
+        self.lasting = self.usable & np.array(stays, dtype=bool)
 
-    def find(self, digests: Digests, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """For each digest its row, or -1. Shape (n,)."""
+    def find(self, digests: Digests, keys: NDArray[np.uint64], *, lasting: bool = False) -> NDArray[np.int64]:
+        """For each digest its row, or -1; with ``lasting`` only in packs that are not condemned. Shape (n,)."""
+        packs = self.lasting if lasting else self.usable
         rows = np.full(len(digests), -1, dtype=np.int64)
         at = np.searchsorted(self.keys, keys)
         open_ = np.flatnonzero(at < len(self.keys))
@@ -112,23 +120,24 @@ class IndexFile:
             open_ = open_[self.keys[at[open_]] == keys[open_]]
             places = self.places[at[open_]]
             hit = places["rest"] == rest[open_]
-            hit &= places["pack"] < len(self.usable)
-            if len(self.usable):
-                hit &= self.usable[np.minimum(places["pack"], len(self.usable) - 1)]
+            hit &= places["pack"] < len(packs)
+            if len(packs):
+                hit &= packs[np.minimum(places["pack"], len(packs) - 1)]
             rows[open_[hit]] = at[open_[hit]]
             open_ = open_[~hit]
             at[open_] += 1
             open_ = open_[at[open_] < len(self.keys)]
         return rows
 
-    def entries(self) -> Entries:
-        """Every blob as in a pack's table, in the order of `places`."""
-        entries = np.zeros(len(self), dtype=ENTRY)
-        keys = np.asarray(self.keys).astype(">u8").view(np.uint8).reshape(-1, 8)
-        rest = np.frombuffer(self.places["rest"].tobytes(), dtype=np.uint8).reshape(-1, 24)
+    def entries(self, start: int = 0, end: int | None = None) -> Entries:
+        """Every blob (of these rows) as in a pack's table, in the order of `places`."""
+        places = self.places[start:end]
+        entries = np.zeros(len(places), dtype=ENTRY)
+        keys = np.asarray(self.keys[start:end]).astype(">u8").view(np.uint8).reshape(-1, 8)
+        rest = np.frombuffer(places["rest"].tobytes(), dtype=np.uint8).reshape(-1, 24)
         entries["digest"] = np.ascontiguousarray(np.concatenate([keys, rest], axis=1)).view("V32").ravel()
         for field in ("offset", "stored", "raw", "codec"):
-            entries[field] = self.places[field]
+            entries[field] = places[field]
         return entries
 
 
@@ -148,24 +157,43 @@ class Index:
         self._storage = storage
         self.files: list[IndexFile] = []
         self.damaged: list[str] = []
+        self.condemned = Condemned()
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the folder again. A damaged file is noted in `damaged` and left out. Raises `FormatTooNewError`."""
+        """Read the folder again. A damaged file is noted in `damaged` and left out. Raises `FormatTooNewError`.
+
+        A pack that was pruned is found condemned, or not named: the index is looked at again behind what is condemned,
+        since a prune removes a pack first, then what names it, then the condemnation.
+        """
         known = {f.name: f for f in self.files}
         for _ in range(8):
             names = self._storage.list("index")
             try:
                 files = [known.get(n) or f for n in names if (f := self._open(n, known)) is not None]
-                break
             except FileNotFoundError:
                 continue
+            packs = self._storage.list("packs")
+            condemned = read_condemned(self._storage)
+            if {f.name for f in files} <= self._storage.list("index").keys():
+                break
         else:
             raise DamagedError("the index changes faster than it can be read")
-        packs = self._storage.list("packs")
         for file in files:
-            file.only_packs(packs)
-        self.files = files
+            file.only_packs(packs, condemned)
+        self.files, self.condemned = files, condemned
+
+    def stale(self) -> bool:
+        """Whether index files came or went since the last `refresh`."""
+        return {f.name for f in self.files} != self._storage.list("index").keys() - set(self.damaged)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pack that is named is there, but for condemned ones, and every file of the index verifies."""
+        if self.damaged or self.condemned.unknown:
+            return False
+        lost = {name for f in self.files for name, there in zip(f.names, f.usable.tolist(), strict=True) if not there}
+        return lost <= self.condemned.packs
 
     def _open(self, name: str, known: dict[str, IndexFile]) -> IndexFile | None:
         if name in known:
@@ -179,12 +207,12 @@ class Index:
                 self.damaged.append(name)
             return None
 
-    def have(self, digests: Digests) -> NDArray[np.bool_]:
-        """Which of the digests are stored in packs that exist."""
+    def have(self, digests: Digests, *, lasting: bool = False) -> NDArray[np.bool_]:
+        """Which of the digests are stored in packs that exist; with ``lasting``, in some that are not condemned."""
         keys = prefixes(digests)
         found = np.zeros(len(digests), dtype=bool)
         for file in self.files:
-            found |= file.find(digests, keys) >= 0
+            found |= file.find(digests, keys, lasting=lasting) >= 0
         return found
 
     def locate(self, digests: Digests) -> list[Place | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
@@ -26,13 +26,31 @@ class BlobReader:
 
     def read(self, digest: bytes) -> bytes | memoryview:
         """One blob. Raises `DamagedError` naming the digest and the pack."""
-        places = self._index.places(digest)
+        try:
+            return self._whole(digest)[1]
+        except DamagedError:
+            if not self._index.stale():
+                raise
+        self._index.refresh()  # a prune may have moved it since
+        return self._whole(digest)[1]
+
+    def stored(self, digest: bytes, *, besides: Collection[str] = ()) -> tuple[Place, bytes | memoryview]:
+        """One blob as it is stored, verified, from a pack that is not one of ``besides``. Raises as `read`."""
+        place, _data, stored = self._whole(digest, besides)
+        return place, stored
+
+    def _whole(
+        self, digest: bytes, besides: Collection[str] = ()
+    ) -> tuple[Place, bytes | memoryview, bytes | memoryview]:
+        """Where it lies, its content, and how it is stored there."""
+        places = [p for p in self._index.places(digest) if p.pack not in besides]
         if not places:
             raise DamagedError(f"blob {digest.hex()} is not in the repository", hint="Run: incbak check --read-data")
         failure: DamagedError | None = None
         for place in places:
             try:
-                return self._verified(digest, place, self._fetch(place))
+                stored = self._fetch(place)
+                return place, self._verified(digest, place, stored), stored
             except DamagedError as e:
                 failure = e
         assert failure

@@ -66,6 +66,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The disk of that name."""
         return next((d for d in self.disks if d.name == name), None)
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether a disk failed and is not in it: the run notes that as "disk NAME failed: WHY"."""
+        return any(note.startswith("disk ") and " failed: " in note for note in self.notes)
+
 
 def encode(record: Record) -> bytes:
     """The file's content."""

@@ -23,7 +23,7 @@ from incbak.repo.index import Index
 from incbak.repo.merge import merge_small
 from incbak.repo.reader import BlobReader
 from incbak.repo.record import DiskRecord, Record
-from incbak.repo.storage.base import Storage
+from incbak.repo.storage.base import KINDS, Storage
 from incbak.repo.storage.local import LocalStorage
 from incbak.repo.tree import PAGE, TreeReader, TreeUpdate, clusters_in
 from incbak.repo.writer import Writer
@@ -32,7 +32,11 @@ VERSION = 1
 DEFAULT_CLUSTER = 65536
 CLUSTER_SIZES = range(4096, (4 << 20) + 1)
 _CONFIG_LIMIT = 1 << 20
-_REPOSITORY_LOCK = "repository.lock"
+REPOSITORY_LOCK = "repository.lock"
+CONTENT_LOCK = "content.lock"
+"""Held shared by whoever builds on what is stored, and exclusively for the moment in which packs are condemned."""
+_CONDEMNING = 10.0
+"""Seconds that a run waits for such a moment to pass."""
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -175,7 +179,7 @@ class Repository:
                 tree = TreeReader(reader.read, bytes.fromhex(disk.root), clusters_in(disk.size, record.cluster_size))
                 for _digest, level, page in tree.pages(trail):
                     rows = page[page.any(axis=1)]
-                    if level == 0 and not self.index.have(np.ascontiguousarray(rows)).all():
+                    if level == 0 and not self.index.have(np.ascontiguousarray(rows), lasting=True).all():
                         return False
         except DamagedError:
             return False
@@ -196,9 +200,11 @@ class Repository:
         """
         name = f"vm-{quote(vm, safe='')[:200]}.lock"
         with ExitStack() as stack:
-            stack.enter_context(self.storage.lock(_REPOSITORY_LOCK, exclusive=False, wait=wait))
+            stack.enter_context(self.storage.lock(REPOSITORY_LOCK, exclusive=False, wait=wait))
             stack.enter_context(self.storage.lock(name, exclusive=True, wait=wait))
-            before = {n: self._lock_identity(n) for n in (_REPOSITORY_LOCK, name)}
+            moment = max(wait, _CONDEMNING)
+            stack.enter_context(self.storage.lock(CONTENT_LOCK, exclusive=False, wait=moment))
+            before = {n: self._lock_identity(n) for n in (REPOSITORY_LOCK, name, CONTENT_LOCK)}
 
             def still_there() -> None:
                 for held, identity in before.items():
@@ -239,7 +245,7 @@ class Repository:
         self.storage.close()
 
 
-_OURS = {"packs", "index", "backups", "damaged", "locks"}
+_OURS = set(KINDS)
 
 
 def _version_of(raw: bytes) -> int | None:

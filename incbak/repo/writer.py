@@ -86,12 +86,12 @@ class Writer:
     @property
     def trusts_bases(self) -> bool:
         """Whether all packs are there and nothing is noted as damaged: what a tree names need not be looked up."""
-        whole = all(bool(f.usable.all()) for f in self._index.files)
+        whole = self._index.complete
         return whole and not self._index.damaged and not self._damaged
 
     def have(self, digests: Digests) -> NDArray[np.bool_]:
-        """Which of the digests (shape (n, 32)) need not be added; content known to be damaged must be."""
-        found = self._index.have(digests)
+        """Which of the digests (shape (n, 32)) need not be added; content that is damaged or condemned must be."""
+        found = self._index.have(digests, lasting=True)
         for i in np.flatnonzero(~found).tolist():
             found[i] = digests[i].tobytes() in self._new
         if self._damaged:

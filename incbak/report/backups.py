@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Record
+from incbak.repo.retention import Decision
 from incbak.units import format_size
 
 
@@ -59,12 +60,22 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def listing(records: Sequence[Record]) -> str:
-    """All backups, oldest first."""
+def listing(records: Sequence[Record], pins: Collection[str] = ()) -> str:
+    """All backups, oldest first; with tags and pins where there are any."""
     rows = [["ID", "VM", "KIND", "FINISHED", "DISKS", "SIZE", "READ", "STORED"]]
     for r in records:
         sums = [format_size(sum(getattr(d, f) for d in r.disks)) for f in ("size", "read", "stored")]
         rows.append([r.id[:8], r.vm, r.kind, _minute(r.finished), ",".join(d.name for d in r.disks), *sums])
+    notes = [",".join([*r.tags, *(["(pinned)"] if r.id in pins else [])]) for r in records]
+    return table([[*row, note] for row, note in zip(rows, ["TAGS", *notes], strict=True)] if any(notes) else rows)
+
+
+def pruning(decisions: Sequence[Decision]) -> str:
+    """What a prune does with each backup, and why."""
+    rows = [["ID", "VM", "FINISHED", "ACTION", "REASONS"]]
+    for d in decisions:
+        action = "keep" if d.keep else "remove"
+        rows.append([d.record.id[:8], d.record.vm, _minute(d.record.finished), action, ", ".join(d.reasons)])
     return table(rows)
 
 
@@ -72,7 +83,7 @@ def _minute(time: str) -> str:
     return time[:19].replace("T", " ")
 
 
-def details(record: Record) -> str:
+def details(record: Record, *, pinned: bool = False) -> str:
     """One backup in full."""
     lines = [
         f"backup    {record.id}",
@@ -84,6 +95,8 @@ def details(record: Record) -> str:
     ]
     if record.tags:
         lines.append(f"tags      {', '.join(record.tags)}")
+    if pinned:
+        lines.append("pinned    no prune removes it")
     for d in record.disks:
         lines.append(f"disk      {d.name}: {d.kind}" + (f" on {d.base[:8]}" if d.base else ""))
         lines.append(f"          size    {d.size} ({format_size(d.size)})")

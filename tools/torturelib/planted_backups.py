@@ -192,8 +192,8 @@ _REPO = (
     Fault(
         "repo-rebuild-beside-backup",
         _REPOSITORY,
-        "            stack.enter_context(self.storage.lock(_REPOSITORY_LOCK, exclusive=False, wait=wait))\n",
-        "            self.storage.lock(_REPOSITORY_LOCK, exclusive=False, wait=wait)\n",
+        "            stack.enter_context(self.storage.lock(REPOSITORY_LOCK, exclusive=False, wait=wait))\n",
+        "            self.storage.lock(REPOSITORY_LOCK, exclusive=False, wait=wait)\n",
         unit("repo/test_writer", "test_the_index_is_not_made_anew_beside_a_backup"),
     ),
 )

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-KINDS = ("packs", "index", "backups", "damaged", "locks")
+KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned")
+LATER = ("pins", "condemned")
+"""Kinds that an older repository may lack: there are none of these files, and the first one makes the folder."""
 
 
 class Stream(ABC):
@@ -60,6 +62,10 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, kind: str, name: str) -> None:
         """Gone durably; no error when it was not there."""
+
+    @abstractmethod
+    def remove_all(self, kind: str, names: Iterable[str]) -> None:
+        """As `remove`, for many at once; needs no space."""
 
     @abstractmethod
     def lock(self, name: str, *, exclusive: bool, wait: float) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from incbak import durable
 from incbak.errors import DamagedError, DurabilityError, LockedError
-from incbak.repo.storage.base import KINDS, Storage, Stream
+from incbak.repo.storage.base import KINDS, LATER, Storage, Stream
 
 _OPEN_FILES = 64
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -93,7 +93,7 @@ class LocalStorage(Storage):
     def sweep(self) -> None:
         """Remove temporary files that runs of long ago left behind."""
         limit = time.time() - STALE_TEMPORARY
-        for kind in ("packs", "index", "backups"):
+        for kind in ("packs", "index", "backups", *LATER):
             for path in (self.root / kind).glob(".*.tmp"):
                 with suppress(OSError):
                     if path.lstat().st_mtime < limit:
@@ -110,6 +110,8 @@ class LocalStorage(Storage):
                             if stat.S_ISREG(info.st_mode):
                                 found[entry.name] = info.st_size
         except FileNotFoundError:
+            if kind in LATER:
+                return {}
             raise DamagedError(f"the folder {self.root / kind} is missing") from None
         return found
 
@@ -149,6 +151,8 @@ class LocalStorage(Storage):
         return self.root / kind / name
 
     def write(self, kind: str, name: str, data: bytes) -> None:
+        if kind in LATER:
+            durable.make_dir(self.root / kind)
         durable.write_new(self.root / kind / name, [data])
 
     def stream(self, kind: str) -> Stream:
@@ -156,6 +160,9 @@ class LocalStorage(Storage):
 
     def remove(self, kind: str, name: str) -> None:
         durable.remove(self.root / kind / name)
+
+    def remove_all(self, kind: str, names: Iterable[str]) -> None:
+        durable.remove_all(self.root / kind, names)
 
     @contextmanager
     def lock(self, name: str, *, exclusive: bool, wait: float) -> Iterator[None]:

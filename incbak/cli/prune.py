@@ -1,0 +1,169 @@
+"""``incbak prune``, ``pin`` and ``unpin``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from incbak.cli.settings import Settings, common, printable, settings
+from incbak.errors import DamagedError, UsageError
+from incbak.repo import pins
+from incbak.repo.prune import Options, Outcome, dry_run, prune
+from incbak.repo.retention import Decision, Policy
+from incbak.report.backups import pruning
+from incbak.units import format_size, parse_duration
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+_COUNTS = {
+    "last": "Keep the newest N backups.",
+    "hourly": "Keep the newest backup of each of the newest N hours that have one.",
+    "daily": "The same for days,",
+    "weekly": "for weeks,",
+    "monthly": "for months,",
+    "yearly": "for years.",
+}
+
+
+def _rules(command: C) -> C:
+    for rule, text in reversed(_COUNTS.items()):
+        kind = click.IntRange(min=0)
+        command = click.option(f"--keep-{rule}", rule, type=kind, default=0, metavar="N", help=text)(command)
+    return command
+
+
+@click.command("prune", short_help="Remove backups that no rule keeps, and content that nothing needs.")
+@click.option("--name", metavar="VM", help="Only backups of this VM.  [default: of each VM, by the same rules]")
+@_rules
+@click.option("--keep-within", "within", metavar="TIME", help="Keep what is no older than this before the newest: 14d.")
+@click.option("--keep-tag", "tags", multiple=True, metavar="TAG", help="Keep what has this tag; may be repeated.")
+@click.option(
+    "--grace",
+    metavar="TIME",
+    default="1d",
+    show_default=True,
+    help="How long content stays that nothing needs any more, for who is reading a backup that was removed.",
+)
+@click.option(
+    "--repack-below",
+    metavar="PERCENT",
+    default="50%",
+    show_default=True,
+    help="Copy the needed part out of packs in which less than this is needed.",
+)
+@click.option("--lock-wait", metavar="TIME", default="1m", show_default=True, help="Wait so long for a moment without "
+              "backups, in which content can be marked to go.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would be kept and removed, and why.")
+@common
+def prune_command(
+    name: str | None,
+    within: str | None,
+    tags: tuple[str, ...],
+    grace: str,
+    repack_below: str,
+    lock_wait: str,
+    dry_run: bool,
+    **counts: int,
+) -> None:
+    """Remove the backups of each VM that no --keep rule keeps. What they alone needed goes when the grace is over, by a
+    later prune: let it run from cron.
+
+    Rules are as in restic, and any of them is enough. Backups are ordered as they were made, whatever clocks say;
+    hours, days and so on are in UTC. Never removed: pinned backups, the newest that is good, what cannot be read.
+
+    \b
+    Example:
+      incbak -r /backup prune --keep-daily 7 --keep-weekly 4 --keep-monthly 12
+    """
+    here = settings()
+    policy = Policy(within=parse_duration(within) if within else 0.0, tags=tags, **counts)
+    options = Options(parse_duration(grace), _share(repack_below), parse_duration(lock_wait))
+    _run(here, policy, name, None if dry_run else options)
+
+
+def _run(here: Settings, policy: Policy, name: str | None, options: Options | None) -> None:
+    repo = here.open()
+    console = here.reporter()
+    try:
+        done = prune(repo, policy, name, options, console) if options else dry_run(repo, policy, name)
+    finally:
+        console.end()
+        repo.close()
+    _tell(here, done, dry=options is None)
+    if done.trouble:
+        raise done.trouble
+    if done.unreadable:
+        why = "; ".join(done.unreadable.values())
+        raise DamagedError(f"{len(done.unreadable)} records cannot be read: {why}", hint="Run: incbak check")
+
+
+def _tell(here: Settings, done: Outcome, *, dry: bool) -> None:
+    removed = sum(not d.keep for d in done.decisions)
+    kept = len(done.decisions) - removed
+    if here.json:
+        for decision in done.decisions:
+            here.tell(_as_json(decision))
+        for ident in done.unreadable:
+            here.tell({"id": ident, "vm": None, "action": "keep", "reasons": ["unreadable"]})
+        here.tell({"summary": True, "dry_run": dry, "kept": kept + len(done.unreadable), "removed": removed,
+                   "freed": done.freed, "condemned": done.condemned, "repacked_packs": done.repacked,
+                   "waiting": done.waiting})  # fmt: skip
+    if dry:
+        here.say(printable(pruning(done.decisions)))
+        here.say(f"would keep {kept} backups and remove {removed}")
+        return
+    for vm in dict.fromkeys(d.record.vm for d in done.decisions):
+        of_vm = [d.keep for d in done.decisions if d.record.vm == vm]
+        here.say(printable(f"{vm}: {sum(of_vm)} backups kept, {len(of_vm) - sum(of_vm)} removed"))
+    waiting = f", {format_size(done.waiting)} will be when the grace is over" if done.waiting else ""
+    here.say(f"{format_size(done.freed)} freed{waiting}")
+
+
+def _as_json(decision: Decision) -> dict[str, Any]:
+    record = decision.record
+    action = "keep" if decision.keep else "remove"
+    return {"id": record.id, "vm": record.vm, "action": action, "reasons": list(decision.reasons)}
+
+
+def _share(text: str) -> float:
+    try:
+        percent = float(text.strip().removesuffix("%"))
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:
+        raise UsageError(f"not a percentage: {text!r}", hint="Write a number from 0 to 100, as in 50%.")
+    return percent / 100
+
+
+@click.command(short_help="Keep a backup, whatever prune is told.")
+@click.argument("backup")
+@click.option("--name", metavar="VM", help="Which VM's latest.")
+@common
+def pin(backup: str, name: str | None) -> None:
+    """Pin BACKUP: an id, a unique prefix of one, or "latest". No prune removes it until it is unpinned."""
+    here = settings()
+    repo = here.open()
+    ident = repo.find(backup, name).id
+    new = pins.pin(repo.storage, ident)
+    _told(here, ident, pinned=True, text="pinned" if new else "is pinned already")
+
+
+@click.command(short_help="Take the pin from a backup.")
+@click.argument("backup")
+@click.option("--name", metavar="VM", help="Which VM's latest.")
+@common
+def unpin(backup: str, name: str | None) -> None:
+    """Take the pin from BACKUP: an id, a unique prefix of one, or "latest"."""
+    here = settings()
+    repo = here.open()
+    ident = repo.find(backup, name).id
+    was = pins.unpin(repo.storage, ident)
+    _told(here, ident, pinned=False, text="is not pinned any more" if was else "was not pinned")
+
+
+def _told(here: Settings, ident: str, *, pinned: bool, text: str) -> None:
+    if here.json:
+        here.tell({"id": ident, "pinned": pinned})
+    here.say(f"{ident[:8]} {text}")

@@ -1,0 +1,300 @@
+"""Pruning: backups that the policy does not keep are removed, and then the content that nothing listed needs.
+
+The order, which is what makes it safe beside everything else:
+
+1. what the backups that stay need is marked (`marks`). Where anything of that cannot be read, or a record cannot,
+   nothing is removed at all: a prune must not turn damage into loss;
+2. records go, pinned ones looked at again under ``pins.lock`` (`pins`). Content that only they needed is garbage now;
+3. packs that an earlier prune condemned, longer than the grace ago, are removed: first the packs, which needs no space,
+   then what the index says of them, then the condemnation. Killed in between, the condemnation is still there, so all
+   know that these packs are no loss, and the next prune goes on;
+4. packs of which nothing is needed are *condemned* (`condemned`); then
+5. of those that are mostly garbage what is needed is copied into new packs, verified, durable and indexed; then they
+   are condemned too;
+6. 3 again, for a grace of nothing.
+
+**Why no backup can need a condemned pack.** A run holds ``content.lock`` shared from before it reads a record or the
+index until after its commit. Packs are condemned while a prune holds that lock exclusively: so at a moment when no run
+is under way, when all listed backups are marked (those that were committed since are marked first, without the lock),
+and none needs the pack. A run that begins later knows the pack as condemned and stores the content anew; what it takes
+over from its base is in none either, since the base was marked, or was made by such a run itself. So a condemned pack
+can be removed at any time, beside anything; the grace is for readers of pruned backups only.
+
+The lock is held for a listing and one small file. It is tried again and again, never queued for, so a backup waits for
+some milliseconds at most and a prune never holds one up. While backups overlap all the time nothing can be condemned:
+the prune has removed records and what was condemned earlier, says so, and exits with 11 after ``lock_wait``. Waiting
+for the runs of one moment only, as RCU does, would need a name for each run and a second look at what they based
+themselves on; a moment without a backup was thought easier to have than that to be right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+from incbak import durable
+from incbak.errors import DamagedError, IncbakError, LockedError, UsageError
+from incbak.events import Reporter, Warned, silent
+from incbak.repo import pack
+from incbak.repo.condemned import condemn, read_condemned
+from incbak.repo.ids import is_id
+from incbak.repo.index import Digests
+from incbak.repo.marks import Marks
+from incbak.repo.merge import drop_packs
+from incbak.repo.pins import pins_held, read_pins
+from incbak.repo.record import Record
+from incbak.repo.repack import Repacker
+from incbak.repo.repository import CONTENT_LOCK, REPOSITORY_LOCK, Repository
+from incbak.repo.retention import Decision, Policy, plan
+
+PRUNE_LOCK = "prune.lock"
+
+durable.declare(
+    "prune.marked",
+    "prune.records-removed",
+    "prune.packs-removed",
+    "prune.index-done",
+    "prune.expired",
+    "prune.condemning",
+    "prune.condemned",
+    "prune.repacked",
+    "prune.done",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """``grace`` and ``lock_wait`` in seconds. ``repack_below``: the needed share of a pack below which the needed part
+    is copied out of it, 0 to 1. ``clock``: seconds since 1970."""
+
+    grace: float = 86400.0
+    repack_below: float = 0.5
+    lock_wait: float = 0.0
+    clock: Callable[[], float] = time.time
+
+
+@dataclass
+class Outcome:
+    """What was done. Bytes: ``freed`` now, ``condemned`` from now on. ``trouble``: why not all could be."""
+
+    decisions: list[Decision]
+    freed: int = 0
+    condemned: int = 0
+    repacked: int = 0
+    waiting: int = 0
+    """Bytes of packs that are condemned and still there."""
+    trouble: IncbakError | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def decide(repo: Repository, policy: Policy, vm: str | None, marks: Marks) -> list[Decision]:
+    """What stays of the backups of ``vm``, or of each VM, and why; the good ones are marked as they are found.
+
+    Raises `UsageError` for a policy that keeps nothing, and for a VM without backups.
+    """
+    if policy.empty:
+        raise UsageError("no rule says what to keep", hint="Give for example --keep-daily 7 --keep-weekly 4.")
+    records = repo.backups(vm)
+    if vm is not None and not records:
+        raise UsageError(f"there is no backup of {vm} in the repository", hint="See: incbak list")
+    pins, noted = read_pins(repo.storage), repo.damage().backups
+    decisions = []
+    for each in dict.fromkeys(r.vm for r in records):
+        of_vm = [r for r in records if r.vm == each]
+        decisions += plan(of_vm, policy, pins, _last_good(of_vm, noted, marks))
+    return decisions
+
+
+def _last_good(records: list[Record], noted: Collection[str], marks: Marks) -> list[str]:
+    """The newest that verifies structurally and that no check has noted as damaged; back to one that has all disks."""
+    found: list[Record] = []
+    for record in reversed(records):
+        if record.id in noted or (found and record.incomplete):
+            continue
+        try:
+            marks.mark(record)
+        except DamagedError:
+            continue
+        found.append(record)
+        if not record.incomplete:
+            break
+    return [r.id for r in found]
+
+
+def dry_run(repo: Repository, policy: Policy, vm: str | None) -> Outcome:
+    """What `prune` would do with the backups; changes nothing and needs no lock."""
+    return Outcome(decide(repo, policy, vm, Marks(repo)), unreadable=dict(repo.unreadable))
+
+
+def prune(
+    repo: Repository,
+    policy: Policy,
+    vm: str | None = None,
+    options: Options | None = None,
+    report: Reporter = silent,
+) -> Outcome:
+    """Prune; see the module's docstring.
+
+    Raises `LockedError` beside another prune or a rebuild of the index; `DamagedError` when it cannot be known what the
+    backups that stay need: then nothing was removed. What goes wrong later is `Outcome.trouble`.
+    """
+    options = options or Options()
+    with ExitStack() as stack:
+        for name, exclusive in ((PRUNE_LOCK, True), (REPOSITORY_LOCK, False)):
+            stack.enter_context(repo.storage.lock(name, exclusive=exclusive, wait=options.lock_wait))
+        return _Prune(repo, options, report).run(policy, vm)
+
+
+class _Prune:
+    def __init__(self, repo: Repository, options: Options, report: Reporter) -> None:
+        self._repo, self._storage, self._options, self._report = repo, repo.storage, options, report
+        self._told: set[str] = set()
+
+    def run(self, policy: Policy, vm: str | None) -> Outcome:
+        self._storage.sweep()
+        self._forget_unknown()
+        self._marks = Marks(self._repo)
+        self._repacker = Repacker(self._repo, self._marks)
+        decisions = decide(self._repo, policy, vm, self._marks)
+        self._mark_the_rest({d.record.id for d in decisions if not d.keep})
+        durable.crash_point("prune.marked")
+        done = Outcome(self._remove_records(decisions))
+        durable.crash_point("prune.records-removed")
+        try:
+            self._expire(done)
+            self._condemn(done, self._garbage)
+            if chosen := self._mostly_garbage():
+                self._repacker.copy(chosen, lambda text: self._report(Warned(text)))
+                done.repacked = len(chosen)
+                durable.crash_point("prune.repacked")
+                self._condemn(done, lambda: [p for p in chosen if self._repacker.free(p)])
+            self._expire(done)
+        except IncbakError as e:
+            done.trouble = e
+        there = self._storage.list("packs")
+        done.waiting = sum(there.get(p, 0) for p in read_condemned(self._storage).packs)
+        durable.crash_point("prune.done")
+        return done
+
+    def _forget_unknown(self) -> None:
+        """Nobody acts on a condemnation that cannot be read: its packs are judged anew."""
+        for name, why in read_condemned(self._storage).unknown.items():
+            self._report(Warned(f"{why}; it is removed, and its packs are judged anew"))
+            self._storage.remove("condemned", name)
+
+    def _mark_the_rest(self, going: set[str]) -> None:
+        """Raises `DamagedError` where it cannot be known what the backups that stay need."""
+        repo = self._repo
+        repo.index.refresh()
+        if repo.index.damaged:
+            what = f"index {repo.index.damaged[0]} does not verify, so nothing was removed"
+            raise DamagedError(what, hint="Run: incbak check --rebuild-index")
+        records = repo.backups()
+        if repo.unreadable:
+            what = "; ".join(repo.unreadable.values())
+            hint = "Nobody knows what they need. Run: incbak check; a record given up for good can be moved elsewhere."
+            raise DamagedError(f"{len(repo.unreadable)} records cannot be read, nothing was removed: {what}", hint=hint)
+        for record in records:
+            if record.id not in going:
+                try:
+                    self._marks.mark(record)
+                except DamagedError as e:
+                    raise DamagedError(f"nothing was removed: {e}", hint=e.hint) from e
+
+    def _remove_records(self, decisions: list[Decision]) -> list[Decision]:
+        """Those to go, unless they were pinned meanwhile; the decisions as they were carried out."""
+        going = [d.record.id for d in decisions if not d.keep]
+        if not going:
+            return decisions
+        with pins_held(self._storage) as pins:
+            self._storage.remove_all("backups", [ident for ident in going if ident not in pins])
+        return [d if d.keep or d.record.id not in pins else replace(d, reasons=("pinned",)) for d in decisions]
+
+    # -- content --------------------------------------------------------------------------------------------------
+
+    def _expire(self, done: Outcome) -> None:
+        """Remove what was condemned longer ago than the grace."""
+        now = self._options.clock()
+        over = {n: c for n, c in read_condemned(self._storage).files.items() if c.over(now, self._options.grace)}
+        if not over:
+            return
+        packs = {p for c in over.values() for p in c.packs}
+        there = self._storage.list("packs")
+        self._storage.remove_all("packs", sorted(packs & there.keys()))
+        done.freed += sum(there[p] for p in packs & there.keys())
+        durable.crash_point("prune.packs-removed")
+        drop_packs(self._storage, packs)
+        durable.crash_point("prune.index-done")
+        self._storage.remove_all("condemned", sorted(over))
+        durable.crash_point("prune.expired")
+        self._repo.index.refresh()
+
+    def _condemn(self, done: Outcome, choose: Callable[[], list[str]]) -> None:
+        """Condemn what ``choose`` says, at a moment without backups, all that are listed being marked."""
+        deadline = time.monotonic() + self._options.lock_wait
+        while packs := choose():
+            with self._without_backups(max(deadline - time.monotonic(), 0.0)):
+                fresh = self._storage.list("backups").keys() - self._marks.marked
+                if not fresh:
+                    durable.crash_point("prune.condemning")
+                    condemn(self._storage, packs, self._options.clock())
+                    durable.crash_point("prune.condemned")
+                    there = self._storage.list("packs")
+                    done.condemned += sum(there.get(p, 0) for p in packs)
+                    break
+            for name in sorted(fresh):
+                self._marks.mark(self._repo.record(name))
+        self._repo.index.refresh()
+
+    def _without_backups(self, wait: float) -> ExitStack:
+        stack = ExitStack()
+        try:
+            stack.enter_context(self._storage.lock(CONTENT_LOCK, exclusive=True, wait=wait))
+        except LockedError as e:
+            why = "a backup is running, so it cannot be said yet which content is garbage; the backups are pruned"
+            raise LockedError(why, hint="The next prune goes on; --lock-wait TIME waits for a moment.") from e
+        return stack
+
+    def _garbage(self) -> list[str]:
+        """Packs of which nothing is needed: that the index names, there or not, and that it does not."""
+        self._repo.index.refresh()
+        there = self._storage.list("packs")
+        weights = self._marks.weights()
+        dead = [name for name, weight in weights.items() if not weight and (name not in there or self._free(name))]
+        return sorted(dead + list(self._strays(there, weights)))
+
+    def _strays(self, there: Collection[str], weights: Collection[str]) -> Iterator[str]:
+        """Packs that no index names: a run was killed. One with a copy of what is noted as damaged is no garbage."""
+        index = self._repo.index
+        named = {name for f in index.files for name in f.names} | index.condemned.packs
+        damaged = self._repo.damage().digests
+        for name in sorted(set(there) - named - set(weights)):
+            digests = self._table(name) if is_id(name) else None
+            if digests is not None and not (damaged and any(d.tobytes() in damaged for d in digests)):
+                yield name
+
+    def _mostly_garbage(self) -> list[str]:
+        there = self._storage.list("packs")
+        below, gone = self._options.repack_below, read_condemned(self._storage).packs
+        weights = self._marks.weights().items()
+        frame = pack.HEAD.size + pack.FOOT.size
+        return sorted(n for n, w in weights if n not in gone and 0 < w < below * (there.get(n, 0) - frame))
+
+    def _free(self, name: str) -> bool:
+        """Whether its own table too says that nothing in it is needed."""
+        digests = self._table(name)
+        return digests is not None and not self._marks.needed(digests).any()
+
+    def _table(self, name: str) -> Digests | None:
+        try:
+            return self._repacker.table(name)
+        except (DamagedError, OSError) as e:
+            if name not in self._told:
+                self._told.add(name)
+                self._report(Warned(f"pack {name} stays, it cannot be said what it holds: {e}"))
+            return None
+
+
+__all__ = ["Options", "Outcome", "decide", "dry_run", "prune"]

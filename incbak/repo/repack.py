@@ -1,0 +1,64 @@
+"""Copying what is needed out of packs that are mostly garbage, as it is stored, verified on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+
+from incbak.errors import DamagedError
+from incbak.repo import pack
+from incbak.repo.index import Digests
+from incbak.repo.marks import Marks
+from incbak.repo.repository import Repository
+from incbak.repo.writer import Writer
+
+
+class Repacker:
+    """Remembers what it copied of each pack, 32 bytes for each blob."""
+
+    def __init__(self, repo: Repository, marks: Marks) -> None:
+        self._repo, self._marks = repo, marks
+        self._copied: dict[str, Digests] = {}
+
+    def table(self, name: str) -> Digests:
+        """The digests in a pack, by its own table. Raises `DamagedError`, `OSError`."""
+        size = self._repo.storage.list("packs").get(name, 0)
+        entries = pack.read_table(self._repo.storage, name, size)
+        return np.frombuffer(entries["digest"].tobytes(), dtype=np.uint8).reshape(-1, 32)
+
+    def copy(self, packs: Collection[str], warn: Callable[[str], None]) -> None:
+        """Copy what is needed of ``packs``, unless it is whole in another pack too; all is durable and indexed then.
+
+        A pack of which something cannot be read is left as it is, with a warning. Raises `DurabilityError`.
+        """
+        besides = set(packs) | self._repo.index.condemned.packs
+        copied: dict[str, Digests] = {}
+        with Writer(self._repo.storage, self._repo.index, frozenset(), lambda: None) as writer:
+            for name in sorted(packs):
+                try:
+                    copied[name] = self._one(writer, name, besides)
+                except (DamagedError, OSError) as e:
+                    warn(f"pack {name} is mostly garbage and stays: {e}")
+            writer.finish()
+        self._copied |= copied
+
+    def _one(self, writer: Writer, name: str, besides: Collection[str]) -> Digests:
+        digests = self.table(name)
+        needed = digests[self._marks.needed(digests)]
+        reader = self._repo.reader()
+        for digest in map(np.ndarray.tobytes, needed):
+            try:
+                reader.stored(digest, besides=besides)
+            except DamagedError:
+                place, stored = reader.stored(digest)
+                writer.add(digest, place.codec, bytes(stored), place.raw)
+        return needed
+
+    def free(self, name: str) -> bool:
+        """Whether all that is needed of a pack now was copied."""
+        if name not in self._copied:
+            return False
+        digests = self.table(name)
+        needed, copied = (d.view("V32").ravel() for d in (digests[self._marks.needed(digests)], self._copied[name]))
+        return bool(np.isin(needed, copied).all())
