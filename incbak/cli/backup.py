@@ -14,7 +14,9 @@ import click
 
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.attachments import read_attachments
+from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.settings import Settings, common, settings
+from incbak.cli.surroundings import Surroundings
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
 from incbak.errors import IncompleteError, LockedError, UsageError
@@ -55,7 +57,11 @@ _ENGINE_OPTIONS = (
 
 def _source_options(command: C) -> C:
     options = (
-        click.argument("source", metavar="SOURCE"),
+        click.argument("source", metavar="SOURCE", required=False),
+        click.option("--all", "all_vms", is_flag=True, help="Every VM of the configuration."),
+        click.option(
+            "--jobs", type=click.IntRange(1, 64), default=2, help="With --all: so many at once.  [default: 2]"
+        ),
         click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]"),
         click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated."),
         click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated."),
@@ -68,6 +74,12 @@ def _source_options(command: C) -> C:
             metavar="FILE",
             help="A text to keep in the record, as the VM's definition; may be repeated.",
         ),
+        click.option(
+            "--metrics",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Write how it went here, for Prometheus.  [default: as the configuration says]",
+        ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
         *_ENGINE_OPTIONS,
     )
@@ -76,22 +88,23 @@ def _source_options(command: C) -> C:
     return command
 
 
-@click.command(short_help="Back up every cluster of a VM's disks.")
+@click.command(cls=Configured, short_help="Back up every cluster of a VM's disks.")
 @_source_options
 @common
-def full(source: str, **options: Any) -> None:
+def full(source: str | None, **options: Any) -> None:
     """Back up all disks of SOURCE at one point in time, reading every cluster.
 
-    SOURCE is a monitor (qmp:/run/web1.qmp or qmp:HOST:PORT), or an image that nobody has open.
+    SOURCE is a monitor (qmp:/run/web1.qmp or qmp:HOST:PORT), an image that nobody has open, or the name of a VM in the
+    configuration, where its options are.
 
     \b
     Example:
       incbak -r /backup full qmp:/run/incbak/web1/qmp.sock
     """
-    _back_up(source, incremental=False, fallback=True, **options)
+    _back_up(source, "full", fallback=True, **options)
 
 
-@click.command(short_help="Back up the clusters written since the last backup.")
+@click.command(cls=Configured, short_help="Back up the clusters written since the last backup.")
 @_source_options
 @click.option("--no-fallback", is_flag=True, help="Exit with 4 rather than read a disk whole.")
 @click.option(
@@ -101,7 +114,7 @@ def full(source: str, **options: Any) -> None:
     help="Also read so much of what was not written and compare it with the base, another part each time: 1%.",
 )
 @common
-def incremental(source: str, no_fallback: bool, audit: str, **options: Any) -> None:
+def incremental(source: str | None, no_fallback: bool, audit: str, **options: Any) -> None:
     """Back up what the disks' bitmaps say was written since the last backup of SOURCE.
 
     A disk without a bitmap that can be believed is read whole; the reason is printed and kept in the record.
@@ -109,14 +122,32 @@ def incremental(source: str, no_fallback: bool, audit: str, **options: Any) -> N
     \b
     Example:
       incbak -r /backup incremental qmp:/run/incbak/web1/qmp.sock
+      incbak -q incremental --all
     """
-    _back_up(source, incremental=True, fallback=not no_fallback, audit=parse_share(audit), **options)
+    _back_up(source, "incremental", fallback=not no_fallback, audit=parse_share(audit), **options)
 
 
-def _back_up(
+def _back_up(source: str | None, kind: str, *, all_vms: bool, jobs: int, **options: Any) -> None:
+    """One VM, or all."""
+    here = settings()
+    if not all_vms:
+        _back_up_one(here, source_of(here, source), kind, **options)
+        return
+    if source or options["name"]:
+        raise UsageError("--all is for all VMs of the configuration, and one was named")
+    results = []
+    for done in run_all(here, kind, jobs):
+        results.append(done)
+        click.echo(done.out, nl=False)
+        done.say_errors()
+    judge(results)
+
+
+def _back_up_one(
+    here: Settings,
     source: str,
+    kind: str,
     *,
-    incremental: bool,
     fallback: bool,
     audit: int = 0,
     name: str | None,
@@ -125,13 +156,13 @@ def _back_up(
     lock_wait: str,
     tags: tuple[str, ...],
     attach: tuple[Path, ...],
+    metrics: Path | None,
     dry_run: bool,
     **engine: Any,
 ) -> None:
-    here = settings()
     wait = parse_duration(lock_wait)
     options = Options(
-        incremental=incremental,
+        incremental=kind == "incremental",
         name=name,
         disks=disks,
         exclude=exclude,
@@ -143,12 +174,14 @@ def _back_up(
         attachments=read_attachments(attach),
     )
     console = here.reporter()
-    try:
-        wanted = Source(source, here.state_dir, name, disks, **engine_settings(**engine))
-        outcome = interruptible(_run(here, wanted, options, console))
-    finally:
-        console.end()
-    _tell(here, outcome)
+    wanted = Source(source, here.state_dir, name, disks, **engine_settings(**engine))
+    with Surroundings(here.vm, name or source, kind, metrics, dry_run=dry_run) as around:
+        try:
+            outcome = interruptible(_run(here, wanted, options, console))
+        finally:
+            console.end()
+        around.outcome = outcome
+        _tell(here, outcome)
 
 
 def engine_settings(

@@ -37,6 +37,8 @@ _COMMANDS = MappingProxyType(
         "bitmap": "bitmap:bitmap",
         "serve": "serve:serve",
         "doctor": "doctor:doctor",
+        "config": "fleet:config",
+        "schedule": "fleet:schedule",
         "watch": "watch:watch",
     }
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from incbak import host
 from incbak.errors import UsageError
+from incbak.fleet.config import Config, Vm, default_path, load
 from incbak.repo.repository import Repository
 from incbak.report.console import Console
 
@@ -29,11 +30,21 @@ class Settings:
     quiet: bool = False
     verbose: bool = False
     json: bool = False
+    config: Path | None = None
+    vm: Vm | None = None
+    """What the configuration says of the VM that the command is about."""
+    typed: set[str] = field(default_factory=set)
+    """Which of these were given on the command line."""
 
     @property
     def state_dir(self) -> Path:
         """Where bitmaps are."""
         return self.state or host.default_state_dir()
+
+    def configuration(self) -> Config:
+        """What the configuration file says; nothing where none was named and there is none."""
+        path = self.config or default_path()
+        return load(path) if self.config or path.exists() else Config()
 
     def repository_path(self) -> Path:
         """Raises `UsageError` when none was given."""
@@ -69,12 +80,14 @@ def settings() -> Settings:
     return click.get_current_context().ensure_object(Settings)
 
 
-def _keep(field: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
     def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         here = ctx.ensure_object(Settings)
         from_environment = ctx.get_parameter_source(param.name or "") is ParameterSource.ENVIRONMENT
-        if value not in (None, False) and not (from_environment and getattr(here, field)):
-            setattr(here, field, value)
+        if value not in (None, False) and not (from_environment and getattr(here, name)):
+            setattr(here, name, value)
+            if not from_environment:
+                here.typed.add(name)
         return value
 
     return callback
@@ -91,6 +104,10 @@ def common(command: F) -> F:
         click.option(
             "--state-dir", type=path, metavar="DIR", help="Where bitmaps are kept.  [env: INCBAK_STATE_DIR]",
             callback=_keep("state"), expose_value=False,
+        ),
+        click.option(
+            "--config", type=path, metavar="FILE", envvar="INCBAK_CONFIG", help="The VMs, by name.",
+            callback=_keep("config"), expose_value=False,
         ),
         click.option(
             "-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors.",

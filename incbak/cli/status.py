@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,36 +13,98 @@ import click
 from incbak.backup.plan import Planned
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.backup import interruptible, open_waiting
+from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.engine.detect import Source
+from incbak.errors import BackupError, DiskError, EngineError, UsageError
 from incbak.repo.record import Record
 from incbak.report.backups import table
 from incbak.units import format_duration, format_size, parse_duration
 
 
-@click.command(short_help="Show what the next incremental of a VM would read.")
-@click.argument("source", metavar="SOURCE")
+@click.command(cls=Configured, short_help="Show what the next incremental of a VM would read.")
+@click.argument("source", metavar="SOURCE", required=False)
+@click.option("--all", "all_vms", is_flag=True, help="Every VM of the configuration.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, help="With --all: so many at once.  [default: 2]")
+@click.option("--max-age", metavar="TIME", help="Exit with 1 if a disk's last backup is older, or there is none.")
 @click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--monitor-wait", metavar="TIME", default="20", help="Wait so long while another client has the monitor.")
 @common
-def status(source: str, name: str | None, disks: tuple[str, ...], monitor_wait: str) -> None:
+def status(
+    source: str | None,
+    all_vms: bool,
+    jobs: int,
+    max_age: str | None,
+    name: str | None,
+    disks: tuple[str, ...],
+    monitor_wait: str,
+) -> None:
     """Show for each disk of SOURCE its last backup, the one that the next incremental builds on, and how much was
     written since. Changes nothing.
+
+    With --max-age it answers whether the disks are protected: also when the VM does not answer, from what is in the
+    repository.
 
     \b
     Example:
       incbak -r /backup status qmp:/run/web1.qmp
+      incbak status --all --max-age 26h
     """
     here = settings()
-    wanted = Source(source, here.state_dir, name, disks, monitor_wait=max(parse_duration(monitor_wait), 0.5))
-    outcome, last = interruptible(_look(here, wanted))
-    rows = [_facts(outcome.vm, planned, last.get(planned.name)) for planned in outcome.planned]
+    limit = parse_duration(max_age) if max_age else None
+    if all_vms:
+        if source or name:
+            raise UsageError("--all is for all VMs of the configuration, and one was named")
+        results = list(run_all(here, "status", jobs, json=True))
+        _print(here, [json.loads(line) for done in results for line in done.out.splitlines()], several=True)
+        for done in results:
+            done.say_errors()
+        judge(results, "is well")
+        return
+    wait = max(parse_duration(monitor_wait), 0.5)
+    wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait)
+    rows = _rows(here, wanted, tolerant=limit is not None)
+    _print(here, rows, several=False)
+    if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):
+        text = f"disks without a backup of the last {format_duration(limit)}: {', '.join(late)}"
+        raise BackupError(text, hint="See why the last run failed; make one with: incbak incremental")
+
+
+def _rows(here: Settings, wanted: Source, *, tolerant: bool) -> list[dict[str, Any]]:
+    """One object for each disk; if ``tolerant``, of an engine that does not answer what the repository knows."""
+    try:
+        outcome, last = interruptible(_look(here, wanted))
+    except (EngineError, DiskError) as e:
+        if not (tolerant and wanted.name):
+            raise
+        click.echo(printable(f"incbak: {wanted.name}: {e}"), err=True)
+        return _recorded(here, wanted.name)
+    return [_facts(outcome.vm, planned, last.get(planned.name)) for planned in outcome.planned]
+
+
+def _recorded(here: Settings, vm: str) -> list[dict[str, Any]]:
+    """The disks of the VM's newest backup. Raises `BackupError` when it has none."""
+    with closing(here.open()) as repo:
+        backups = repo.backups(vm)
+    if not backups:
+        raise BackupError(f"there is no backup of {vm}", hint="Make one with: incbak full")
+    last = {d.name: record for record in backups for d in record.disks}
+    return [
+        {"vm": vm, "disk": d.name, "size": d.size, **_last(last[d.name]), "base": None, "bitmap": None,
+         "persistent": None, "dirty": None, "reason": None}
+        for d in backups[-1].disks
+    ]  # fmt: skip
+
+
+def _print(here: Settings, rows: Sequence[Mapping[str, Any]], *, several: bool) -> None:
     if here.json:
         for row in rows:
-            here.tell(row)
-    else:
-        here.say(printable(table([["DISK", "SIZE", "LAST BACKUP", "AGE", "BASE", "NEXT READS"], *map(_texts, rows)])))
+            here.tell(dict(row))
+        return
+    head = ["DISK", "SIZE", "LAST BACKUP", "AGE", "BASE", "NEXT READS"]
+    lines = [[row["vm"], *_texts(row)] if several else _texts(row) for row in rows]
+    here.say(table([["VM", *head] if several else head, *lines]))
 
 
 async def _look(here: Settings, source: Source) -> tuple[Outcome, dict[str, Record]]:
@@ -65,15 +129,19 @@ def _facts(vm: str, planned: Planned, last: Record | None) -> dict[str, Any]:
         "vm": vm,
         "disk": planned.name,
         "size": plan.disk.size,
-        "last": last.id if last else None,
-        "finished": last.finished if last else None,
-        "age": _age(last.finished) if last else None,
+        **_last(last),
         "base": planned.base.id if planned.base else None,
         "bitmap": plan.base_bitmap,
         "persistent": bitmap.persistent if bitmap else None,
         "dirty": dirty,
         "reason": plan.reason,
     }
+
+
+def _last(record: Record | None) -> dict[str, Any]:
+    if record is None:
+        return {"last": None, "finished": None, "age": None}
+    return {"last": record.id, "finished": record.finished, "age": _age(record.finished)}
 
 
 def _age(finished: str) -> float:
@@ -88,5 +156,5 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
         row["last"][:8] if row["last"] else "none",
         format_duration(row["age"]) if row["last"] else "",
         row["base"][:8] if row["base"] else "none",
-        format_size(row["dirty"]) + why,
+        "no answer" if row["dirty"] is None else format_size(row["dirty"]) + why,
     ]

@@ -1,0 +1,178 @@
+"""Commands that take a VM by its name in the configuration, or all of them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from incbak.cli.settings import Settings
+from incbak.errors import IncbakError, IncompleteError, UsageError
+from incbak.fleet.config import Vm
+
+_LISTS = {"disks": "--disk", "exclude": "--exclude", "tags": "--tag", "attach": "--attach"}
+_TEXTS = {
+    "lock_wait": "--lock-wait",
+    "monitor_wait": "--monitor-wait",
+    "speed_limit": "--speed-limit",
+    "scratch_dir": "--scratch-dir",
+    "scratch_limit": "--scratch-limit",
+    "audit": "--audit",
+    "agent_socket": "--agent-socket",
+}
+
+
+class Configured(click.Command):
+    """If SOURCE is a VM of the configuration, its options stand before those of the command line, which win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As of any command."""
+        typed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        here = ctx.ensure_object(Settings)
+        if typed.get("config"):
+            here.config = Path(typed["config"])
+        if typed.get("all_vms"):
+            ctx.meta[_REST] = _without(args, "--all", "--jobs")
+        elif isinstance(source := typed.get("source"), str):  # click has something else for what is missing
+            args = [*self._expanded(here, source), *args]
+        return super().parse_args(ctx, args)
+
+    def _expanded(self, here: Settings, source: str) -> list[str]:
+        if source.startswith("qmp:") or "/" in source:
+            return []
+        config = here.configuration()
+        if source not in config.vms:
+            return []
+        here.vm = config.vm(source)
+        known = {option for parameter in self.params for option in parameter.opts}
+        return list(_options(here, source, here.vm, known))
+
+
+_REST = "incbak.rest"
+
+
+def _options(here: Settings, name: str, vm: Vm, known: set[str]) -> Iterator[str]:
+    yield from ("--name", name)
+    for field, option in (("repository", "--repository"), ("state_dir", "--state-dir")):
+        given = "state" if field == "state_dir" else field
+        if getattr(vm, field) and given not in here.typed:
+            yield from (option, getattr(vm, field))
+    for field, option in _LISTS.items():
+        for value in getattr(vm, field) if option in known else ():
+            yield from (option, value)
+    for field, option in _TEXTS.items():
+        if option in known and getattr(vm, field):
+            yield from (option, getattr(vm, field))
+    if vm.quiesce and "--quiesce" in known:
+        yield "--quiesce"
+
+
+def _without(args: Sequence[str], flag: str, valued: str) -> list[str]:
+    rest, skip = [], False
+    for arg in args:
+        if skip or arg in (flag, valued) or arg.startswith(f"{valued}="):
+            skip = arg == valued and not skip
+        else:
+            rest.append(arg)
+    return rest
+
+
+def source_of(here: Settings, source: str | None) -> str:
+    """What the engine is opened with. Raises `UsageError` when nothing was named."""
+    if source is None:
+        raise UsageError("which VM?", hint="Name a monitor, an image, or a VM of the configuration; or say --all.")
+    return here.vm.source if here.vm else source
+
+
+@dataclass(frozen=True)
+class Done:
+    """How the command of one VM ended."""
+
+    vm: str
+    code: int
+    out: str
+    err: str
+
+    def say_errors(self) -> None:
+        """On stderr, with the VM's name."""
+        for line in self.err.splitlines():
+            text = line.removeprefix("incbak: ")
+            click.echo(line if text == line else f"incbak: {self.vm}: {text}", err=True)
+
+
+def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> Iterator[Done]:
+    """Run ``incbak command VM`` for every VM of the configuration, so many at once, each in a process of its own.
+
+    What they print comes with the result, in the order in which they end. SIGTERM and SIGINT end them too.
+    """
+    names = list(here.configuration().vms)
+    if not names:
+        where = here.config or "the configuration"
+        raise UsageError(f"{where} has no VM", hint="Write a table [vms.NAME] with a source into it.")
+    rest = click.get_current_context().meta[_REST]
+    argv = [sys.executable, "-P", "-m", "incbak", *_common(here, json), command]
+    running: dict[str, subprocess.Popen[str]] = {}
+
+    def one(name: str) -> Done:
+        running[name] = process = subprocess.Popen(
+            [*argv, name, *rest], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        out, err = process.communicate()
+        return Done(name, process.returncode, out, err)
+
+    with _ending(running), ThreadPoolExecutor(max(jobs, 1), "vm") as pool:
+        work = [pool.submit(one, name) for name in names]
+        try:
+            for each in as_completed(work):
+                yield each.result()
+        except BaseException:
+            for each in work:
+                each.cancel()
+            for process in running.values():
+                process.terminate()
+            raise
+
+
+@contextmanager
+def _ending(running: dict[str, subprocess.Popen[str]]) -> Iterator[None]:
+    """SIGTERM is as SIGINT."""
+
+    def interrupted(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _common(here: Settings, json: bool) -> Iterator[str]:
+    for field, option in (("repository", "--repository"), ("state", "--state-dir"), ("config", "--config")):
+        if getattr(here, field) and (field in here.typed or field == "config"):
+            yield from (option, str(getattr(here, field)))
+    if here.quiet and not json:
+        yield "--quiet"
+    if here.verbose:
+        yield "--verbose"
+    if here.json or json:
+        yield "--json"
+
+
+def judge(results: Sequence[Done], done: str = "is backed up") -> None:
+    """Raises `IncompleteError` when some VMs failed, `IncbakError` when all did."""
+    failed = [r for r in results if r.code]
+    if not failed:
+        return
+    text = f"{len(failed)} of {len(results)} VMs: {', '.join(f'{r.vm} (exit code {r.code})' for r in failed)}"
+    if all(r.code not in (0, IncompleteError.exit_code) for r in results):
+        raise IncbakError(f"nothing {done}, {text}", hint="What each of them said is above.")
+    raise IncompleteError(f"not all {done}, {text}", hint="What each of them said is above.")

@@ -1,0 +1,96 @@
+"""``incbak config`` and ``incbak schedule``."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from incbak.cli.settings import Settings, common, printable, settings
+from incbak.errors import UsageError
+from incbak.fleet import schedule as schedules
+from incbak.fleet.config import Config, default_path
+from incbak.report.backups import table
+
+
+@click.group(short_help="Check the configuration.")
+@common
+def config() -> None:
+    """The configuration: VMs by name, so that incbak incremental web1 knows the rest.
+
+    It is /etc/incbak/incbak.toml for root, ~/.config/incbak/incbak.toml for others, or what --config or INCBAK_CONFIG
+    names. A VM's table holds the options of full and incremental by their long names.
+
+    \b
+    Example:
+      [defaults]
+      repository = "/backup"
+      lock-wait = "10m"
+      [vms.web1]
+      source = "qmp:/run/web1.qmp"
+      attach = ["/etc/libvirt/qemu/web1.xml"]
+      metrics = "/var/lib/prometheus/node-exporter/incbak-web1.prom"
+      [vms.web1.hooks]
+      failed = ["/usr/local/bin/page-me"]
+    """
+
+
+@config.command(short_help="Read the configuration, and say what is wrong with it.")
+@common
+def check() -> None:
+    """List the VMs; exits with 2 and names file, key and what is expected where something is wrong."""
+    here = settings()
+    found, path = _read(here)
+    names = sorted(found.vms)
+    if here.json:
+        for name in names:
+            here.tell({"vm": name, "source": found.vm(name).source, "repository": found.vm(name).repository})
+        return
+    rows = [[name, found.vm(name).source, found.vm(name).repository] for name in names]
+    here.say(table([["VM", "SOURCE", "REPOSITORY"], *rows]) if rows else f"{path} has no VM")
+
+
+@click.group(short_help="Print lines for cron, or units for systemd.")
+@common
+def schedule() -> None:
+    """Regular backups of the VMs of the configuration."""
+
+
+@schedule.command(short_help="Print them; installs nothing.")
+@click.argument("kind", type=click.Choice(["cron", "systemd"]))
+@click.option("--to", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the units there.")
+@common
+def show(kind: str, to: Path | None) -> None:
+    """Print lines for /etc/cron.d, or units for /etc/systemd/system: backups of all VMs each night, and for each VM
+    whose table says so, incbak serve or incbak watch.
+
+    \b
+    Example:
+      incbak schedule show systemd --to /etc/systemd/system && systemctl daemon-reload
+    """
+    here = settings()
+    found, path = _read(here)
+    program = shutil.which("incbak") or sys.argv[0]
+    if kind == "cron":
+        if to:
+            raise UsageError(
+                "--to is for systemd's units", hint="Write: incbak schedule show cron > /etc/cron.d/incbak"
+            )
+        click.echo(schedules.cron(program, path.absolute(), getpass.getuser()), nl=False)
+        return
+    for name, text in schedules.systemd(program, path.absolute(), found).items():
+        if to:
+            (to / name).write_text(text, encoding="utf-8")
+            here.say(f"wrote {to / name}")
+        else:
+            click.echo(printable(f"# {name}\n{text}"))
+
+
+def _read(here: Settings) -> tuple[Config, Path]:
+    path = here.config or default_path()
+    if not path.exists():
+        raise UsageError(f"there is no configuration {path}", hint="See: incbak config --help")
+    return here.configuration(), path

@@ -1,0 +1,191 @@
+"""The configuration file: TOML, decoded strictly.
+
+::
+
+    [defaults]                      # for every VM; a VM's own value wins
+    repository = "/backup"
+    lock-wait = "10m"
+
+    [vms.web1]
+    source = "qmp:/run/web1.qmp"    # or an image: "/srv/web1.raw"
+    quiesce = true
+    agent-socket = "/run/web1.qga"
+    attach = ["/etc/libvirt/qemu/web1.xml"]
+    metrics = "/var/lib/prometheus/node-exporter/incbak-web1.prom"
+
+    watch = "qmp:/run/web1.watch"   # if incbak watch is to run for it: see incbak schedule
+
+    [vms.web1.serve]                # the disks, if incbak serve is to run for it: see incbak schedule
+    vda = "/srv/web1.raw"
+
+    [vms.web1.hooks]
+    failed = ["/usr/local/bin/page-me"]
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from incbak.errors import UsageError
+from incbak.units import parse_duration, parse_share, parse_size
+
+_LIMIT = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class Hooks(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """Commands with their arguments; empty: none. ``timeout``: a hook that takes longer is killed."""
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    timeout: str = "10m"
+
+
+class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """What may be said of all VMs; the texts are what the options of the same names take."""
+
+    repository: str = ""
+    state_dir: str = ""
+    lock_wait: str = ""
+    monitor_wait: str = ""
+    speed_limit: str = ""
+    scratch_dir: str = ""
+    scratch_limit: str = ""
+    audit: str = ""
+    hooks: Hooks | None = None
+
+
+class Vm(Defaults, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """One VM, by the name under which its backups are kept."""
+
+    source: str
+    disks: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    attach: tuple[str, ...] = ()
+    quiesce: bool = False
+    agent_socket: str = ""
+    metrics: str = ""
+    watch: str = ""
+    serve: dict[str, str] = {}
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    defaults: Defaults = Defaults()
+    vms: dict[str, Vm] = {}
+
+    def vm(self, name: str) -> Vm:
+        """With the defaults filled in. Raises `KeyError`."""
+        vm = self.vms[name]
+        values = {f: getattr(vm, f) or getattr(self.defaults, f) for f in Defaults.__struct_fields__}
+        return msgspec.structs.replace(vm, **values)
+
+
+def default_path() -> Path:
+    """``/etc/incbak/incbak.toml`` for root, else below the XDG configuration directory."""
+    if os.geteuid() == 0:
+        return Path("/etc/incbak/incbak.toml")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "incbak" / "incbak.toml"
+
+
+def load(path: Path) -> Config:
+    """Read and check the file. Raises `UsageError` that names the file, the key, and what is expected."""
+    try:
+        with path.open("rb") as file:
+            _check_owner(path, os.fstat(file.fileno()))
+            raw = file.read(_LIMIT + 1)
+    except OSError as e:
+        raise UsageError(f"cannot read the configuration {path}: {e.strerror}") from e
+    if len(raw) > _LIMIT:
+        raise UsageError(f"the configuration {path} is larger than {_LIMIT} bytes")
+    try:
+        tree = tomllib.loads(raw.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UsageError(f"{path}: {e}", hint="It must be TOML, in UTF-8.") from e
+    config = _decoded(path, tree)
+    for key, trouble, hint in _troubles(config):
+        raise UsageError(f"{path}: {key}: {trouble}", hint=hint)
+    return config
+
+
+def _check_owner(path: Path, info: os.stat_result) -> None:
+    """It names commands that we run: nobody else may write them."""
+    if info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o022:
+        hint = f"It names commands to be run. Try: chown {os.geteuid()} {path}; chmod go-w {path}"
+        raise UsageError(f"the configuration {path} can be written by others", hint=hint)
+
+
+def _decoded(path: Path, tree: Mapping[str, Any]) -> Config:
+    tables: list[tuple[str, Any, type[msgspec.Struct]]] = [("defaults", tree.get("defaults", {}), Defaults)]
+    vms = tree.get("vms", {})
+    if not isinstance(vms, dict):
+        raise UsageError(f"{path}: vms: expected a table for each VM", hint="Write [vms.NAME].")
+    tables += [(f"vms.{name}", table, Vm) for name, table in vms.items()]
+    for key in tree.keys() - {"defaults", "vms"}:
+        raise UsageError(f"{path}: {key}: no such key", hint="There are [defaults] and [vms.NAME].")
+    found: dict[str, Any] = {}
+    for key, table, kind in tables:
+        try:
+            found[key] = msgspec.convert(table, kind)
+        except msgspec.ValidationError as e:
+            what, _, where = str(e).partition(" - at `$")
+            raise UsageError(f"{path}: {key}{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from e
+    return Config(found.pop("defaults"), {key.removeprefix("vms."): vm for key, vm in found.items()})
+
+
+def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(key, what is wrong, what to do) for each value that no command would take."""
+    yield from _shared("defaults", config.defaults)
+    for name, vm in config.vms.items():
+        key = f"vms.{name}"
+        if not _NAME.fullmatch(name):
+            yield key, "not a name of a VM", "Use letters, digits, and . _ - between them."
+        yield from _shared(key, vm)
+        if not vm.source.startswith("qmp:") and not vm.source.startswith("/"):
+            yield f"{key}.source", f"neither a monitor nor an absolute path: {vm.source!r}", "qmp:/run/x.qmp, or /x.raw"
+        if vm.watch and not vm.watch.startswith("qmp:/"):
+            yield f"{key}.watch", f"not the Unix socket of a monitor: {vm.watch!r}", "Write qmp:/path/of/socket."
+        if vm.quiesce != bool(vm.agent_socket):
+            yield f"{key}.quiesce", "goes together with agent-socket", "Give both, or none."
+        paths = {"agent-socket": vm.agent_socket, "metrics": vm.metrics}
+        paths |= {f"attach[{n}]": path for n, path in enumerate(vm.attach)}
+        paths |= {f"serve.{disk}": path for disk, path in vm.serve.items()}
+        yield from _relative(key, paths)
+
+
+def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
+    paths = {"repository": values.repository, "state-dir": values.state_dir, "scratch-dir": values.scratch_dir}
+    yield from _relative(key, paths)
+    parsed: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+        "lock-wait": (values.lock_wait, parse_duration),
+        "monitor-wait": (values.monitor_wait, parse_duration),
+        "speed-limit": (values.speed_limit.removesuffix("/s"), parse_size),
+        "scratch-limit": (values.scratch_limit, parse_size),
+        "audit": (values.audit, parse_share),
+        "hooks.timeout": (values.hooks.timeout if values.hooks else "", parse_duration),
+    }
+    for name, (text, parse) in parsed.items():
+        try:
+            if text:
+                parse(text)
+        except UsageError as e:
+            yield f"{key}.{name}", str(e), e.hint
+    if hooks := values.hooks:
+        commands = {"before": hooks.before, "after": hooks.after, "failed": hooks.failed}
+        yield from _relative(f"{key}.hooks", {name: command[0] for name, command in commands.items() if command})
+
+
+def _relative(key: str, paths: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    for name, path in paths.items():
+        if path and not path.startswith("/"):
+            yield f"{key}.{name}", f"not an absolute path: {path!r}", "cron and systemd start elsewhere than you do."
