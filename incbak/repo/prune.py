@@ -11,7 +11,8 @@ The order, which is what makes it safe beside everything else:
 4. packs of which nothing is needed are *condemned* (`condemned`); then
 5. of those that are mostly garbage what is needed is copied into new packs, verified, durable and indexed; then they
    are condemned too;
-6. 3 again, for a grace of nothing.
+
+With a grace of nothing, 3 follows 4 and 5 at once: on a full disk 5 has room only then.
 
 **Why no backup can need a condemned pack.** A run holds ``content.lock`` shared from before it reads a record or the
 index until after its commit. Packs are condemned while a prune holds that lock exclusively: so at a moment when no run
@@ -165,6 +166,7 @@ class _Prune:
         try:
             self._expire(done)
             self._condemn(done, self._garbage)
+            self._expire(done)
             if chosen := self._mostly_garbage():
                 self._repacker.copy(chosen, lambda text: self._report(Warned(text)))
                 done.repacked = len(chosen)
@@ -276,11 +278,12 @@ class _Prune:
                 yield name
 
     def _mostly_garbage(self) -> list[str]:
+        """Those of which nothing is needed have a copy of something, which may be the only whole one."""
         there = self._storage.list("packs")
         below, gone = self._options.repack_below, read_condemned(self._storage).packs
         weights = self._marks.weights().items()
         frame = pack.HEAD.size + pack.FOOT.size
-        return sorted(n for n, w in weights if n not in gone and 0 < w < below * (there.get(n, 0) - frame))
+        return sorted(n for n, w in weights if n not in gone and w < below * (there.get(n, 0) - frame))
 
     def _free(self, name: str) -> bool:
         """Whether its own table too says that nothing in it is needed."""

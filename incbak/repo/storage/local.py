@@ -159,10 +159,19 @@ class LocalStorage(Storage):
         return LocalStream(self.root / kind)
 
     def remove(self, kind: str, name: str) -> None:
+        self._let_go(kind, [name])
         durable.remove(self.root / kind / name)
 
     def remove_all(self, kind: str, names: Iterable[str]) -> None:
-        durable.remove_all(self.root / kind, names)
+        gone = list(names)
+        self._let_go(kind, gone)
+        durable.remove_all(self.root / kind, gone)
+
+    def _let_go(self, kind: str, names: list[str]) -> None:
+        """A file that is open takes space for as long as it is."""
+        with self._mutex:
+            for name in names:
+                self._files.pop((kind, name), None)
 
     @contextmanager
     def lock(self, name: str, *, exclusive: bool, wait: float) -> Iterator[None]:
