@@ -181,10 +181,14 @@ class WatchedVm:
     def poke(self, disk: str, *clusters: int) -> None:
         """Write them as the guest's device would, without a guest. QEMU has answered when it returns."""
         for cluster in clusters:
-            command = f"write -P {self.dice.randrange(1, 255)} {cluster * CLUSTER} {CLUSTER}"
+            fill = self.dice.randrange(1, 255)
             where = f"/machine/peripheral/{disk}-dev/virtio-backend"
-            said = self.qmp("human-monitor-command", command_line=f'qemu-io -d {where} "{command}"')
-            assert f"wrote {CLUSTER}" in said, said
+            command = f"write -P {fill} {cluster * CLUSTER} {CLUSTER}"
+            self.qmp("human-monitor-command", command_line=f'qemu-io -d {where} "{command}"')
+            if disk not in self.formats:
+                with self.images[disk].open("rb") as f:
+                    f.seek(cluster * CLUSTER)
+                    assert f.read(CLUSTER) == bytes([fill]) * CLUSTER
 
     # -- backups --------------------------------------------------------------------------------------------------
 

@@ -58,9 +58,16 @@ class StaleError(Exception):
 
 def table() -> list[Fault]:
     """All faults. Raises `StaleError` when two have one name."""
-    from torturelib import planted_backups, planted_bitmaps, planted_restores, planted_serve
+    from torturelib import (
+        planted_backups,
+        planted_bitmaps,
+        planted_nbd,
+        planted_restores,
+        planted_serve,
+        planted_watch,
+    )
 
-    tables = (planted_bitmaps, planted_serve, planted_backups, planted_restores)
+    tables = (planted_bitmaps, planted_nbd, planted_serve, planted_backups, planted_restores, planted_watch)
     faults = [fault for each in tables for fault in each.FAULTS]
     if len({f.name for f in faults}) != len(faults):
         raise StaleError("two faults have the same name")

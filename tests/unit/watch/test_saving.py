@@ -143,8 +143,9 @@ def test_nothing_is_saved_while_the_image_is_open(qemu: FakeQemu, disk: Watched)
         assert process.stdout
         process.stdout.readline()
         qemu.pid = process.pid
-        assert save(qemu, disk).detail == "QEMU has not let go of the images"
+        outcome = save(qemu, disk)
         process.kill()
+    assert outcome.detail == "QEMU has not let go of the images"
     assert found(disk) is None
 
 

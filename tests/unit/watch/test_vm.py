@@ -1,0 +1,65 @@
+"""A watch over several runs of a VM, whose monitor may fall silent."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from incbak.engine.session import Address, EngineGone, EngineSilent, Session
+from incbak.errors import EngineError
+from incbak.watch import vm
+from incbak.watch.vm import Watcher, WatchOptions
+
+
+class Silent:
+    """A session that is only closed."""
+
+    closed = 0
+
+    async def close(self) -> None:
+        Silent.closed += 1
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, *runs: bool | EngineError, once: bool = True
+) -> tuple[bool, list[str]]:
+    """What `Watcher.run` returns, when the VM's runs end as told; and the events that were told."""
+    told: list[str] = []
+    path = directory / "qmp"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        options = WatchOptions(Address(path=str(path)), "vm", directory, lambda e, *_: told.append(e), once=once)
+        watcher, left = Watcher(options), list(runs)
+
+        async def connect(*_: object, **__: object) -> Silent:
+            return Silent()
+
+        async def run(_: object) -> bool:
+            ending = left.pop(0)
+            if not left and not once:
+                watcher.stop()
+            if isinstance(ending, EngineError):
+                raise ending
+            return ending
+
+        monkeypatch.setattr(Session, "connect", connect)
+        monkeypatch.setattr(vm._Attached, "run", run)
+        return asyncio.run(watcher.run()), told
+
+
+def test_a_monitor_that_falls_silent_is_come_back_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else the guest would stay paused when it shuts down."""
+    Silent.closed = 0
+    assert watched(monkeypatch, tmp_path, EngineSilent("no answer"), True) == (True, ["waiting"])
+    assert Silent.closed == 2
+
+
+def test_a_vm_of_which_nothing_is_watched_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert watched(monkeypatch, tmp_path, EngineGone("gone")) == (True, ["ended"])
+
+
+def test_without_once_the_next_run_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert watched(monkeypatch, tmp_path, False, EngineGone("gone"), True, once=False) == (True, ["ended"])
