@@ -51,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Incbak:
         (["full", "qmp:"], 2, "address is empty"),
         (["full", "{tmp}/disk.raw", "--name", "vm", "--disk", "a", "--disk", "b"], 2, "one disk"),
         (["full", "{tmp}/disk.raw", "--lock-wait", "soon"], 2, "not a duration"),
-        (["full"], 2, "Missing argument"),
+        (["full"], 2, "missing argument SOURCE"),
         (["frobnicate"], 2, "No such command"),
         (["list", "--frobnicate"], 2, "No such option"),
         (["check", "--read-data-subset", "0"], 2, "not a percentage"),
