@@ -11,6 +11,7 @@ import click
 
 from incbak.cli.serve import parse_tcp
 from incbak.cli.settings import common, settings
+from incbak.cli.tls import serves_tls, tcp_uri, tls_of
 from incbak.errors import UsageError
 from incbak.export.image import BackupImage
 from incbak.export.overlay import Overlay
@@ -26,7 +27,8 @@ from incbak.serve.systemd import notify
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository.")
 @click.option("--socket", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket.  [default: a new one]")
-@click.option("--tcp", metavar="HOST:PORT", help="Serve on TCP instead. There is no TLS: trusted networks only.")
+@click.option("--tcp", metavar="HOST:PORT", help="Serve on TCP instead. Without --tls-certs: trusted networks only.")
+@serves_tls
 @click.option("--writable", is_flag=True, help="Take writes, and forget them in the end: to boot a VM from it.")
 @click.option(
     "--scratch-dir",
@@ -43,6 +45,8 @@ def export(
     name: str | None,
     socket: Path | None,
     tcp: str | None,
+    tls_certs: Path | None,
+    tls_verify_peer: bool,
     writable: bool,
     scratch_dir: Path,
 ) -> None:
@@ -57,17 +61,18 @@ def export(
       incbak -r /backup export latest --writable --socket /tmp/old.sock    (and boot a VM from it)
     """
     here = settings()
+    tls = tls_of(tls_certs, tls_verify_peer)
     repo = here.open()
     exports = _exports(repo, backup, name, disks, scratch_dir if writable else None)
-    server = NbdServer(lambda: exports)
+    server = NbdServer(lambda: exports, tls=tls)
     wanted = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: wanted.set())
     with tempfile.TemporaryDirectory(prefix="incbak-export-") as private:
         try:
             if tcp:
-                host, port = server.listen_tcp(*parse_tcp(tcp))
-                uris = [str(NbdUri(each, host=host, port=port)) for each in exports]
+                address = server.listen_tcp(*parse_tcp(tcp))
+                uris = [tcp_uri(each, address, tls) for each in exports]
             else:
                 path = server.listen_unix(socket or Path(private, "nbd.sock"))
                 uris = [str(NbdUri(each, path=str(path))) for each in exports]

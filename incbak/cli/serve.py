@@ -10,6 +10,7 @@ import click
 from incbak import host
 from incbak.bitmap.store import component
 from incbak.cli.settings import common, settings
+from incbak.cli.tls import serves_tls, tls_of
 from incbak.errors import UsageError
 from incbak.serve.daemon import Daemon, ServeOptions
 from incbak.units import parse_size
@@ -19,7 +20,8 @@ from incbak.units import parse_size
 @click.option("--name", required=True, metavar="VM", help="The VM whose disks these are: names its bitmaps.")
 @click.option("--socket", "nbd", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket for NBD.")
 @click.option("--monitor", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket for QMP.")
-@click.option("--tcp", metavar="HOST:PORT", help="Serve NBD on TCP too. There is no TLS: trusted networks only.")
+@click.option("--tcp", metavar="HOST:PORT", help="Serve NBD on TCP too. Without --tls-certs: trusted networks only.")
+@serves_tls
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
 @click.option("--stdio", is_flag=True, help="Serve one NBD connection on stdin and stdout, then end.")
 @click.option(
@@ -39,6 +41,8 @@ def serve(
     nbd: Path | None,
     monitor: Path | None,
     tcp: str | None,
+    tls_certs: Path | None,
+    tls_verify_peer: bool,
     read_only: bool,
     stdio: bool,
     scratch_dir: Path,
@@ -59,6 +63,7 @@ def serve(
         nbd_socket=nbd or runtime / "nbd.sock",
         monitor_socket=monitor or (None if stdio else runtime / "qmp.sock"),
         tcp=parse_tcp(tcp) if tcp else None,
+        tls=tls_of(tls_certs, tls_verify_peer),
         read_only=read_only,
         stdio=stdio,
         scratch_dir=scratch_dir,

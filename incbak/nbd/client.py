@@ -9,16 +9,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from incbak.errors import NbdError, NbdProtocolError, NbdRequestError, UsageError
+from incbak.errors import NbdError, NbdProtocolError, NbdRequestError
 from incbak.nbd import protocol as p
 from incbak.nbd.dial import dial
+from incbak.nbd.greeting import Greeting, Offer, TlsWish
 from incbak.nbd.uri import NbdUri, parse_uri
-from incbak.nbd.wire import Wire, close_hard
+from incbak.nbd.wire import close_hard
 
-MAX_SIZE = 1 << 60
 _MAX_REPLY = 1 << 20
 _MAX_REPLIES = 64
-"""Replies that a server may send for one option, and error chunks for one request."""
+"""Error chunks that a server may send for one request."""
 
 
 @dataclass
@@ -61,88 +61,27 @@ class NbdClient:
         Raises `NbdError` when nobody answers, `NbdProtocolError` when the server breaks the rules or lacks the export,
         `UsageError` for an address or name that cannot be.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         if isinstance(where, socket.socket):
-            sock, name = where, export or ""
+            greeting, name = Greeting(where, deadline), export or ""
         else:
             uri = parse_uri(where) if isinstance(where, str) else where
-            sock, name = dial(uri, timeout), uri.export if export is None else export
-        client = cls(sock, window=window)
+            name = uri.export if export is None else export
+            tls = TlsWish.of(uri)
+            greeting = Greeting(dial(uri, timeout), deadline, tls)
         try:
-            client._negotiate(_encoded(name), contexts, None if timeout is None else time.monotonic() + timeout)
-        except OSError as e:
-            close_hard(sock)
-            raise NbdError(f"the NBD server of export {p.printable(name)!r} went away: {e.strerror or e}") from e
+            offer = greeting.run(name, contexts)
         except BaseException:
-            close_hard(sock)
+            greeting.close()
             raise
+        client = cls(greeting.sock, window=window)
+        client._take(offer)
         return client
 
-    # -- negotiation ----------------------------------------------------------------------------------------------
-
-    def _negotiate(self, encoded: bytes, contexts: Sequence[str], deadline: float | None) -> None:
-        wire = Wire(self.sock, deadline)
-        head = wire.recv(18)
-        (flags,) = p.U16.unpack_from(head, 16)
-        if head[:16] != p.NBD_MAGIC + p.OPTION_MAGIC or not flags & p.FLAG_FIXED_NEWSTYLE:
-            raise NbdProtocolError("the server does not speak fixed newstyle NBD")
-        wire.send(p.U32.pack(flags & (p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES)))
-        self._structured = self._ask(wire, p.OPT_STRUCTURED, b"")[0][0] == p.REP_ACK
-        if contexts and self._structured:
-            self._set_contexts(wire, encoded, contexts)
-        go = p.U32.pack(len(encoded)) + encoded + p.U16.pack(1) + p.U16.pack(p.INFO_BLOCK_SIZE)
-        replies = self._ask(wire, p.OPT_GO, go)
-        if replies[-1][0] == p.ERR_UNSUP:
-            self._export_name(wire, encoded, bool(flags & p.FLAG_NO_ZEROES))
-        elif replies[-1][0] != p.REP_ACK:
-            name = p.printable(encoded.decode())
-            raise NbdProtocolError(f"the server refuses export {name!r}: {_why(replies[-1])}")
-        else:
-            self._take_info([data for kind, data in replies if kind == p.REP_INFO])
+    def _take(self, offer: Offer) -> None:
+        self.size, self.flags, self.max_payload = offer.size, offer.flags, offer.max_payload
+        self.contexts, self._structured = offer.contexts, offer.structured
         self.sock.settimeout(None)
-
-    def _ask(self, wire: Wire, option: int, data: bytes) -> list[tuple[int, bytes]]:
-        wire.send(p.OPTION.pack(p.OPTION_MAGIC, option, len(data)) + data)
-        replies: list[tuple[int, bytes]] = []
-        while len(replies) < _MAX_REPLIES:
-            magic, echoed, kind, length = p.OPTION_REPLY.unpack(wire.recv(p.OPTION_REPLY.size))
-            if magic != p.OPTION_REPLY_MAGIC or echoed != option or length > _MAX_REPLY:
-                raise NbdProtocolError("malformed reply to an option")
-            replies.append((kind, wire.recv(length) if length else b""))
-            if kind == p.REP_ACK or kind & p.REP_ERROR:
-                return replies
-        raise NbdProtocolError("too many replies to an option")
-
-    def _set_contexts(self, wire: Wire, name: bytes, contexts: Sequence[str]) -> None:
-        data = p.U32.pack(len(name)) + name + p.U32.pack(len(contexts))
-        for context in contexts:
-            data += p.U32.pack(len(context.encode())) + context.encode()
-        for kind, reply in self._ask(wire, p.OPT_SET_META, data):
-            if kind == p.REP_META and len(reply) > 4:
-                found = reply[4:].decode(errors="replace")
-                if found not in contexts or found in self.contexts:
-                    raise NbdProtocolError(f"the server offers context {p.printable(found)!r}, which nobody asked for")
-                self.contexts[found] = p.U32.unpack_from(reply)[0]
-
-    def _export_name(self, wire: Wire, name: bytes, no_zeroes: bool) -> None:
-        wire.send(p.OPTION.pack(p.OPTION_MAGIC, p.OPT_EXPORT_NAME, len(name)) + name)
-        self._set_export(wire.recv(10))
-        if not no_zeroes:
-            wire.recv(124)
-
-    def _take_info(self, infos: list[bytes]) -> None:
-        for info in infos:
-            kind = p.U16.unpack_from(info)[0] if len(info) >= 2 else -1
-            if kind == p.INFO_EXPORT and len(info) == 12:
-                self._set_export(info[2:])
-            elif kind == p.INFO_BLOCK_SIZE and len(info) == 14:
-                self.max_payload = min(max(p.U32.unpack_from(info, 10)[0], 65536), p.MAX_PAYLOAD)
-        if not self.flags & p.HAS_FLAGS:
-            raise NbdProtocolError("the server does not describe its export")
-
-    def _set_export(self, raw: bytes) -> None:
-        (self.size,), (self.flags,) = p.U64.unpack_from(raw), p.U16.unpack_from(raw, 8)
-        if self.size > MAX_SIZE:
-            raise NbdProtocolError(f"the server claims a size of {self.size} bytes")
 
     @property
     def read_only(self) -> bool:
@@ -371,15 +310,3 @@ class NbdClient:
                 self._failed = NbdRequestError(f"the NBD server failed {what}: {reason}", errno=request.error)
         elif request.into is not None and request.filled != request.length:
             raise NbdProtocolError("the server's answer to a read is incomplete")
-
-
-def _encoded(name: str) -> bytes:
-    try:
-        return name.encode()
-    except UnicodeEncodeError as e:
-        raise UsageError(f"not the name of an export: {p.printable(name)}") from e
-
-
-def _why(reply: tuple[int, bytes]) -> str:
-    kind, text = reply
-    return p.printable(text.decode(errors="replace")) or f"error {kind & ~p.REP_ERROR}"

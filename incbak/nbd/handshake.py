@@ -1,8 +1,13 @@
-"""The server's side of fixed newstyle negotiation: bounded in time, options and bytes; nothing is opened before GO."""
+"""The server's side of fixed newstyle negotiation: bounded in time, options and bytes; nothing is opened before GO.
+
+Where TLS is required, every option but STARTTLS and ABORT is refused until it is there. What was agreed on before TLS
+is forgotten: anybody may have said it. A client that says more before the handshake is dropped.
+"""
 
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Mapping
@@ -11,6 +16,7 @@ from dataclasses import dataclass, field
 from incbak.errors import NbdProtocolError
 from incbak.nbd import protocol as p
 from incbak.nbd.export import Export
+from incbak.nbd.tls import Tunnel, refuse_early_bytes
 from incbak.nbd.wire import Wire
 
 MAX_OPTIONS = 1024
@@ -36,11 +42,25 @@ def transmission_flags(export: Export) -> int:
 
 
 class Negotiation:
-    """One connection's handshake with the exports as they are now."""
+    """One connection's handshake with the exports as they are now; afterwards `sock` is the one to speak on.
 
-    def __init__(self, sock: socket.socket, exports: Mapping[str, Export], timeout: float) -> None:
-        self.wire = Wire(sock, time.monotonic() + timeout)
+    ``tls`` is on offer; with ``must`` nothing goes without it.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        exports: Mapping[str, Export],
+        timeout: float,
+        *,
+        tls: ssl.SSLContext | None = None,
+        must: bool = False,
+    ) -> None:
+        self.sock, self.deadline = sock, time.monotonic() + timeout
+        self.wire = Wire(sock, self.deadline)
         self.exports = exports
+        self.tls, self.must = tls, must
+        self._tunnel: Tunnel | None = None
         self.structured = self.no_zeroes = False
         self.chosen: tuple[str, list[tuple[int, str]]] = ("", [])
 
@@ -63,7 +83,17 @@ class Negotiation:
                 return agreed
         raise NbdProtocolError("too many options")
 
+    def close(self) -> None:
+        """The connection is over: what was said last goes out, in bounded time."""
+        if self._tunnel:
+            self._tunnel.close()
+
     def _option(self, option: int, data: bytes) -> tuple[bool, Agreed | None]:
+        if self.must and not self._tunnel and option not in (p.OPT_STARTTLS, p.OPT_ABORT):
+            if option == p.OPT_EXPORT_NAME:  # has no answer but the export
+                raise NbdProtocolError("the client does without TLS")
+            self._reply(option, p.ERR_TLS_REQD, b"this server wants TLS")
+            return False, None
         if option == p.OPT_EXPORT_NAME:
             return True, self._export_name(data)
         if option == p.OPT_ABORT:
@@ -79,9 +109,25 @@ class Negotiation:
             self._reply(option, p.ERR_INVALID if data else p.REP_ACK)
         elif option in (p.OPT_LIST_META, p.OPT_SET_META):
             self._meta(option, data)
+        elif option == p.OPT_STARTTLS and self.tls:
+            self._start_tls(data, self.tls)
         else:
             self._reply(option, p.ERR_UNSUP)
         return False, None
+
+    def _start_tls(self, data: bytes, context: ssl.SSLContext) -> None:
+        if data or self._tunnel:
+            self._reply(p.OPT_STARTTLS, p.ERR_INVALID)
+            return
+        refuse_early_bytes(self.sock)
+        self._reply(p.OPT_STARTTLS, p.REP_ACK)
+        tunnel = Tunnel(self.sock, context)
+        self._tunnel = tunnel
+        tunnel.shake_hands(self.deadline)
+        tunnel.start()
+        self.sock = tunnel.inner
+        self.wire = Wire(tunnel.inner, self.deadline)
+        self.structured, self.chosen = False, ("", [])
 
     def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
         self.wire.send(p.OPTION_REPLY.pack(p.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import ssl
 import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from incbak.errors import NbdError, UsageError
@@ -29,11 +30,19 @@ class NbdServer:
     """Serves whatever ``exports`` returns when a client connects. Every connection has a thread of its own.
 
     At most ``max_connections`` at once, further ones are closed unheard; ``handshake_timeout`` seconds for the whole
-    negotiation.
+    negotiation. With ``tls`` clients on TCP must use it, others may.
     """
 
-    def __init__(self, exports: Exports, *, max_connections: int = 100, handshake_timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        exports: Exports,
+        *,
+        max_connections: int = 100,
+        handshake_timeout: float = 10.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.exports, self.max_connections, self.handshake_timeout = exports, max_connections, handshake_timeout
+        self.tls = tls
         self._listeners: list[socket.socket] = []
         self._paths: list[Path] = []
         self._connections: dict[socket.socket, threading.Thread] = {}
@@ -49,9 +58,9 @@ class NbdServer:
         return path
 
     def listen_tcp(self, host: str, port: int) -> tuple[str, int]:
-        """Listen on TCP; the address really bound. There is no TLS yet: for loopback and trusted networks only."""
+        """Listen on TCP; the address really bound. Without TLS for loopback and trusted networks only."""
         try:
-            sock = socket.create_server((host, port))
+            sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as e:
             raise UsageError(f"cannot listen on {host}:{port}: {e.strerror or e}") from e
         self.add_listener(sock)
@@ -103,16 +112,20 @@ class NbdServer:
 
     def _serve(self, sock: socket.socket) -> None:
         try:
-            if sock.family in (socket.AF_INET, socket.AF_INET6):
+            over_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+            if over_tcp:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            agreed = Negotiation(sock, self.exports(), self.handshake_timeout).run()
-            if agreed is None:
-                return
-            device = agreed.export.open()
-            try:
-                Connection(sock, device, agreed).run()
-            finally:
-                device.close()
+            must = over_tcp and self.tls is not None
+            negotiation = Negotiation(sock, self.exports(), self.handshake_timeout, tls=self.tls, must=must)
+            with closing(negotiation):
+                agreed = negotiation.run()
+                if agreed is None:
+                    return
+                device = agreed.export.open()
+                try:
+                    Connection(negotiation.sock, device, agreed).run()
+                finally:
+                    device.close()
         except (NbdError, OSError) as e:
             log.info("NBD connection ended: %s", e)
         except Exception:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from incbak.errors import UsageError
 from incbak.nbd.server import NbdServer, bind_unix
-from incbak.nbd.uri import NbdUri
+from incbak.nbd.uri import NbdUri, UriTls
 from incbak.serve import systemd
 from incbak.serve.export import DiskExport
 from incbak.serve.monitor import Monitor
@@ -45,6 +46,7 @@ class ServeOptions:
     nbd_socket: Path | None = None
     monitor_socket: Path | None = None
     tcp: tuple[str, int] | None = None
+    tls: ssl.SSLContext | None = None
     read_only: bool = False
     stdio: bool = False
     scratch_dir: Path = Path("/var/tmp")
@@ -60,7 +62,7 @@ class Daemon:
         self.options = options
         self.vm = Vm(options.name, options.scratch_dir, options.scratch_limit)
         self._exports: dict[str, DiskExport] = {}
-        self._server = NbdServer(lambda: self._exports, max_connections=options.max_connections)
+        self._server = NbdServer(lambda: self._exports, max_connections=options.max_connections, tls=options.tls)
         self._places: list[str] = []
         self._signals = 0
         self._monitor_path: Path | None = None
@@ -124,7 +126,8 @@ class Daemon:
             self._places.append(f"monitor={options.monitor_socket}")
         if options.tcp:
             host, port = self._server.listen_tcp(*options.tcp)
-            self._places += [str(NbdUri(name, host=host, port=port)) for name in self._exports]
+            tls = UriTls() if options.tls else None
+            self._places += [str(NbdUri(name, host=host, port=port, tls=tls)) for name in self._exports]
         if options.stdio:
             threading.Thread(target=self._serve_stdio, args=(stdio_socket(),), daemon=True).start()
         elif options.nbd_socket and all(name == systemd.MONITOR for name, _sock in handed):

@@ -390,10 +390,21 @@ def test_our_client_on_less_able_servers(tmp_path: Path, options: list[str], fil
         client.close()
 
 
-def test_our_client_refuses_a_server_without_fixed_newstyle(tmp_path: Path) -> None:
+def test_our_client_on_a_server_without_fixed_newstyle(tmp_path: Path) -> None:
     socket = tmp_path / "s"
     with started(socket, "nbdkit", "-f", "-U", socket, "--mask-handshake=0", "memory", "1M") as uri:
-        with pytest.raises(NbdProtocolError, match="fixed newstyle"):
+        client = NbdClient.connect(uri, contexts=[p.ALLOCATION])
+        client.write(b"unfixed", 100)
+        client.flush()
+        assert client.read(100, 7) == b"unfixed"
+        assert client.contexts == {}
+        client.close()
+
+
+def test_our_client_refuses_oldstyle(tmp_path: Path) -> None:
+    socket = tmp_path / "s"
+    with started(socket, "nbdkit", "-f", "-o", "-U", socket, "memory", "1M") as uri:
+        with pytest.raises(NbdProtocolError, match="does not speak newstyle"):
             NbdClient.connect(uri)
 
 

@@ -416,8 +416,7 @@ def test_a_job_over_nbd_by_path_and_by_socket(repo: Repository) -> None:
                 assert path.parent.stat().st_mode & 0o777 == 0o700
                 client = NbdClient.connect(NbdUri(name, path=str(path)))
             else:
-                client = NbdClient(target.socket())
-                client._negotiate("vda", (), None)
+                client = NbdClient.connect(target.socket(), "vda")
             client.write(data[: 5 * CLUSTER + 9], 0)
             client.write(data[5 * CLUSTER + 9 :], 5 * CLUSTER + 9)
             with pytest.raises(NbdRequestError) as refused:
@@ -431,8 +430,7 @@ def test_a_job_over_nbd_by_path_and_by_socket(repo: Repository) -> None:
 
 def test_a_failed_backup_is_an_io_error_for_the_job(repo: Repository) -> None:
     with sinking(repo) as sink, SinkServer({"vda": sink}) as server:
-        client = NbdClient(server.connected())
-        client._negotiate("vda", (), None)
+        client = NbdClient.connect(server.connected(), "vda")
         sink._pipeline._failure = BackupError("no more")
         for call in (lambda: client.write(b"x" * CLUSTER, 0), client.flush):
             with pytest.raises(NbdRequestError) as refused:

@@ -16,9 +16,10 @@ from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.memory import MemoryDisk
 from incbak.errors import NbdError, NbdProtocolError, NbdRequestError, UsageError
 from incbak.nbd import client as client_module
+from incbak.nbd import greeting
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
-from incbak.nbd.uri import NbdUri, parse_uri
+from incbak.nbd.uri import NbdUri, UriTls, parse_uri
 from tests.unit.nbd.peers import DIRTY, PATIENCE, SIZE, DiskExport, Raw, hostile, served
 
 FLAGS = p.HAS_FLAGS | p.SEND_FLUSH | p.SEND_ZEROES
@@ -245,7 +246,6 @@ def _raw_reply(data: bytes) -> Callable[[Raw], None]:
 HANDSHAKES: dict[str, tuple[Callable[[Raw], None], str]] = {
     "not NBD": (lambda raw: raw.send(b"SSH-2.0-OpenSSH_9.2p1\r\n"), "does not speak"),
     "oldstyle": (lambda raw: raw.send(p.NBD_MAGIC + p.U64.pack(0x00420281861253) + bytes(200)), "does not speak"),
-    "newstyle that is not fixed": (lambda raw: raw.send(p.NBD_MAGIC + p.OPTION_MAGIC + bytes(2)), "does not speak"),
     "hangs up at once": (lambda _raw: None, "closed|went away"),
     "hangs up in GO": (_hang_up_in_go, "closed|went away"),
     "wrong reply magic": (_raw_reply(p.OPTION_REPLY.pack(1, 8, p.REP_ACK, 0)), "malformed reply"),
@@ -266,6 +266,23 @@ def test_a_handshake_that_cannot_be(name: str) -> None:
     with hostile(script) as sock, pytest.raises(NbdError, match=message) as caught:
         NbdClient.connect(sock, "disk", timeout=PATIENCE)
     assert len(str(caught.value)) < 300
+
+
+def test_newstyle_that_is_not_fixed() -> None:
+    """As QEMU's fault injector speaks it: no options but the export's name, nor a word on what it can."""
+
+    def script(raw: Raw) -> None:
+        raw.send(p.NBD_MAGIC + p.OPTION_MAGIC + bytes(2))
+        assert raw.recv(4) == bytes(4)
+        assert raw.recv(20) == p.OPTION.pack(p.OPTION_MAGIC, p.OPT_EXPORT_NAME, 4) + b"disk"
+        raw.send(p.U64.pack(SIZE) + bytes(2) + bytes(124))
+        cookie = p.REQUEST.unpack(raw.recv(28))[3]
+        raw.send(p.SIMPLE.pack(p.SIMPLE_MAGIC, 0, cookie) + b"data")
+
+    with hostile(script) as sock:
+        client = NbdClient.connect(sock, "disk", contexts=[p.ALLOCATION], timeout=PATIENCE)
+        assert (client.size, client.contexts) == (SIZE, {})
+        assert client.read(0, 4) == b"data"
 
 
 @pytest.mark.parametrize(
@@ -470,6 +487,7 @@ def test_a_server_that_goes_away_while_we_send() -> None:
 def test_limits_are_what_the_tests_assume() -> None:
     """The floods above must be longer than what is allowed."""
     assert client_module._MAX_REPLIES < 199
+    assert greeting._MAX_REPLIES < 199
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------
@@ -483,6 +501,9 @@ def test_limits_are_what_the_tests_assume() -> None:
         ("nbd://[::1]:5/a%2Fb", NbdUri("a/b", host="::1", port=5)),
         ("nbd+unix:///sda?socket=/run/x%20y.sock", NbdUri("sda", path="/run/x y.sock")),
         ("nbd+unix:///?socket=/s", NbdUri("", path="/s")),
+        ("nbds://host/disk", NbdUri("disk", host="host", tls=UriTls())),
+        ("nbds://host/d?tls-certificates=/a%20b", NbdUri("d", host="host", tls=UriTls("/a b"))),
+        ("nbds+unix:///d?socket=/s&tls-hostname=x&tls-certificates=/c", NbdUri("d", "/s", tls=UriTls("/c", "x"))),
     ],
 )
 def test_addresses(text: str, uri: NbdUri) -> None:
@@ -492,7 +513,16 @@ def test_addresses(text: str, uri: NbdUri) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "http://host/x", "nbd:///x", "nbd+unix:///x", "nbds://host/x", "nbd://host:port/x", "nbd://[::1/x"],
+    [
+        *("", "x", "http://host/x", "nbd:///x", "nbd+unix:///x", "nbds+unix:///x", "nbd://host:port/x", "nbd://[::1/x"),
+        *(
+            "nbds:///x",
+            "nbd://h/x?tls-certificates=/d",
+            "nbds://h/x?tls-psk-file=/k",
+            "nbds://h/x?tls-verify-peer=false",
+        ),
+        "nbds://h/x?tls-certificates=/a&tls-certificates=/b",
+    ],
 )
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(UsageError):

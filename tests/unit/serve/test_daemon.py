@@ -263,8 +263,7 @@ def test_stdio_serves_one_connection_and_ends_clean(tmp_path: Path, image: Path)
         _command(tmp_path, "--stdio", f"vda={image}"), stdin=theirs, stdout=theirs, stderr=subprocess.PIPE
     )
     theirs.close()
-    client = NbdClient(ours)
-    client._negotiate("vda", (), None)
+    client = NbdClient.connect(ours, "vda")
     client.write(b"through stdio", 100)
     assert client.read(100, 13) == b"through stdio"
     client.close()
