@@ -88,7 +88,9 @@ def _without(args: Sequence[str], flag: str, valued: str) -> list[str]:
 def source_of(here: Settings, source: str | None) -> str:
     """What the engine is opened with. Raises `UsageError` when nothing was named."""
     if source is None:
-        raise UsageError("missing argument SOURCE", hint="Name a monitor, an image, or a VM of the configuration; or say --all.")
+        raise UsageError(
+            "missing argument SOURCE", hint="Name a monitor, an image, or a VM of the configuration; or say --all."
+        )
     return here.vm.source if here.vm else source
 
 

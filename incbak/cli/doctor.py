@@ -8,19 +8,21 @@ from pathlib import Path
 import click
 
 from incbak.cli.backup import interruptible
+from incbak.cli.configured import Configured, source_of
 from incbak.cli.settings import Settings, common, printable, settings
-from incbak.doctor.finding import Finding, Level
+from incbak.doctor.finding import Finding, Level, guarded, ok
 from incbak.doctor.host import look_at_host
 from incbak.doctor.repository import look_at_repository
 from incbak.doctor.source import look_at_source
 from incbak.engine.detect import Source
 from incbak.errors import IncbakError
+from incbak.fleet.config import default_path
 from incbak.units import parse_duration
 
 _LABEL = {Level.OK: "ok     ", Level.WARNING: "WARNING", Level.FAULT: "FAULT  "}
 
 
-@click.command(short_help="Look for what would spoil a backup of this host, or of a VM.")
+@click.command(cls=Configured, short_help="Look for what would spoil a backup of this host, or of a VM.")
 @click.argument("source", metavar="[SOURCE]", required=False)
 @click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
 @click.option(
@@ -31,25 +33,34 @@ _LABEL = {Level.OK: "ok     ", Level.WARNING: "WARNING", Level.FAULT: "FAULT  "}
 def doctor(source: str | None, name: str | None, scratch_dir: Path | None, monitor_wait: str) -> None:
     """Look at this host, at the repository if -r names one, and at a VM or image if SOURCE does. Changes nothing.
 
-    For a VM it lists each disk, whether its bitmaps outlast a restart, and what is left out of backups, with the
-    reason. Exits with 1 when there is a fault; warnings alone leave 0. With -q only warnings and faults are printed.
+    SOURCE is as for backups. For a VM it lists each disk, whether its bitmaps outlast a restart, and what is left out
+    of backups, with the reason. Exits with 1 when there is a fault; warnings alone leave 0. With -q only warnings and
+    faults are printed.
 
     \b
     Example:
       incbak doctor -r /backup qmp:/run/web1.qmp
+      incbak doctor web1
     """
     here = settings()
     wait = max(parse_duration(monitor_wait), 0.5)
-    found = look_at_host(here.state_dir)
+    found = look_at_host(here.state_dir) + guarded("configuration", lambda: _configuration(here))
     if here.repository:
         found += look_at_repository(here.repository)
     if source:
-        wanted = Source(source, here.state_dir, name, scratch_dir=scratch_dir, monitor_wait=wait)
+        wanted = Source(source_of(here, source), here.state_dir, name, scratch_dir=scratch_dir, monitor_wait=wait)
         found += interruptible(look_at_source(wanted))
     _print(here, found)
     faults = sum(f.level is Level.FAULT for f in found)
     if faults:
         raise IncbakError(f"{faults} of {len(found)} looks found a fault", hint="Mend them from the top.")
+
+
+def _configuration(here: Settings) -> list[Finding]:
+    path = here.config or default_path()
+    if not path.exists() and not here.config:
+        return [ok("configuration", f"there is none ({path})")]
+    return [ok("configuration", f"{path}, {len(here.configuration().vms)} VMs")]
 
 
 def _print(here: Settings, found: Sequence[Finding]) -> None:

@@ -77,7 +77,7 @@ def _newest(record: Record) -> Finding:
     if age < -_AHEAD_SECONDS:
         text = f"the newest backup of {record.vm} is dated {record.finished}, which is yet to come"
         return warning("backups", text, "Look at the clocks of the hosts that make backups.")
-    text = f"{record.vm}: newest is {record.id[:8]}, {format_duration(max(age, 0.0))} old, {len(record.disks)} disks"
+    text = f"{record.vm}: newest is {record.id[:8]}, {format_duration(max(age, 0.0))} old, disks: {len(record.disks)}"
     if age > _OLD_SECONDS:
         return warning("backups", text, "Is the timer or cron job still running?")
     return ok("backups", text)

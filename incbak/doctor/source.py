@@ -34,7 +34,7 @@ async def look_at_source(source: Source) -> list[Finding]:
         return [*found, fault(what, str(e), e.hint)]
     finally:
         await engine.close()
-    found.append(ok(what, f"{description.engine or engine.kind}, {len(description.disks)} disks"))
+    found.append(ok(what, f"{description.engine or engine.kind}, disks: {len(description.disks)}"))
     found.append(called)
     if isinstance(engine, QemuEngine):
         found += _qemu(source, description)

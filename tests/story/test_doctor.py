@@ -144,6 +144,17 @@ def test_wrong_arguments(incbak: Incbak, argv: list[str]) -> None:
     assert "Traceback" not in ran.err
 
 
+def test_the_configuration_is_looked_at(incbak: Incbak) -> None:
+    config = incbak.root / "incbak.toml"
+    config.write_text(f'[vms.web1]\nsource = "{incbak.root}/web1.raw"\nrepository = "{incbak.repo}"\n')
+    config.chmod(0o600)
+    code, found = looked(incbak, "web1", env={"INCBAK_CONFIG": str(config)})
+    assert (code, about(found, "configuration")) == (0, "")
+    config.write_text("[vms.web1]\nsauce = 1")
+    code, found = looked(incbak, env={"INCBAK_CONFIG": str(config)})
+    assert (code, "vms.web1" in about(found, "configuration")) == (1, True)
+
+
 def test_json_is_one_object_per_line(incbak: Incbak) -> None:
     for line in incbak("--json", "doctor").out.splitlines():
         assert set(json.loads(line)) == {"level", "what", "text", "hint"}
