@@ -26,6 +26,7 @@ SEED = int(os.environ.get("INCBAK_TORTURE_SEED", time.time()))
         ("restore", 40, "kills of restore"),
         ("fault", 12, "faults"),
         ("rot", 8, "spoilt"),
+        ("prune", 20, "kills of prune"),
         ("power", 1, "different states examined"),
     ],
 )

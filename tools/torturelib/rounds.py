@@ -11,6 +11,7 @@ from incbak import durable
 from torturelib.children import Child
 from torturelib.failing import fault_round
 from torturelib.model import difference, read_state
+from torturelib.pruning import prune_round
 from torturelib.rot import rot_round
 from torturelib.world import LostError, World
 
@@ -142,4 +143,5 @@ ROUNDS: dict[str, Callable[[World], None]] = {
     "restore": restore_round,
     "fault": fault_round,
     "rot": rot_round,
+    "prune": prune_round,
 }
