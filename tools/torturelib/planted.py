@@ -62,12 +62,16 @@ def table() -> list[Fault]:
         planted_backups,
         planted_bitmaps,
         planted_nbd,
+        planted_prune,
         planted_restores,
         planted_serve,
         planted_watch,
     )
 
-    tables = (planted_bitmaps, planted_nbd, planted_serve, planted_backups, planted_restores, planted_watch)
+    tables = (
+        *(planted_bitmaps, planted_nbd, planted_serve, planted_backups),
+        *(planted_restores, planted_watch, planted_prune),
+    )
     faults = [fault for each in tables for fault in each.FAULTS]
     if len({f.name for f in faults}) != len(faults):
         raise StaleError("two faults have the same name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from incbak.errors import DamagedError, LockedError, UsageError
 from incbak.events import Event, Warned
 from incbak.repo import blob, pack, pins
 from incbak.repo.check import check, rebuild_index
-from incbak.repo.condemned import read_condemned
+from incbak.repo.condemned import condemn, read_condemned
 from incbak.repo.index import Index
 from incbak.repo.marks import Marks
 from incbak.repo.prune import Options, Outcome, dry_run, prune
@@ -318,12 +319,17 @@ def test_a_backup_that_is_pinned_at_the_last_moment_stays(path: Path, monkeypatc
     right(path, (pinned, [1]), (kept, [3]))
 
 
-def test_a_pin_and_a_prune_do_not_cross(path: Path) -> None:
-    """Who is told that a backup is pinned can rely on it: the lock is held until the records are gone."""
+def test_a_pin_and_a_prune_do_not_cross(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is told that a backup is pinned can rely on it: a prune holds the lock while it removes records."""
+    monkeypatch.setattr(pins, "_WAIT", 0.0)
+    old, kept = made(path, [1]), made(path, [2])
     storage = Repository.open(path).storage
-    with pins.pins_held(storage):
-        with pytest.raises(LockedError), storage.lock("pins.lock", exclusive=True, wait=0):
-            pass
+    with storage.lock("pins.lock", exclusive=True, wait=0):
+        with pytest.raises(LockedError):
+            pins.pin(storage, old.id)
+        with pytest.raises(LockedError):
+            pruned(path, grace=0)
+    right(path, (old, [1]), (kept, [2]))
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -376,8 +382,16 @@ def _flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+def _index_files(path: Path) -> list[Path]:
+    return list((path / "index").iterdir())
+
+
+def _age(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
 def _newest_index(path: Path) -> Path:
-    return max((path / "index").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    return max(_index_files(path), key=_age)
 
 
 def _pack_of(path: Path, record: Record) -> Path:
@@ -398,6 +412,7 @@ DAMAGE: dict[str, Callable[[Path, Record], None]] = {
     "a page": _spoil_page,
     "an index file": lambda path, r: _flip(_newest_index(path), 200),
     "an index file is gone": lambda path, r: _newest_index(path).unlink(),
+    "an index file of what goes": lambda path, r: _flip(min(_index_files(path), key=_age), 200),
     "a pack is gone": lambda path, r: _pack_of(path, r).unlink(),
     "a pack is cut": lambda path, r: _cut(_pack_of(path, r)),
 }
@@ -415,6 +430,19 @@ def test_where_anything_is_damaged_nothing_is_removed(path: Path, what: str) -> 
         pruned(path, Policy(last=1), grace=0, repack_below=1.0)
     assert "nothing was removed" in str(refused.value)
     assert refused.value.hint
+    assert files(path) == before
+
+
+def test_where_a_listed_backup_needs_what_is_condemned_nothing_is_removed(path: Path) -> None:
+    """It cannot be. But if it is, something has gone wrong that must not become a loss."""
+    made(path, [1, 2])
+    kept = made(path, [3, 4])
+    storage = Repository.open(path).storage
+    condemn(storage, [_pack_of(path, kept).name], 0.0)
+    before = files(path)
+    for policy in (LAST, Policy(last=2)):
+        with pytest.raises(DamagedError, match="nothing was removed"):
+            pruned(path, policy, grace=0)
     assert files(path) == before
 
 
@@ -543,8 +571,8 @@ def test_a_copy_that_is_rotten_is_made_again(path: Path) -> None:
 def test_beside_another_prune_and_a_rebuild_of_the_index_it_is_refused(path: Path) -> None:
     made(path, [1])
     storage = Repository.open(path).storage
-    for lock in ("prune.lock", "repository.lock"):
-        with storage.lock(lock, exclusive=True, wait=0), pytest.raises(LockedError):
+    for lock, exclusive in (("prune.lock", False), ("repository.lock", True)):
+        with storage.lock(lock, exclusive=exclusive, wait=0), pytest.raises(LockedError):
             pruned(path)
     with storage.lock("repository.lock", exclusive=False, wait=0):
         settled(pruned(path))
@@ -578,6 +606,50 @@ def test_a_check_sees_no_loss_where_a_prune_is_under_way(
     settled(pruned(path, grace=0))
     assert looked == [0, 0]
     right(path, (kept, [5]))
+
+
+def test_an_index_read_while_a_prune_goes_by_is_complete(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packs are looked at when they are gone, the condemnation when it is gone, too."""
+    made(path, [1, 2])
+    kept = made(path, [5])
+    storage = Repository.open(path).storage
+    real, listed = storage.list, []
+
+    def overtaken(kind: str) -> dict[str, int]:
+        listed.append(kind)
+        if listed.count("packs") == 1 and kind == "packs":
+            settled(pruned(path, grace=0))
+        return real(kind)
+
+    monkeypatch.setattr(storage, "list", overtaken)
+    assert Index(storage).complete
+    assert listed.count("packs") == 2
+    right(path, (kept, [5]))
+
+
+def test_what_goes_is_gone_for_good_before_what_tells_of_it_goes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """faults rows 17 to 19: the folder is synced behind each step. Records, condemnation, packs, index, condemnation."""
+    made(path, [1, 2])
+    made(path, [3, 4])
+    steps: list[str] = []
+    for name in ("fsync", "unlink"):
+        real = getattr(os, name)
+
+        def spy(what: Any, _name: str = name, _real: Any = real) -> None:
+            where = Path(os.readlink(f"/proc/self/fd/{what}") if _name == "fsync" else what)
+            if _name == "unlink" and not where.name.startswith("."):
+                steps.append(f"remove {where.parent.name}")
+            elif _name == "fsync" and where.is_dir():
+                steps.append(f"sync {where.name}")
+            _real(what)
+
+        monkeypatch.setattr(os, name, spy)
+    settled(pruned(path, grace=0))
+    assert steps == [
+        *("remove backups", "sync backups"),
+        "sync condemned",
+        *("remove packs", "sync packs", "remove index", "sync index", "remove condemned", "sync condemned"),
+    ]
 
 
 def test_a_check_that_is_overtaken_by_a_prune_sees_no_loss(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
