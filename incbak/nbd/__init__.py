@@ -14,5 +14,5 @@ the same deadline.
 
 What the client guarantees: a reply that was not asked for, is cut short, too long or does not fit ends in an
 `NbdProtocolError`, in bounded time and memory; the extents of a block status tile what was asked; the error of a
-request in flight is raised by a later call, never swallowed (row 72, L11). A client that wants TLS never goes on without.
+request in flight is raised by a later call, never swallowed (row 72, L11). Who wants TLS never goes on without.
 """

@@ -209,7 +209,8 @@ class Tunnel:
         while to_outer or not ends:
             reads_outer = hears and not to_plain and len(to_outer) < _CONTROL_LIMIT
             reads_plain = not ends and not to_outer
-            self._wait((reads_outer, bool(to_outer)), (reads_plain, bool(to_plain)), deadline)
+            if self._wait((reads_outer, bool(to_outer)), (reads_plain, bool(to_plain)), deadline):
+                deadline = time.monotonic() + LINGER
             if reads_outer and (sealed := _receive(self._outer)) is not None:
                 to_plain, hears = self._opened(sealed) if sealed else (b"", False)
                 to_outer += self._outgoing.read()
@@ -224,18 +225,22 @@ class Tunnel:
             if reads_plain and (said := _receive(self._plain)) is not None:
                 ends = not said
                 to_outer += self._sealed(said)
-                deadline = time.monotonic() + LINGER if ends else deadline
+                deadline = min(deadline, time.monotonic() + LINGER) if ends else deadline
             if to_outer:
                 to_outer = _send(self._outer, to_outer)
 
-    def _wait(self, outer: tuple[bool, bool], plain: tuple[bool, bool], deadline: float) -> None:
+    def _wait(self, outer: tuple[bool, bool], plain: tuple[bool, bool], deadline: float) -> bool:
+        """Until one of them is ready for what is wanted of it, or `inner` is known to be closed: then true, once."""
+        left = deadline - time.monotonic()
         poll = select.poll()
         for sock, (reads, writes) in ((self._outer, outer), (self._plain, plain)):
-            if reads or writes:  # a socket that hung up wakes whoever asks nothing of it
-                poll.register(sock, (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0))
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(None if left == float("inf") else left * 1000):
+            events = (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0)
+            if events or (sock is self._plain and left == float("inf")):
+                poll.register(sock, events)  # what hung up wakes also whoever asks nothing of it
+        ready = dict(poll.poll(None if left == float("inf") else max(left, 0) * 1000))
+        if left != float("inf") and (left <= 0 or not ready):
             raise TimeoutError("the peer does not read")
+        return left == float("inf") and bool(ready.get(self._plain.fileno(), 0) & select.POLLHUP)
 
     def _opened(self, sealed: bytes) -> tuple[bytes, bool]:
         """What the peer said, and whether more may come. An end without TLS's own is kept from TLS: it would take

@@ -15,11 +15,22 @@ from pathlib import Path
 
 from conformlib.cache import Place, Row, Unavailable, compile_c, installed, last_line, runtime_library
 from conformlib.iotests import shim
+from tests.kit.certs import Authority
 
 TIMEOUT = 60
 NBDKIT = """
 [ "$1" = --version ] && exit 0
-while case "${1:-}" in -s | -v | --exit-with-parent) true ;; *) false ;; esac; do shift; done
+tls=()
+while :; do
+    case "${1:-}" in
+    -s | -v | --exit-with-parent | --tls=*) ;;
+    --tls-certificates=*) tls=(--tls-certs "${1#*=}") ;;
+    *) break ;;
+    esac
+    [ "$1" = --tls=off ] && off=1
+    shift
+done
+[ -z "${off:-}" ] || tls=()
 d=$(mktemp -d)
 trap 'rm -rf "$d"' EXIT
 case "$1" in
@@ -27,7 +38,7 @@ memory) truncate -s "$2" "$d/image"; image=$d/image ;;
 file) image=$2 ;;
 *) exit 3 ;;
 esac
-%s -m incbak serve --stdio --name x --state-dir "$d" "disk=$image"
+%s -m incbak serve --stdio --name x --state-dir "$d" "${tls[@]}" "disk=$image"
 """
 NOT_OURS = {
     "errors-server-unadvertised-cmd": "an export that takes writes but no trims, which we have not",
@@ -76,6 +87,7 @@ def suite(place: Place) -> Iterator[Row]:
             (f'-DSERVER="{qemu_nbd}"', f"-DSERVER_PARAMS={params}tmpfile"),
         ),
     ]
+    cases += _with_tls(place, qemu_nbd, nbdkit)
     errors = sorted(p.stem for p in (source / "tests").glob("errors-server-*.c"))
     cases += [(name, f"tests/{name}.c", ()) for name in errors if name not in NOT_OURS]
     for name, file, options in cases:
@@ -88,6 +100,39 @@ def suite(place: Place) -> Iterator[Row]:
         yield Row("libnbd", name, "n/a", why)
 
 
+def _with_tls(place: Place, qemu_nbd: Path, nbdkit: Path) -> list[tuple[str, str, tuple[str, ...]]]:
+    """The same program, which finds certificates in ``../tests/pki``."""
+    pki = place.work / "tests" / "pki"
+    Authority(place.work / "ca").issue(pki, "server", "client")
+    creds = f'"--object", "tls-creds-x509,id=tls0,endpoint=server,dir={pki}", "--tls-creds", "tls0", '
+    params = f'{creds}"-f", "raw", "-x", "disk", TMPFILE'
+    common = ("-DNEEDS_TMPFILE=1", "-DCERTS=1")
+    found: list[tuple[str, str, tuple[str, ...]]] = [
+        (
+            "interop-qemu-nbd-tls-certs",
+            "interop/interop.c",
+            (
+                *common,
+                f'-DSERVER="{qemu_nbd}"',
+                "-DSOCKET_ACTIVATION=1",
+                f"-DSERVER_PARAMS={params}",
+                '-DEXPORT_NAME="disk"',
+                "-DTLS_MODE=LIBNBD_TLS_REQUIRE",
+            ),
+        )
+    ]
+    for name, mode, server in (
+        ("", "-DTLS_MODE=LIBNBD_TLS_REQUIRE", "require"),
+        ("-allow-enabled", "-DTLS_MODE=LIBNBD_TLS_ALLOW", "require"),
+        ("-allow-fallback", "-DTLS_MODE=LIBNBD_TLS_ALLOW", "off"),
+    ):
+        params = f'"--tls={server}", "--tls-certificates={pki}", "-s", "--exit-with-parent", "file", TMPFILE'
+        fallback = ("-DTLS_FALLBACK=1",) if server == "off" else ()
+        options = (*common, f'-DSERVER="{nbdkit}"', f"-DSERVER_PARAMS={params}", mode, *fallback)
+        found.append((f"interop-nbdkit-tls-certs{name}", "interop/interop.c", options))
+    return found
+
+
 def _run(place: Place, source: Path, name: str, main: Path, options: tuple[str, ...]) -> Row:
     includes = [place.work, source / "include", source / "common" / "include", source / "tests"]
     program = compile_c(
@@ -98,10 +143,12 @@ def _run(place: Place, source: Path, name: str, main: Path, options: tuple[str, 
         *options,
         runtime_library("libnbd"),
     )
+    where = place.work / "cwd"
+    where.mkdir(exist_ok=True)
     environment = {**os.environ, "PATH": f"{place.work / 'programs'}:{os.environ['PATH']}"}
     try:
         done = subprocess.run(
-            [program], cwd=place.work, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            [program], cwd=where, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired:
         return Row("libnbd", name, "failed", f"not done within {TIMEOUT} s")

@@ -23,8 +23,9 @@ from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
 from incbak.nbd.greeting import Greeting, TlsWish
 from incbak.nbd.server import NbdServer
-from incbak.nbd.tls import client_context, server_context
+from incbak.nbd.tls import Tunnel, client_context, server_context
 from incbak.nbd.uri import NbdUri, UriTls
+from incbak.nbd.wire import close_hard
 from tests.kit.certs import Authority, openssl
 from tests.kit.serve import wait_until
 from tests.unit.nbd.peers import PATIENCE, SIZE, DiskExport, Raw, hostile, string
@@ -415,6 +416,27 @@ def test_a_client_that_does_not_read_is_dropped(certs: Path, monkeypatch: pytest
                 inside.request(p.READ, 0, 8 << 20)
         wait_until(lambda: there.server.connections() == 0, "the client is dropped")
         inside.close()
+
+
+def test_a_client_that_breaks_off_leaves_nothing_behind(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the server does not read what was on its way."""
+    monkeypatch.setattr(tls, "LINGER", 0.5)
+    outer, theirs = socket.socketpair()
+    server = server_context(certs, verify_peer=False)
+    shaking = threading.Thread(target=lambda: server.wrap_socket(theirs, server_side=True).detach())
+    shaking.start()
+    tunnel = Tunnel(outer, client_context(certs, hostname=None))
+    tunnel.shake_hands(time.monotonic() + PATIENCE)
+    shaking.join()
+    tunnel.start()
+    tunnel.inner.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        while True:
+            tunnel.inner.sendall(bytes(65536))
+    close_hard(tunnel.inner)
+    assert tunnel._thread
+    tunnel._thread.join(PATIENCE)
+    assert not tunnel._thread.is_alive()
 
 
 # -- certificates ------------------------------------------------------------------------------------------------------
