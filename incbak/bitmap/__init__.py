@@ -58,6 +58,8 @@ another disk size                                    resized                    
 a file size that is not what the header asks for     cut, or grown                            invalid: header
 flag set, but only one slot verifies                 rot: both were durable at the end        invalid: header
 flag set, another fingerprint (time, inode, sample)  written, replaced or rolled back         invalid: disk-changed
+flag set, a block device to which the kernel has     written by somebody else; unknown after  invalid: disk-changed
+counted writes since                                 another boot, or when it was set up anew
 flag set, another digest                             rot; an older copy of a part             invalid: digest
 flag set, all of these match                         a clean end                              used: ``CLEAN``
 flag clear, another inode, same boot                 replaced                                 invalid: disk-changed

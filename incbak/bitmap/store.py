@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +20,7 @@ from incbak.bitmap import format as fmt
 from incbak.bitmap.create import create_file, new_slot
 from incbak.bitmap.file import Bitmap, Found, State, digest_of, extents_of
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
+from incbak.bitmap.identity import Identity, read_identity, write_identity, written_since
 from incbak.errors import BitmapError, LockedError, UsageError
 from incbak.extents import Extent
 from incbak.fingerprint import Fingerprint
@@ -31,13 +31,6 @@ HEARTBEAT_SLACK_NS = 1_000_000_000
 """How much later than its last heartbeat a killed owner may have written."""
 POWER_CUT_SLACK_NS = 120_000_000_000
 """The same after a power cut: the kernel writes dirty pages back after some 35 s."""
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What ``disk.json`` holds: who this disk is, and where its image was when it was last opened."""
-
-    uuid: str
-    image: str = ""
 
 
 def component(name: str) -> str:
@@ -96,19 +89,38 @@ class BitmapStore:
             self._lock_fd = None
 
     def _identity(self) -> bytes:
-        path = self.directory / "disk.json"
-        found = _read_identity(path)
+        found = read_identity(self._about)
         if found is None:
             found = Identity(str(uuid.uuid4()))
-            durable.write_new(path, [msgspec.json.encode(found)], replace=True)
+            write_identity(self._about, found)
         return uuid.UUID(found.uuid).bytes
 
+    @property
+    def _about(self) -> Path:
+        return self.directory / "disk.json"
+
     def note_image(self, image: Path) -> None:
-        """Remember where the image is, so that `disown` finds the bitmaps of an image that is overwritten."""
-        path = self.directory / "disk.json"
-        found, where = _read_identity(path), os.path.abspath(image)
-        if found and found.image != where:
-            durable.write_new(path, [msgspec.json.encode(Identity(found.uuid, where))], replace=True)
+        """Remember where the image is, so that `disown` finds the bitmaps of an image that is overwritten.
+
+        A block device has no time of change. Where the kernel has counted writes to it since `note_writes`, what was
+        closed cleanly is not believed any more. Call it before anything is opened.
+        """
+        found, where = read_identity(self._about), os.path.abspath(image)
+        if not found:
+            return
+        if written_since(found.writes, host.device_writes(image)):
+            for name in self.names():
+                slot, _both = _read_slots(self.path(name))
+                if isinstance(slot, Slot) and slot.flags & Flag.CLEAN:
+                    self.give_up(name, Reason.DISK_CHANGED)
+        if found.image != where:
+            write_identity(self._about, Identity(found.uuid, where, found.writes))
+
+    def note_writes(self, image: Path) -> None:
+        """A clean end: ``image`` is flushed, and nobody writes to it. Call it before a flag is set."""
+        found, writes = read_identity(self._about), host.device_writes(image)
+        if found and found.writes != writes:
+            write_identity(self._about, Identity(found.uuid, found.image, writes))
 
     def path(self, name: str) -> Path:
         """Where the bitmap ``name`` is."""
@@ -182,15 +194,6 @@ class BitmapStore:
         """Remove a bitmap's file durably; one that is open must be closed by the caller first or after."""
         durable.remove(self.directory / (component(name) + SUFFIX + ".invalid"))
         durable.remove(self.path(name))
-
-
-def _read_identity(path: Path) -> Identity | None:
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=Identity)
-        uuid.UUID(found.uuid)
-    except (FileNotFoundError, msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    return None if "\0" in found.image else found
 
 
 def _names(directory: Path) -> Iterator[str]:
@@ -388,7 +391,7 @@ def disown(state_dir: Path, image: Path) -> list[str]:
     real = os.path.realpath(image)
     done = []
     for found in views(state_dir):
-        identity = _read_identity(found.path.parent / "disk.json")
+        identity = read_identity(found.path.parent / "disk.json")
         if identity and os.path.realpath(identity.image) == real and found.reason is None:
             invalidate(state_dir, found.vm, found.disk, found.name, Reason.DISK_CHANGED)
             done.append(found.name)

@@ -30,8 +30,9 @@ _READY = {"ready", "waiting", "shutdown"}
 @click.option(
     "--backup-wait", metavar="TIME", default="60", help="After a shutdown, keep the VM so long for a backup that runs."
 )
+@click.option("--keep-panicked", is_flag=True, help="Leave a guest that panicked paused, as -action panic=pause does.")
 @common
-def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: str) -> None:
+def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: str, keep_panicked: bool) -> None:
     """Keep the dirty bitmaps of a running QEMU over clean shutdowns of its guest.
 
     QEMU stores bitmaps in qcow2 images only. Those of raw images, block devices and others are in its memory: watch
@@ -40,7 +41,7 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
 
     QEMU's monitor talks to one client at a time, and watch stays connected. So the VM needs a monitor of its own for
     watch, and another for backups. While it is watched, a VM that the guest shuts down is paused until watch has saved
-    and ends QEMU; SIGTERM lets go of the VM. One process watches one VM.
+    and ends QEMU, and so is one whose guest panicked; SIGTERM lets go of the VM. One process watches one VM.
 
     \b
     Example:
@@ -66,7 +67,9 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
             systemd.notify(f"READY=1\nSTATUS={printable(text)}")
 
     wait = parse_duration(backup_wait)
-    options = WatchOptions(address, name, here.state_dir, tell, start=start, once=once, backup_wait=wait)
+    options = WatchOptions(
+        address, name, here.state_dir, tell, start=start, once=once, backup_wait=wait, keep_panicked=keep_panicked
+    )
     sys.exit(0 if asyncio.run(_run(options)) else 1)
 
 

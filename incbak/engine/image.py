@@ -135,6 +135,7 @@ class ImageEngine(Engine):
         if self._disk.fd < 0:
             return
         fingerprint = self._disk.fingerprint()
+        self._store.note_writes(self._path)
         for bitmap in self._bitmaps.values():
             bitmap.close(fingerprint)
         self._bitmaps = {}

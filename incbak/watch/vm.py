@@ -31,7 +31,7 @@ Tell = Callable[[str, str, Mapping[str, Any]], None]
 @dataclass(frozen=True)
 class WatchOptions:
     """``start``: give ``cont`` when the bitmaps are loaded. ``once``: end with the VM. ``backup_wait``: seconds for
-    which a VM that has shut down is kept for a backup that runs."""
+    which a VM that has shut down is kept for a backup that runs. ``keep_panicked``: a guest's panic is not the end."""
 
     address: Address
     name: str | None
@@ -40,6 +40,7 @@ class WatchOptions:
     start: bool = False
     once: bool = False
     backup_wait: float = 60.0
+    keep_panicked: bool = False
 
 
 class Watcher:
@@ -111,7 +112,7 @@ class _Attached:
         self._devices: list[Any] = []
         self._left_out: set[tuple[str, str]] = set()
         self._pausing = self._announced = False
-        """Whether QEMU was told to pause at a shutdown, and whether it has announced one."""
+        """Whether QEMU was told to pause at a shutdown, and whether it has announced one, or a panic."""
 
     async def run(self) -> bool:
         """Attach, wait, save. Whether nothing was lost."""
@@ -119,7 +120,7 @@ class _Attached:
         self._vm = self._vm or str((await self._session.execute("query-name")).get("name") or "")
         if not self._vm:
             raise UsageError("the monitor does not say what the VM is called", hint="Name it with --name.")
-        self._down = self._session.listen("SHUTDOWN")
+        self._down = self._session.listen("SHUTDOWN", "GUEST_PANICKED")
         self._ran = self._session.listen(*RAN)
         try:
             await self._find()
@@ -248,8 +249,9 @@ class _Attached:
             await self._next()
 
     def _is_down(self, status: str) -> bool:
-        """A guest that panicked is not ``shutdown``, even where a panic means the end."""
-        return status == SHUT_DOWN or (status == _PANICKED and self._announced)
+        """By default QEMU ends when its guest panics; told to pause at a shutdown, it pauses then too."""
+        panicked = status == _PANICKED and self._announced and not self._options.keep_panicked
+        return status == SHUT_DOWN or panicked
 
     async def _status_or_silent(self) -> str:
         """QEMU may be too busy to answer for a while, which is no reason to leave it."""
@@ -293,7 +295,7 @@ class _Attached:
 
     async def _save(self, status: str) -> bool:
         self._ran.clear()
-        self._tell("shutdown", "the guest has shut down")
+        self._tell("shutdown", "the guest has panicked" if status == _PANICKED else "the guest has shut down")
         await self._await_backups()
         await self._look_for_new()
         outcomes = await save_and_quit(self._session, list(self._disks.values()), self._ran, status=status)

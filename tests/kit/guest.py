@@ -91,7 +91,8 @@ class GuestDisk:
     def file(self) -> dict[str, Any]:
         """The protocol node."""
         if not str(self.source).startswith("nbd"):
-            return {"driver": "file", "filename": str(self.source), "read-only": self.read_only}
+            driver = "host_device" if Path(self.source).is_block_device() else "file"
+            return {"driver": driver, "filename": str(self.source), "read-only": self.read_only}
         uri = urlsplit(str(self.source))
         if "unix" in uri.scheme:
             server = {"type": "unix", "path": parse_qs(uri.query)["socket"][0]}

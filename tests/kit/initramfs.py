@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_scsi", "sd_mod", "ata_piix", "ahci", "nvme", "ext4")
+_MODULES += ("pvpanic_mmio",)
 _PYTHON = "/usr/bin/python3"
 _IMPORTS = "fcntl, json, mmap, os, struct, sys, threading, time, zlib, encodings.ascii, encodings.latin_1"
 _INIT = """#!/bin/busybox sh

@@ -7,6 +7,7 @@ and a shutdown is a reset that QEMU was told to take for one.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -94,6 +95,8 @@ class WatchedVm:
         self.root, self.size, self.iothread = root, size, iothread
         self.images = {n: raw_image(root / f"{n}.raw", size, random.Random(n).randbytes(8 << 20)) for n in names}
         self.formats: dict[str, str] = {}
+        self.backing: dict[str, Path] = {}
+        """The file that a block device of ``images`` is on."""
         self.incbak = Incbak(root)
         self.incbak("init")
         self.run = Path(tempfile.mkdtemp(prefix="ibw"))
@@ -211,8 +214,11 @@ class WatchedVm:
         out.mkdir(exist_ok=True)
         self.incbak("-q", "restore", "latest", out, "--force")
         for name in names:
+            image = self.images[name]
+            with image.open("rb") as f:
+                os.fsync(f)
             restored = content_of(out / f"{name}-dev.raw")
-            assert differing(restored, content_of(self.images[name])) == [], name
+            assert differing(restored, content_of(self.backing.get(name, image))) == [], name
 
     def files(self) -> dict[str, str]:
         """State of the bitmap files, the newest of each disk last."""

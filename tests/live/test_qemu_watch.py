@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.kit.guest import Target, need_guest
-from tests.kit.live import Writes, bitmaps_of, ours_in, unharmed
+from tests.kit.live import Writes, bitmaps_of, eventually, ours_in, unharmed
 from tests.kit.watch import WatchedVm, facts
 
 pytestmark = pytest.mark.kvm
@@ -79,3 +80,30 @@ def test_watch_dies_and_leaves_while_the_guest_writes(vm: WatchedVm) -> None:
     vm.guest.send("poweroff")
     assert vm.guest.process.wait(60) == 0
     assert vm.files() == {"vda": "invalid unsaved", "vdb": "invalid unsaved"}
+
+
+def test_a_guest_panics(tmp_path: Path) -> None:
+    """QEMU would end by itself; watched it pauses, and must not stay so, unless that was asked for."""
+    need_guest()
+    vm = WatchedVm(tmp_path, "vda", size=SIZE)
+    try:
+        for keep in (False, True):
+            vm.start("-device", "pvpanic")
+            watch = vm.watch("--start", "--once", *(["--keep-panicked"] if keep else []))
+            watch.wait("ready")
+            vm.guest.wait_ready()
+            if keep:
+                assert facts(vm.back_up()["vda"]) == (None, 1)
+            else:
+                vm.back_up("full")
+            vm.write("vda", 3)
+            vm.guest.send("run", argv=["sh", "-c", "echo c > /proc/sysrq-trigger"])
+            if not keep:
+                assert watch.wait("shutdown")["text"] == "vm: the guest has panicked"
+                vm.saved(watch)
+        eventually(lambda: vm.qmp("query-status")["status"] == "guest-panicked", 60, "the panic")
+        time.sleep(3)
+        assert watch.events() == ["ready"]
+        assert vm.next_reads() == {"vda": (None, 1)}
+    finally:
+        vm.close()

@@ -16,6 +16,7 @@ import pytest
 
 from tests.kit.guest import need_guest
 from tests.kit.live import eventually, running
+from tests.kit.need import missing, need, need_root
 from tests.kit.serve import raw_image, serving
 from tests.kit.watch import CLUSTER, WatchedVm
 
@@ -407,6 +408,54 @@ def test_images_and_serve_use_the_same_files(vm: WatchedVm) -> None:
     vm.guest.kill()
     with serving(vm.root, {"vda-dev": image}) as serve:
         assert vm.next_reads(f"qmp:{serve.monitor}") == {"vda": ("bitmap-missing", WHOLE)}
+
+
+@pytest.fixture
+def device(vm: WatchedVm) -> Iterator[Path]:
+    """The VM's disk is a block device."""
+    need_root()
+    need("losetup")
+    vm.backing["vda"] = vm.images["vda"]
+    setup = ["losetup", "--find", "--show", str(vm.backing["vda"])]
+    ran = subprocess.run(setup, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        missing("losetup", "no loop device can be had here")
+    vm.images["vda"] = Path(ran.stdout.strip())
+    yield vm.images["vda"]
+    vm.guest.kill()
+    subprocess.run(["losetup", "--detach", str(vm.images["vda"])], check=True)
+
+
+def test_a_block_device(vm: WatchedVm, device: Path) -> None:
+    """It has no time of change, but the kernel counts what is written to it: a run without watch is noticed."""
+    saved(vm, 3)
+    watch = vm.begin()
+    vm.poke("vda", 4)
+    assert vm.next_reads() == {"vda": (None, 2)}
+    vm.poke("vda", 5)
+    vm.fall_down(watch)
+    vm.guest.kill()
+    assert vm.next_reads(str(device)) == {"vda": (None, 1)}
+    with serving(vm.root, {"vda-dev": device}) as serve:
+        with closing(serve.connect("vda-dev")) as client:
+            client.write(b"s" * CLUSTER, 6 * CLUSTER)
+        assert serve.stop() == 0
+    watch = vm.begin()
+    assert vm.next_reads() == {"vda": (None, 1)}
+    vm.fall_down(watch)
+    vm.start()
+    vm.qmp("cont")
+    vm.poke("vda", 7)
+    assert vm.guest.quit() == 0
+    watch = vm.begin()
+    assert [each["reason"] for each in watch.heard("invalid")] == ["disk-changed"]
+    assert vm.next_reads() == {"vda": ("bitmap-missing", WHOLE)}
+    vm.fall_down(watch)
+    vm.start()
+    vm.qmp("cont")
+    vm.poke("vda", 8)
+    assert vm.guest.quit() == 0
+    assert vm.next_reads(str(device)) == {"vda": ("disk-changed", WHOLE)}
 
 
 def test_a_monitor_that_is_none_of_a_vm(vm: WatchedVm) -> None:

@@ -282,11 +282,32 @@ _TO_FILES = (
         _saving("test_somebody_writes_while_the_files_are"),
     ),
     Fault(
+        "watch-counted-writes-not-noted",
+        _SAVING,
+        "        disk.store.note_writes(disk.image)\n",
+        "",
+        _saving("test_what_the_kernel_has_counted_is_noted_before_a_file_is_believed"),
+    ),
+    Fault(
+        "device-counted-writes-not-compared",
+        "incbak/bitmap/store.py",
+        "        if written_since(found.writes, host.device_writes(image)):\n",
+        "        if False:\n",
+        unit("bitmap/test_device_writes", "test_writes_since_the_clean_end"),
+    ),
+    Fault(
+        "device-counted-writes-forgotten-again",
+        "incbak/bitmap/store.py",
+        "                    self.give_up(name, Reason.DISK_CHANGED)\n",
+        "                    pass\n",
+        unit("bitmap/test_device_writes", "test_writes_since_the_clean_end"),
+    ),
+    Fault(
         "watch-clock-not-waited-for",
         _DISKS,
         "            if not found.mtime_ns or not _may_repeat(found.mtime_ns, now):\n",
         "            if found:\n",
-        _disks("test_any_later_write_shows"),
+        _disks("test_any_later_write_shows", "test_a_clock_that_ticks"),
     ),
     Fault(
         "watch-image-that-qemu-does-not-have",

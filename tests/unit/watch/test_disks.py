@@ -35,13 +35,14 @@ def test_any_later_write_shows(disk: Watched) -> None:
         assert disk.fingerprint() != before
 
 
-def test_a_file_system_that_keeps_seconds(disk: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write two seconds later may have the same time."""
-    whole = 1_700_000_000 * 10**9
-    os.utime(disk.image, ns=(whole, whole))
-    times = iter([whole + 10**8, whole + 19 * 10**8, whole + 21 * 10**8])
+@pytest.mark.parametrize(("ns", "grain"), [(0, 2 * 10**9), (123_456_789, 10**7)])
+def test_a_clock_that_ticks(disk: Watched, monkeypatch: pytest.MonkeyPatch, ns: int, grain: int) -> None:
+    """A write within the same tick has the same time: of whole seconds, perhaps two; else of some milliseconds."""
+    written = 1_700_000_000 * 10**9 + ns
+    os.utime(disk.image, ns=(written, written))
+    times = iter([written, written + grain - 1, written + 2 * grain + 1])
     monkeypatch.setattr(disks.time, "time_ns", lambda: next(times))
-    assert disk.settled().mtime_ns == whole
+    assert disk.settled().mtime_ns == written
     assert list(times) == []
 
 
