@@ -8,12 +8,17 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING, Any
 
 from torturelib import bitmapcut, planted, powercut
 from torturelib.rounds import ROUNDS
 from torturelib.world import LostError, Outcomes, World
+
+if TYPE_CHECKING:
+    from torturelib.live import LiveWorld
 
 ROUNDS_PER_WORLD = 25
 MEMORY = Path("/dev/shm")
@@ -28,7 +33,7 @@ SESSIONS = 300
 def main() -> int:
     """Run the campaign; 0 when nothing was lost."""
     parser = argparse.ArgumentParser(prog="tools/torture")
-    parser.add_argument("--target", choices=[*ROUNDS, "power", "all"], default="all")
+    parser.add_argument("--target", choices=[*ROUNDS, "power", "live", "all"], default="all")
     parser.add_argument("--rounds", type=int, help="stop after so many rounds (default: by time)")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -59,7 +64,7 @@ def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
     while (done < options.rounds) if options.rounds else (time.monotonic() < end):
         target = targets[number % len(targets)]
         rng = Random(f"{options.seed}/{number}")
-        world: World | None = None
+        world: World | LiveWorld | None = None
         step = 0
         try:
             if target == "power":
@@ -67,10 +72,10 @@ def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
                 bitmapcut.campaign(top / f"world-{number}/bitmap", f"{options.seed}/{number}", SESSIONS, outcomes)
                 done += 1
             else:
-                world = World(top / f"world-{number}", rng, outcomes)
+                world, hurt = _begin(target, top / f"world-{number}", rng, outcomes)
             while world and step < ROUNDS_PER_WORLD:
                 step += 1
-                ROUNDS[target](world)
+                hurt(world)
                 done += 1
                 outcomes.add("rounds")
                 if (done >= options.rounds) if options.rounds else (time.monotonic() > end):
@@ -92,7 +97,15 @@ def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
     return False
 
 
-def _finish(world: World) -> None:
+def _begin(target: str, root: Path, rng: Random, outcomes: Outcomes) -> tuple[World | LiveWorld, Callable[[Any], None]]:
+    if target == "live":
+        from torturelib.live import LiveWorld, live_round  # needs what the tests need, which the others do not
+
+        return LiveWorld(root, rng, outcomes), live_round
+    return World(root, rng, outcomes), ROUNDS[target]
+
+
+def _finish(world: World | LiveWorld) -> None:
     if world.serve:
         world.gone()
     world.verify_all()
