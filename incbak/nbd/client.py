@@ -45,6 +45,8 @@ class NbdClient:
         self._cookie = self._reads = 0
         self._flying: dict[int, _Request] = {}
         self._failed: NbdRequestError | None = None
+        self.refused: list[tuple[int, int]] = []
+        """(offset, length) of every request that the server answered with an error."""
 
     @classmethod
     def connect(
@@ -304,6 +306,7 @@ class NbdClient:
         del self._flying[cookie]
         self._reads -= request.into is not None
         if request.error:
+            self.refused.append((request.offset, request.length))
             if self._failed is None:
                 what = f"request {request.command} of {request.length} bytes at {request.offset}"
                 reason = os.strerror(request.error) if request.error < 4096 else f"error {request.error}"

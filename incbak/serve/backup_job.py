@@ -9,9 +9,12 @@ mode            after success                  after failure or cancel
 ==============  =============================  ====================================================
 ``never``       untouched                      untouched
 ``on-success``  ``since``                      untouched
-``always``      ``since``                      ``since``, and what was not copied (once the target
-                                               has flushed the rest; else untouched)
+``always``      ``since``                      ``since``, and what was not copied or the target
+                                               refused (once it has flushed the rest; else untouched)
 ==============  =============================  ====================================================
+
+A job that is cancelled while it copies does not wait for its target, so there the bitmap is untouched; one that is
+cancelled when it is pending has flushed all.
 """
 
 from __future__ import annotations
@@ -84,6 +87,9 @@ class BackupJob(Job):
         self._copy: CopyBeforeWrite | None = None
         self._since: MemoryBitmap | None = None
         self._data_until = 0
+        self._all_flushed = False
+        self._sending: list[tuple[int, int]] = []
+        """What was handed out and is not sent: the error of an earlier write may come up first."""
         self._paced = (time.monotonic(), 0)
         """Since when ``speed`` holds, and the bytes that were done by then."""
 
@@ -139,6 +145,7 @@ class BackupJob(Job):
         try:
             self._copy_all(self._copy)
             self.target.flush()
+            self._all_flushed = True
             if not self.tracked.read_only:
                 self.tracked.disk.flush()
         except (OSError, NbdError):
@@ -179,14 +186,16 @@ class BackupJob(Job):
         holes = 0 if run.saved else self._holes(run)
         self._copy.shrink(run, holes or min(run.count, max(CHUNK // self.granularity, 1)))
         length = min(run.count * self.granularity, self.tracked.size - offset)
+        data = buffer[:length]
+        if not holes:
+            self._copy.read_into(run, data)
+        self._sending = [(offset, length)]
+        self._copy.done(run)
         if holes:
-            self._copy.done(run)
             self.target.zeroes(offset, length)
         else:
-            data = buffer[:length]
-            self._copy.read_into(run, data)
-            self._copy.done(run)
             self.target.write(data, offset)
+        self._sending = []
         self.done += length
 
     def _holes(self, run: Run) -> int:
@@ -248,23 +257,27 @@ class BackupJob(Job):
         bitmap, mode = self.spec.bitmap, self.spec.mode
         if bitmap is None or mode is BitmapMode.NEVER:
             return None
-        if not success and (mode is BitmapMode.ON_SUCCESS or not self._flushed()):
-            return None
         if success:
             return np.zeros(kernels.bytes_for(-(-bitmap.size // bitmap.granularity)), dtype=np.uint8)
+        if mode is BitmapMode.ON_SUCCESS or (refused := self._refused()) is None:
+            return None
         assert self._copy
-        rest = regrain(self._copy.remaining(), bitmap.size, self.granularity, bitmap.granularity)
+        left = self._copy.remaining()
+        for offset, length in refused:
+            kernels.set_range(left, offset // self.granularity, (offset + length - 1) // self.granularity)
+        rest = regrain(left, bitmap.size, self.granularity, bitmap.granularity)
         bitmap.merge_bits(rest)
         return rest
 
-    def _flushed(self) -> bool:
-        """Whether the target has what it acknowledged, durably, after a failure."""
+    def _refused(self) -> list[tuple[int, int]] | None:
+        """What the target refused of all that was sent, where it has the rest durably; `None` where nobody knows."""
+        if self._all_flushed:
+            return []
         try:
-            self.target.flush()
+            return self.target.settle() + self._sending
         except (IncbakError, OSError, CancelledError) as e:
             log.info("job %s: what was copied is not counted: %s", self.id, e)
-            return False
-        return True
+            return None
 
 
 def _bytes_in(bits: kernels.Bits, size: int, granularity: int) -> int:

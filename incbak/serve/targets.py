@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
-from incbak.errors import IncbakError
+from incbak.errors import IncbakError, NbdRequestError
 from incbak.nbd import protocol
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
@@ -48,6 +49,7 @@ class Target:
                 self._broken = False
             if self._client.size != self.size:
                 raise QmpError(f"Node '{self.name}' has another size than it had")
+            self._client.refused.clear()
         except QmpError:
             self.release()
             raise
@@ -76,6 +78,16 @@ class Target:
         self._client.drain()
         if self._client.can(protocol.SEND_FLUSH):
             self._client.flush()
+
+    def settle(self) -> list[tuple[int, int]]:
+        """After a failure: (offset, length) of what the peer refused. All else that was sent is durable there.
+
+        Raises `NbdError` where that cannot be known.
+        """
+        with suppress(NbdRequestError):
+            self._client.drain()
+        self.flush()
+        return list(self._client.refused)
 
     def abort(self) -> None:
         """Wake whoever waits for the peer, from any thread."""

@@ -11,6 +11,21 @@ _LOCKS, _DISK = "incbak/disk/locks.py", "incbak/disk/file.py"
 
 _SERVE = (
     Fault(
+        "job-always-forgets-what-was-refused",
+        _JOB,
+        "        for offset, length in refused:\n            kernels.set_range(left, offset // self.granularity, "
+        "(offset + length - 1) // self.granularity)\n",
+        "",
+        unit("serve/test_jobs", "test_always_keeps_what_the_target_refused"),
+    ),
+    Fault(
+        "job-always-forgets-what-was-not-sent",
+        _JOB,
+        "            return self.target.settle() + self._sending\n",
+        "            return self.target.settle()\n",
+        unit("serve/test_jobs", "test_always_keeps_what_the_target_refused"),
+    ),
+    Fault(
         "tracker-write-before-bit",
         _EXPORT,
         "                self.tracked.before_write(offset, len(buf))\n                self._disk.write(buf, offset)\n"

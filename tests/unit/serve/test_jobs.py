@@ -174,6 +174,42 @@ def test_always_gives_up_what_the_target_has_flushed_before_the_source_failed(tm
         assert left < {2, 4, 6, 8}
 
 
+@pytest.mark.parametrize("nth", [1, 3, 20, 40])
+@pytest.mark.parametrize("fill", [b"x", b"\0"])
+def test_always_keeps_what_the_target_refused(tmp_path: Path, nth: int, fill: bytes) -> None:
+    """Neither what was refused nor what was never sent for that reason is given up; all else is."""
+    grain = 4096
+    faults = Faults(fail={"write": (nth, errno.EIO), "zero": (nth, errno.EIO)}, once=True)
+    disk = _disk()
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b", granularity=grain)
+        peer = machine.target("t0", SIZE, faults)
+        dirty = set(range(0, 80, 2))
+        for cluster in dirty:
+            _write(machine, cluster * grain, fill * grain)
+        machine("blockdev-backup", device="vda", target="t0", sync="bitmap", bitmap="b", bitmap_mode="always")
+        assert machine.ended("vda")["error"] == "Input/output error"
+        found = machine.tracked["vda"].bitmaps["b"].runs().tolist()
+        left = {first + i for first, count in found for i in range(count)}
+        copied = {offset // grain for offset, _length in peer.wrote} - {sorted(dirty)[nth - 1]}
+        assert left == dirty - copied
+
+
+def test_always_after_a_cancel_when_all_is_copied(tmp_path: Path) -> None:
+    """As QEMU's test 257 has it: the target has everything, so only what came since is left."""
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        machine.target("t0", SIZE)
+        _write(machine, 2 * GRAIN, b"x")
+        more: dict[str, Any] = {"sync": "bitmap", "bitmap": "b", "bitmap_mode": "always", "auto_finalize": False}
+        machine("blockdev-backup", device="vda", target="t0", **more)
+        wait_until(lambda: machine("query-jobs")[0]["status"] == "pending", "the job is pending")
+        _write(machine, 9 * GRAIN, b"x")
+        machine("block-job-cancel", device="vda")
+        machine.ended("vda")
+        assert machine.tracked["vda"].bitmaps["b"].runs().tolist() == [[9, 1]]
+
+
 def test_several_jobs_on_one_disk_and_each_has_its_own_instant(tmp_path: Path) -> None:
     disk = _disk()
     with Machine(tmp_path, {"vda": disk}) as machine:
