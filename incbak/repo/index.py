@@ -14,6 +14,7 @@ may stand in more than one. Names are random; files are immutable; one that vani
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,19 @@ class IndexFile:
             open_ = open_[at[open_] < len(self.keys)]
         return rows
 
+    def rows(self, digest: bytes, key: int) -> Iterator[int]:
+        """Every row of one digest: a file that was merged or made anew may have copies in several packs."""
+        for row in range(int(np.searchsorted(self.keys, np.uint64(key))), len(self)):
+            if self.keys[row] != key:
+                break
+            place = self.places[row]
+            if (
+                place["rest"].tobytes() == digest[8:]
+                and place["pack"] < len(self.usable)
+                and self.usable[place["pack"]]
+            ):
+                yield row
+
     def entries(self, start: int = 0, end: int | None = None) -> Entries:
         """Every blob (of these rows) as in a pack's table, in the order of `places`."""
         places = self.places[start:end]
@@ -235,7 +249,7 @@ class Index:
         keys = prefixes(wanted)
         found = []
         for file in self.files:
-            if (row := int(file.find(wanted, keys)[0])) >= 0:
+            for row in file.rows(digest, int(keys[0])):
                 p = file.places[row]
                 found.append(Place(file.names[p["pack"]], *(int(p[f]) for f in ("offset", "stored", "raw", "codec"))))
         return found

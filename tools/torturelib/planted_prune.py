@@ -101,6 +101,13 @@ _BACKUPS = (
 
 _DAMAGE = (
     Fault(
+        "repo-one-copy-of-an-index-file",
+        _INDEX,
+        "                p = file.places[row]\n",
+        "                p = file.places[row]\n                if found and found[-1].pack in file.names:\n                    break\n",
+        unit("repo/test_damage", "test_every_copy_is_tried_where_one_index_file_names_them_all"),
+    ),
+    Fault(
         "prune-without-marks",
         _PRUNE,
         "        self._mark_the_rest({d.record.id for d in decisions if not d.keep})\n",
@@ -317,7 +324,7 @@ _ORDER = (
         "incbak/durable.py",
         '        crash_point("durable.unlinked")\n    sync_dir(directory)\n',
         '        crash_point("durable.unlinked")\n',
-        _prune("test_what_goes_is_gone_for_good_before_what_tells_of_it_goes"),
+        _prune("test_what_goes_is_gone_before_what_tells_of_it"),
     ),
     Fault(
         "prune-copies-not-indexed",

@@ -167,7 +167,7 @@ class LocalStorage(Storage):
         self._let_go(kind, gone)
         durable.remove_all(self.root / kind, gone)
 
-    def _let_go(self, kind: str, names: list[str]) -> None:
+    def _let_go(self, kind: str, names: Iterable[str]) -> None:
         """A file that is open takes space for as long as it is."""
         with self._mutex:
             for name in names:

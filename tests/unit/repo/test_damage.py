@@ -186,6 +186,26 @@ def test_a_damaged_copy_beside_a_whole_one_harms_nothing(made: tuple[Path, Recor
         pack_file.write_bytes(whole)
 
 
+def test_every_copy_is_tried_where_one_index_file_names_them_all(made: tuple[Path, Record]) -> None:
+    """An index that was made anew, or merged, has all copies of a blob in one file; either of them may be rotten."""
+    path, record = made
+    digest = blob.digest_of(cluster(1))
+    repo = Repository.open(path)
+    repo.storage.write("damaged", "0" * 32, b'{"digests":["%s"],"backups":[]}' % digest.hex().encode())
+    back_up(Repository.open(path), CONTENT)
+    rebuild_index(Repository.open(path))
+    places = Repository.open(path).index.places(digest)
+    assert len({p.pack for p in places}) == 2
+    for place in places:
+        victim = path / "packs" / place.pack
+        sound = victim.read_bytes()
+        spoilt = bytearray(sound)
+        spoilt[place.offset + place.stored // 2] ^= 0x10
+        victim.write_bytes(spoilt)
+        assert restore(Repository.open(path), record) == WANTED
+        victim.write_bytes(sound)
+
+
 def test_two_packs_that_were_swapped_are_found(made: tuple[Path, Record]) -> None:
     path, _ = made
     back_up(Repository.open(path), [9, 12, 15, 18, 21])

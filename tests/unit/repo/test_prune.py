@@ -627,8 +627,8 @@ def test_an_index_read_while_a_prune_goes_by_is_complete(path: Path, monkeypatch
     right(path, (kept, [5]))
 
 
-def test_what_goes_is_gone_for_good_before_what_tells_of_it_goes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """faults rows 17 to 19: the folder is synced behind each step. Records, condemnation, packs, index, condemnation."""
+def test_what_goes_is_gone_before_what_tells_of_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """faults rows 17 to 19: the folder is synced behind each step: records, packs, index, condemnation."""
     made(path, [1, 2])
     made(path, [3, 4])
     steps: list[str] = []
