@@ -133,7 +133,8 @@ class _Attached:
     def gone(self, error: EngineGone) -> bool:
         """QEMU has ended, and not by us. Whether nothing was lost."""
         if self._disks:
-            self._tell("lost", f"the VM ended, its bitmaps are lost: {error}", reason=Reason.UNSAVED)
+            why = "QEMU was killed or told to quit, its bitmaps are lost, and the next backup reads everything"
+            self._tell("lost", f"{why}: {error}", reason=Reason.UNSAVED)
         else:
             self._tell("ended", "the VM ended")
         return not self._disks

@@ -354,6 +354,28 @@ def run(*argv: str) -> None:
     subprocess.run(argv, check=True, timeout=60, capture_output=True)
 
 
+def test_one_watch_over_many_runs(vm: WatchedVm) -> None:
+    """It is there before the VM is, waits for it between its runs, and ends when it is told to."""
+    watch = vm.watch("--start")
+    assert "there is no socket" in watch.wait("waiting")["text"]
+    for run in range(3):
+        vm.start()
+        ready = watch.wait("ready", run + 1)
+        assert ready["bitmaps"] == (1 if run else 0)
+        if run:
+            assert vm.next_reads() == {"vda": (None, 2)}
+        else:
+            vm.back_up("full")
+        vm.poke("vda", 3 * run, 3 * run + 1)
+        vm.fall()
+        watch.wait("saved", run + 1)
+        assert vm.guest.process.wait(30) == 0
+    assert watch.heard("invalid") == watch.heard("lost") == []
+    vm.guest.kill()
+    assert vm.next_reads(str(vm.images["vda"])) == {"vda": (None, 2)}
+    assert watch.end() == 0
+
+
 def test_nothing_to_watch(vm: WatchedVm) -> None:
     """The VM is started, and ends as it would without a watch."""
     vm.images = {"new": vm.root / "new.qcow2"}
