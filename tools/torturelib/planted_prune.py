@@ -104,7 +104,8 @@ _DAMAGE = (
         "repo-one-copy-of-an-index-file",
         _INDEX,
         "                p = file.places[row]\n",
-        "                p = file.places[row]\n                if found and found[-1].pack in file.names:\n                    break\n",
+        "                p = file.places[row]\n"
+        "                if found and found[-1].pack in file.names:\n                    break\n",
         unit("repo/test_damage", "test_every_copy_is_tried_where_one_index_file_names_them_all"),
     ),
     Fault(
