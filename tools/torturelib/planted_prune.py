@@ -32,7 +32,7 @@ _BACKUPS = (
         _RETENTION,
         "        if record.id in pinned:\n",
         "        if False:\n",
-        _prune("test_pinned_backups_stay"),
+        _rule("test_whatever_the_clocks_said"),
     ),
     Fault(
         "prune-pinned-meanwhile",

@@ -1,9 +1,9 @@
 """Power cuts while the repository is written: what is listed afterwards must restore, and the next backup must do.
 
-A small disk is backed up once fully and once incrementally under strace; from what the commands did to the repository,
-states after a cut at every moment are built (`storage`), and examined: every backup that is listed restores to what
-its disk held (I3), every backup whose command had returned is listed, `check` finds nothing that a listed backup
-needs missing, and another full can be made and restored.
+A small disk is backed up once fully and once incrementally under strace, and then the first backup is pruned; from what
+the commands did to the repository, states after a cut at every moment are built (`storage`), and examined: every backup
+that is listed restores to what its disk held (I3), every backup whose command had returned is listed unless it is
+being pruned, the next prune does its work, and another full can be made and restored.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torturelib.storage import cuts, materialize
 from torturelib.world import LostError, Outcomes
 
 CLUSTER = 65536
+PRUNE = ("-q", "prune", "--keep-last", "1", "--grace", "0", "--repack-below", "100")
 
 
 @dataclass
@@ -39,7 +40,7 @@ def _incbak(root: Path, *argv: str) -> list[str]:
 
 
 def record(root: Path, rng: Random) -> Recorded:
-    """Make a disk, back it up, change it, back it up again; all under strace."""
+    """Make a disk, back it up, change it, back it up again, prune; all under strace."""
     root.mkdir(parents=True)
     image, repo = root / "disk.raw", root / "repo"
     image.write_bytes(b"".join(rng.randbytes(CLUSTER) if rng.random() < 0.7 else bytes(CLUSTER) for _ in range(6)))
@@ -48,6 +49,7 @@ def record(root: Path, rng: Random) -> Recorded:
         ("init", str(repo)),
         ("-q", "full", "--name", "vm", str(image)),
         ("-q", "incremental", "--name", "vm", str(image)),
+        PRUNE,
     ]
     for number, argv in enumerate(commands):
         if number == 2:
@@ -83,11 +85,17 @@ def examine(root: Path, recorded: Recorded, position: int) -> None:
     if position < recorded.ends[0]:
         return
     listed = _list(root)
+    pruning = position >= recorded.ends[-2]
     for number, ident in enumerate(recorded.order, start=1):
-        if position >= recorded.ends[number] and ident not in listed:
+        going = pruning and ident != recorded.order[-1]
+        if position >= recorded.ends[number] and ident not in listed and not going:
             raise LostError(f"backup {ident} was reported done and is not listed after the cut")
     for ident in listed:
         _restores(root, ident, recorded.contents[ident])
+    if pruning:
+        _run(root, *PRUNE)
+        _restores(root, recorded.order[-1], recorded.contents[recorded.order[-1]])
+        _run(root, "-q", "check", "--read-data")
     image = root / "disk.raw"
     image.write_bytes(b"after the cut" * 20_000)
     _run(root, "-q", "full", "--name", "vm", str(image))
