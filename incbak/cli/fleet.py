@@ -33,6 +33,8 @@ def config() -> None:
       source = "qmp:/run/web1.qmp"
       attach = ["/etc/libvirt/qemu/web1.xml"]
       metrics = "/var/lib/prometheus/node-exporter/incbak-web1.prom"
+      [vms.web1.keep]
+      daily = 14
       [vms.web1.hooks]
       failed = ["/usr/local/bin/page-me"]
     """
@@ -79,7 +81,7 @@ def show(kind: str, to: Path | None) -> None:
             raise UsageError(
                 "--to is for systemd's units", hint="Write: incbak schedule show cron > /etc/cron.d/incbak"
             )
-        click.echo(schedules.cron(program, path.absolute(), getpass.getuser()), nl=False)
+        click.echo(schedules.cron(program, path.absolute(), found, getpass.getuser()), nl=False)
         return
     for name, text in schedules.systemd(program, path.absolute(), found).items():
         if to:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.errors import DamagedError, UsageError
 from incbak.repo import pins
-from incbak.repo.prune import Options, Outcome, dry_run, prune
+from incbak.repo.prune import Options, Outcome, Rules, dry_run, prune
 from incbak.repo.retention import Decision, Policy
 from incbak.report.backups import pruning
 from incbak.units import format_size, parse_duration
@@ -36,6 +38,7 @@ def _rules(command: C) -> C:
 
 @click.command("prune", short_help="Remove backups that no rule keeps, and content that nothing needs.")
 @click.option("--name", metavar="VM", help="Only backups of this VM.  [default: of each VM, by the same rules]")
+@click.option("--all", "all_vms", is_flag=True, help="Of each VM in the configuration, by its own rules there.")
 @_rules
 @click.option("--keep-within", "within", metavar="TIME", help="Keep what is no older than this before the newest: 14d.")
 @click.option("--keep-tag", "tags", multiple=True, metavar="TAG", help="Keep what has this tag; may be repeated.")
@@ -59,6 +62,7 @@ def _rules(command: C) -> C:
 @common
 def prune_command(
     name: str | None,
+    all_vms: bool,
     within: str | None,
     tags: tuple[str, ...],
     grace: str,
@@ -76,18 +80,45 @@ def prune_command(
     \b
     Example:
       incbak -r /backup prune --keep-daily 7 --keep-weekly 4 --keep-monthly 12
+      incbak -q prune --all
     """
     here = settings()
     policy = Policy(within=parse_duration(within) if within else 0.0, tags=tags, **counts)
-    options = Options(parse_duration(grace), _share(repack_below), parse_duration(lock_wait))
-    _run(here, policy, name, None if dry_run else options)
+    options = None if dry_run else Options(parse_duration(grace), _share(repack_below), parse_duration(lock_wait))
+    if not all_vms:
+        _run(here, policy, name, options)
+        return
+    if name or not policy.empty:
+        raise UsageError("--all is for all VMs of the configuration, by the rules there", hint="Leave the others out.")
+    for repository, rules in _configured(here).items():
+        here.repository = repository
+        _run(here, rules, None, options)
 
 
-def _run(here: Settings, policy: Policy, name: str | None, options: Options | None) -> None:
+def _configured(here: Settings) -> dict[Path, dict[str, Policy]]:
+    """The rules of the VMs that have some, by repository. Raises `UsageError` when none has."""
+    config = here.configuration()
+    found: dict[Path, dict[str, Policy]] = {}
+    for name in config.vms:
+        vm = config.vm(name)
+        if keep := vm.keep:
+            typed = "repository" in here.typed or not vm.repository
+            where = here.repository_path() if typed else Path(vm.repository)
+            values = msgspec.structs.asdict(keep)
+            values["within"] = parse_duration(keep.within) if keep.within else 0.0
+            found.setdefault(where, {})[name] = Policy(**values)
+        else:
+            here.say(f"{name}: the configuration has no rules, nothing is removed")
+    if not found:
+        raise UsageError("no VM of the configuration has rules", hint="Write [vms.NAME.keep], or [defaults.keep].")
+    return found
+
+
+def _run(here: Settings, rules: Rules, name: str | None, options: Options | None) -> None:
     repo = here.open()
     console = here.reporter()
     try:
-        done = prune(repo, policy, name, options, console) if options else dry_run(repo, policy, name)
+        done = prune(repo, rules, name, options, console) if options else dry_run(repo, rules, name)
     finally:
         console.end()
         repo.close()

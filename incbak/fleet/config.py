@@ -18,6 +18,10 @@
     [vms.web1.serve]                # the disks, if incbak serve is to run for it: see incbak schedule
     vda = "/srv/web1.raw"
 
+    [vms.web1.keep]                 # for incbak prune --all
+    daily = 14
+    weekly = 8
+
     [vms.web1.hooks]
     failed = ["/usr/local/bin/page-me"]
 """
@@ -49,6 +53,19 @@ class Hooks(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="keb
     timeout: str = "10m"
 
 
+class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which backups a prune keeps, as its ``--keep`` options."""
+
+    last: int = 0
+    hourly: int = 0
+    daily: int = 0
+    weekly: int = 0
+    monthly: int = 0
+    yearly: int = 0
+    within: str = ""
+    tags: tuple[str, ...] = ()
+
+
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
     """What may be said of all VMs; the texts are what the options of the same names take."""
 
@@ -60,6 +77,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     scratch_dir: str = ""
     scratch_limit: str = ""
     audit: str = ""
+    keep: Keep | None = None
     hooks: Hooks | None = None
 
 
@@ -172,6 +190,7 @@ def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
         "speed-limit": (values.speed_limit.removesuffix("/s"), parse_size),
         "scratch-limit": (values.scratch_limit, parse_size),
         "audit": (values.audit, parse_share),
+        "keep.within": (values.keep.within if values.keep else "", parse_duration),
         "hooks.timeout": (values.hooks.timeout if values.hooks else "", parse_duration),
     }
     for name, (text, parse) in parsed.items():
@@ -180,6 +199,8 @@ def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
                 parse(text)
         except UsageError as e:
             yield f"{key}.{name}", str(e), e.hint
+    if values.keep and any(isinstance(n, int) and n < 0 for n in msgspec.structs.astuple(values.keep)):
+        yield f"{key}.keep", "a number below 0", "Leave the rule out instead."
     if hooks := values.hooks:
         commands = {"before": hooks.before, "after": hooks.after, "failed": hooks.failed}
         yield from _relative(f"{key}.hooks", {name: command[0] for name, command in commands.items() if command})

@@ -16,31 +16,35 @@ RestrictRealtime=yes
 LockPersonality=yes"""
 
 
-def cron(program: str, config: Path, user: str) -> str:
+def cron(program: str, path: Path, config: Config, user: str) -> str:
     """For ``/etc/cron.d``. cron mails what is printed: with -q, warnings and errors only."""
-    command = f"{shlex.quote(program)} -q incremental --all --lock-wait 30m --config {shlex.quote(str(config))}"
-    checking = f"{shlex.quote(program)} -q status --all --max-age 26h --config {shlex.quote(str(config))}"
-    return "\n".join(
-        [
-            "# /etc/cron.d/incbak",
-            "# At night an incremental of every VM; at noon a look whether each has one of the last 26 hours.",
-            f"15 2 * * *  {user}  {_percent(command)}",
-            f"0 12 * * *  {user}  {_percent(checking)}",
-            "",
-        ]
-    )
+
+    def line(when: str, *argv: str) -> str:
+        command = shlex.join([program, "-q", *argv, "--config", str(path)])
+        return f"{when}  {user}  " + command.replace("%", r"\%")  # to cron, % is the end of the line
+
+    lines = [
+        "# /etc/cron.d/incbak",
+        "# At night an incremental of every VM; at noon a look whether each has one of the last 26 hours.",
+        line("15 2 * * *", "incremental", "--all", "--lock-wait", "30m"),
+        line("0 12 * * *", "status", "--all", "--max-age", "26h"),
+    ]
+    if _prunes(config):
+        lines += ["# Backups that no rule keeps go.", line("45 5 * * *", "prune", "--all")]
+    return "\n".join([*lines, ""])
 
 
-def _percent(command: str) -> str:
-    return command.replace("%", r"\%")  # to cron, % is the end of the line
+def _prunes(config: Config) -> bool:
+    return any(config.vm(name).keep for name in config.vms)
 
 
 def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
     """Units by file name."""
-    units = {
-        "incbak-backup.service": _backup(program, path),
-        "incbak-backup.timer": _timer(),
-    }
+    backup = _job("Incremental backups of all VMs", program, path, "incremental", "--all", "--lock-wait", "30m")
+    units = {"incbak-backup.service": backup, "incbak-backup.timer": _timer("Incremental backups", "02:15")}
+    if _prunes(config):
+        units["incbak-prune.service"] = _job("Backups that no rule keeps go", program, path, "prune", "--all")
+        units["incbak-prune.timer"] = _timer("Backups that no rule keeps go", "05:45")
     for name, _ in sorted(config.vms.items()):
         vm = config.vm(name)
         if vm.serve:
@@ -50,14 +54,13 @@ def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
     return units
 
 
-def _backup(program: str, config: Path) -> str:
-    command = _line(program, "-q", "incremental", "--all", "--lock-wait", "30m", "--config", str(config))
+def _job(what: str, program: str, config: Path, *argv: str) -> str:
     return f"""[Unit]
-Description=Incremental backups of all VMs
+Description={what}
 
 [Service]
 Type=oneshot
-ExecStart={command}
+ExecStart={_line(program, "-q", *argv, "--config", str(config))}
 Nice=10
 IOSchedulingClass=best-effort
 IOSchedulingPriority=7
@@ -65,12 +68,12 @@ IOSchedulingPriority=7
 """
 
 
-def _timer() -> str:
-    return """[Unit]
-Description=Incremental backups of all VMs, each night
+def _timer(what: str, time: str) -> str:
+    return f"""[Unit]
+Description={what}, each night
 
 [Timer]
-OnCalendar=*-*-* 02:15
+OnCalendar=*-*-* {time}
 RandomizedDelaySec=10m
 Persistent=yes
 

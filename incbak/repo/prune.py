@@ -31,7 +31,7 @@ themselves on; a moment without a backup was thought easier to have than that to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -90,12 +90,16 @@ class Outcome:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def decide(repo: Repository, policy: Policy, vm: str | None, marks: Marks) -> list[Decision]:
+Rules = Policy | Mapping[str, Policy]
+"""One policy for every VM, or those of some by name: the others lose nothing."""
+
+
+def decide(repo: Repository, rules: Rules, vm: str | None, marks: Marks) -> list[Decision]:
     """What stays of the backups of ``vm``, or of each VM, and why; the good ones are marked as they are found.
 
     Raises `UsageError` for a policy that keeps nothing, and for a VM without backups.
     """
-    if policy.empty:
+    if any(policy.empty for policy in ([rules] if isinstance(rules, Policy) else rules.values())):
         raise UsageError("no rule says what to keep", hint="Give for example --keep-daily 7 --keep-weekly 4.")
     records = repo.backups(vm)
     if vm is not None and not records:
@@ -104,7 +108,8 @@ def decide(repo: Repository, policy: Policy, vm: str | None, marks: Marks) -> li
     decisions = []
     for each in dict.fromkeys(r.vm for r in records):
         of_vm = [r for r in records if r.vm == each]
-        decisions += plan(of_vm, policy, pins, _last_good(of_vm, noted, marks))
+        if policy := rules if isinstance(rules, Policy) else rules.get(each):
+            decisions += plan(of_vm, policy, pins, _last_good(of_vm, noted, marks))
     return decisions
 
 
@@ -124,14 +129,14 @@ def _last_good(records: list[Record], noted: Collection[str], marks: Marks) -> l
     return [r.id for r in found]
 
 
-def dry_run(repo: Repository, policy: Policy, vm: str | None) -> Outcome:
+def dry_run(repo: Repository, rules: Rules, vm: str | None) -> Outcome:
     """What `prune` would do with the backups; changes nothing and needs no lock."""
-    return Outcome(decide(repo, policy, vm, Marks(repo)), unreadable=dict(repo.unreadable))
+    return Outcome(decide(repo, rules, vm, Marks(repo)), unreadable=dict(repo.unreadable))
 
 
 def prune(
     repo: Repository,
-    policy: Policy,
+    rules: Rules,
     vm: str | None = None,
     options: Options | None = None,
     report: Reporter = silent,
@@ -145,7 +150,7 @@ def prune(
     with ExitStack() as stack:
         for name, exclusive in ((PRUNE_LOCK, True), (REPOSITORY_LOCK, False)):
             stack.enter_context(repo.storage.lock(name, exclusive=exclusive, wait=options.lock_wait))
-        return _Prune(repo, options, report).run(policy, vm)
+        return _Prune(repo, options, report).run(rules, vm)
 
 
 class _Prune:
@@ -153,12 +158,12 @@ class _Prune:
         self._repo, self._storage, self._options, self._report = repo, repo.storage, options, report
         self._told: set[str] = set()
 
-    def run(self, policy: Policy, vm: str | None) -> Outcome:
+    def run(self, rules: Rules, vm: str | None) -> Outcome:
         self._storage.sweep()
         self._forget_unknown()
         self._marks = Marks(self._repo)
         self._repacker = Repacker(self._repo, self._marks)
-        decisions = decide(self._repo, policy, vm, self._marks)
+        decisions = decide(self._repo, rules, vm, self._marks)
         self._mark_the_rest({d.record.id for d in decisions if not d.keep})
         durable.crash_point("prune.marked")
         done = Outcome(self._remove_records(decisions))
@@ -300,4 +305,4 @@ class _Prune:
             return None
 
 
-__all__ = ["Options", "Outcome", "decide", "dry_run", "prune"]
+__all__ = ["Options", "Outcome", "Rules", "decide", "dry_run", "prune"]

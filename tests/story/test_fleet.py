@@ -158,6 +158,8 @@ def _children(pid: int) -> list[int]:
         ("[defaults]\naudit='all'", "defaults.audit: not a percentage"),
         ("[defaults.hooks]\nbefore=['x']", "defaults.hooks.before: not an absolute path: 'x'"),
         ("[defaults.hooks]\nbefore='/x'", "defaults.hooks.before: expected `array`, got `str`"),
+        ("[defaults.keep]\ndaily=-1", "defaults.keep: a number below 0"),
+        ("[defaults.keep]\nwithin='x'", "defaults.keep.within: not a duration"),
         ("[vms.'../x']\nsource='/x'", "vms.../x: not a name of a VM"),
         ("vms = 3", "vms: expected a table for each VM"),
         ("[vms]\nweb1 = 3", "vms.web1: expected `object`, got `int`"),
@@ -340,6 +342,30 @@ def test_cron_lines_run_what_they_say(fleet: Fleet) -> None:
     assert len(fleet("--json", "-r", fleet.repo, "list").objects()) == 4
     assert fleet.run("schedule", "show", "cron", "--to", fleet.root).code == 2
     assert fleet.run("schedule", "show", "at").code == 2
+
+
+def test_prune_goes_by_the_rules_of_each_vm(fleet: Fleet) -> None:
+    fleet.write(TWO)
+    for _ in range(3):
+        fleet("full", "--all")
+    assert (fleet.run("prune", "--all").code, len(_kept(fleet, "web1"))) == (2, 3)
+    fleet.write(TWO + "[vms.web2.keep]\nlast = 2\n")
+    told = fleet("prune", "--all").out
+    assert "web1: the configuration has no rules" in told
+    assert (len(_kept(fleet, "web1")), len(_kept(fleet, "web2"))) == (3, 2)
+    fleet.write(TWO + "[vms.web2.keep]\nlast = 2\n[defaults.keep]\nlast = 1\n")
+    fleet("prune", "--all", "--dry-run")
+    assert len(_kept(fleet, "web1")) == 3
+    fleet("prune", "--all")
+    assert (len(_kept(fleet, "web1")), len(_kept(fleet, "web2"))) == (1, 2)
+    assert fleet.run("prune", "--all", "--keep-last", "1").code == 2
+    assert fleet.run("prune", "--all", "--name", "web1").code == 2
+    assert "prune --all" in fleet("schedule", "show", "cron").out
+    assert "incbak-prune.timer" in fleet("schedule", "show", "systemd").out
+
+
+def _kept(fleet: Fleet, vm: str) -> list[str]:
+    return [b["id"] for b in fleet("--json", "-r", fleet.repo, "list", "--name", vm).objects()]
 
 
 def test_a_vm_that_is_served_by_name(fleet: Fleet) -> None:

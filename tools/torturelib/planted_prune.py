@@ -93,7 +93,7 @@ _BACKUPS = (
     Fault(
         "prune-a-rule-for-nothing",
         _PRUNE,
-        "    if policy.empty:\n",
+        "    if any(policy.empty for policy in ([rules] if isinstance(rules, Policy) else rules.values())):\n",
         "    if False:\n",
         _prune("test_each_vm_has_its_own"),
     ),
@@ -134,7 +134,7 @@ _DAMAGE = (
         _MARKS,
         "        if missing := int((~self._repo.index.have(digests, lasting=True)).sum()):\n",
         "        if missing := 0:\n",
-        _prune("test_where_anything_is_damaged_nothing_is_removed"),
+        _prune("test_where_clusters_of_a_kept_backup_are_lost_nothing_is_removed"),
     ),
     Fault(
         "prune-condemned-content-counts",
