@@ -80,7 +80,7 @@ def main() -> NoReturn:
     for name in ("qemu.qmp", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="incbak", standalone_mode=False)
         sys.stdout.flush()
     except IncbakError as e:
         _say_error(str(e), e.hint)

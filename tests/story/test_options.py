@@ -104,3 +104,12 @@ def test_status_tells_what_the_next_incremental_reads_and_changes_nothing(incbak
         assert "128.0 KiB" in said
         disk = incbak("--json", "incremental", f"qmp:{serve.monitor}").objects()[0]["disks"][0]
         assert (disk["read"], disk["base"]) == (131072, made["id"])
+
+
+def test_the_shell_completes_commands_and_options(incbak: Incbak) -> None:
+    def completed(words: str) -> list[str]:
+        env = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_INCBAK_COMPLETE": "bash_complete"}
+        return [line.partition(",")[2] for line in incbak("", env=env).out.splitlines()]
+
+    assert completed("incbak in") == ["init", "incremental"]
+    assert completed("incbak full --qui") == ["--quiesce", "--quiet"]
