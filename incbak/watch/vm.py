@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from incbak.engine.session import Address, EngineGone, EngineSilent, Session
+from incbak.engine.session import Address, CommandFailed, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError, UsageError
 from incbak.reasons import Reason
 from incbak.watch.disks import Watched, find_watched, lock_store, unlock_stores
@@ -23,6 +23,7 @@ _LOOK_SECONDS = 2.0
 _RETRY_SECONDS = 0.2
 _GREETING_SECONDS = 5.0
 _PANICKED = "guest-panicked"
+_DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
 
 Tell = Callable[[str, str, Mapping[str, Any]], None]
 """Takes an event's name, what people read, and facts for scripts."""
@@ -109,7 +110,7 @@ class _Attached:
         self._session, self._options, self._stopping = session, options, stopping
         self._vm = options.name or ""
         self._disks: dict[str, Watched] = {}
-        self._devices: list[Any] = []
+        self._devices: list[str] = []
         self._left_out: set[tuple[str, str]] = set()
         self._pausing = self._announced = False
         """Whether QEMU was told to pause at a shutdown, and whether it has announced one, or a panic."""
@@ -175,8 +176,13 @@ class _Attached:
             self._left_out.add((disk, why))
             self._tell("left-out", f"disk {disk} is not watched: {why}", disk=disk, why=why)
 
-    async def _plugged(self) -> list[Any]:
-        return [device.get("qdev") for device in await self._session.execute("query-block")]
+    async def _plugged(self) -> list[str]:
+        """All devices of the VM. It is asked for every two seconds, so it must not touch disks, as query-block does."""
+        found: list[str] = []
+        for path in _DEVICES:
+            with suppress(CommandFailed):  # there may be no device without a name
+                found += [str(each["name"]) for each in await self._session.execute("qom-list", {"path": path})]
+        return found
 
     async def _look_for_new(self) -> None:
         """A disk that was plugged in is watched from now on; its files tell of another time."""
