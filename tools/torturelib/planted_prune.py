@@ -88,7 +88,7 @@ _BACKUPS = (
         _RETENTION,
         "min(max((newer - time).total_seconds(), 0.0), duration / 2)",
         "max((newer - time).total_seconds(), 0.0)",
-        _rule("test_the_newest_backup_has_a_wrong_time"),
+        _rule("test_one_forged_time_ages_the_others_by_half_of_the_duration_at_most"),
     ),
     Fault(
         "prune-a-rule-for-nothing",
@@ -155,7 +155,7 @@ _DAMAGE = (
         _PRUNE,
         "        return digests is not None and not self._marks.needed(digests).any()\n",
         "        return digests is not None\n",
-        _prune("test_the_whole_copy_of_what_is_rotten_stays"),
+        _prune("test_a_pack_that_has_nothing_but_spare_copies_stays"),
     ),
     Fault(
         "prune-stray-copies-go",

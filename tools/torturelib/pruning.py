@@ -49,7 +49,13 @@ def prune_round(world: World) -> None:
 def _rules(rng: Random) -> list[str]:
     rules = ["--keep-last", str(rng.choice((1, 1, 2, 3)))]
     rules += rng.choice(([], ["--keep-hourly", "2"], ["--keep-within", "1s"]))
-    return [*rules, "--grace", rng.choice(("0", "0", "300ms", "1d")), "--repack-below", rng.choice(("0", "50", "100"))]
+    return [
+        *rules,
+        "--grace",
+        rng.choice(("0", "0", "0", "300ms", "1d")),
+        "--repack-below",
+        rng.choice(("0", "50", "100", "100")),
+    ]
 
 
 def _beside(world: World) -> Child:
@@ -64,8 +70,8 @@ def _beside(world: World) -> Child:
 def _hurt(world: World, accompanied: bool) -> None:
     """A prune that is killed, that meets failing storage, or that nothing happens to."""
     rng = world.rng
-    point = f"{rng.choice(_points(rng))}:{rng.choice((1, 1, 1, 1, 2, 3))}"
-    how = rng.choice(("point", "point", "point", "kill", "fault", "nothing"))
+    point = f"{rng.choice(_points(rng))}:{rng.choice((1, 1, 1, 1, 1, 2))}"
+    how = rng.choice(("point", "point", "point", "point", "kill", "kill", "fault", "nothing"))
     code = rng.choice(("ENOSPC", "EIO"))
     child = world.spawn(
         "-q",
@@ -77,7 +83,7 @@ def _hurt(world: World, accompanied: bool) -> None:
         log="prune",
     )
     if how == "kill":
-        time.sleep(0.1 * rng.random())
+        time.sleep(0.05 * rng.random())
         if child.poll() is None:
             child.kill()
     status = child.wait()

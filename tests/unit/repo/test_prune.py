@@ -433,6 +433,18 @@ def test_where_anything_is_damaged_nothing_is_removed(path: Path, what: str) -> 
     assert files(path) == before
 
 
+def test_where_clusters_of_a_kept_backup_are_lost_nothing_is_removed(path: Path) -> None:
+    """All its pages can be read, but they name what is in no pack. The index can be made anew, perhaps."""
+    lost = _pack_of(path, made(path, [1, 2]))
+    made(path, [3])
+    made(path, [1, 2, 9])
+    lost.unlink()
+    before = files(path)
+    with pytest.raises(DamagedError, match="2 of its clusters or pages are in no pack"):
+        pruned(path, grace=0)
+    assert files(path) == before
+
+
 def test_where_a_listed_backup_needs_what_is_condemned_nothing_is_removed(path: Path) -> None:
     """It cannot be. But if it is, something has gone wrong that must not become a loss."""
     made(path, [1, 2])
@@ -495,6 +507,21 @@ def test_the_whole_copy_of_what_is_rotten_stays(path: Path) -> None:
         repo = Repository.open(path)
         assert restore(repo, first) == [cluster(n) for n in (1, 2)]
         assert restore(repo, second) == [cluster(n) for n in (1, 3)]
+
+
+def test_a_pack_that_has_nothing_but_spare_copies_stays(tmp_path: Path) -> None:
+    """Whichever of the two the index names first, which is a matter of chance: the first copy is the rotten one."""
+    for turn in range(6):
+        path = tmp_path / f"turn{turn}"
+        new(path)
+        made(path, [1, 2])
+        place = Repository.open(path).index.places(blob.digest_of(cluster(1)))[0]
+        _flip(path / "packs" / place.pack, place.offset + place.stored // 2)
+        assert check(Repository.open(path), read_data=True).problems
+        kept = made(path, [1, 2])
+        rebuild_index(Repository.open(path))
+        settled(pruned(path, grace=0, repack_below=0.0))
+        assert restore(Repository.open(path), kept) == [cluster(1), cluster(2)]
 
 
 # -- repacking ---------------------------------------------------------------------------------------------------------

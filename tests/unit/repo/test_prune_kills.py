@@ -16,7 +16,7 @@ import incbak.repo.prune
 from incbak import durable
 from incbak.errors import IncbakError
 from incbak.repo import pins
-from incbak.repo.check import check
+from incbak.repo.check import check, rebuild_index
 from incbak.repo.condemned import read_condemned
 from incbak.repo.marks import Marks
 from incbak.repo.prune import Options, Outcome, prune
@@ -61,7 +61,7 @@ def _disarm() -> Iterator[None]:
 
 @pytest.fixture
 def backups(tmp_path: Path) -> dict[str, Record]:
-    """A repository in which a prune goes through all its steps, some of them twice."""
+    """A repository in which a prune goes through all its steps, some of them twice, with one file as its index."""
     path = tmp_path / "repo"
     new(path)
     found = {name: back_up(Repository.open(path), list(numbers)) for name, numbers in CONTENT.items()}
@@ -71,6 +71,7 @@ def backups(tmp_path: Path) -> dict[str, Record]:
     for name in ("all garbage", "mostly garbage"):
         pins.unpin(Repository.open(path).storage, found[name].id)
     assert len(read_condemned(Repository.open(path).storage).packs) == 1
+    rebuild_index(Repository.open(path))
     return found
 
 
