@@ -64,8 +64,8 @@ def close_tracked(tracked: TrackedDisk, timeout: float) -> bool:
         tracked.gate.shut(timeout)
         if not tracked.read_only:
             tracked.disk.flush()
-            if tracked.store:
-                tracked.store.note_writes(Path(tracked.disk.name))
+        if tracked.store and not tracked.read_only:
+            tracked.store.note_writes(Path(tracked.disk.name))
         fingerprint = tracked.disk.fingerprint()
     except (DrainTimeoutError, IncbakError, OSError) as e:
         log.error("disk %s: not closed cleanly, its bitmaps are recovered at the next start: %s", tracked.name, e)
