@@ -31,6 +31,7 @@ import numpy as np
 from incbak.bitmap import bits as kernels
 from incbak.errors import IncbakError, NbdError
 from incbak.serve.cbw import CHUNK, CopyBeforeWrite, OnCbwError, Run
+from incbak.serve.file_target import FileTarget
 from incbak.serve.gate import DrainTimeoutError
 from incbak.serve.jobs import CancelledError, Emit, Job, JobOptions
 from incbak.serve.memory_bitmap import AnyBitmap, MemoryBitmap
@@ -75,7 +76,7 @@ class BackupJob(Job):
         self,
         options: JobOptions,
         tracked: TrackedDisk,
-        target: Target,
+        target: Target | FileTarget,
         spec: BackupSpec,
         emit: Emit,
         gone: Callable[[Job], None],
@@ -143,6 +144,7 @@ class BackupJob(Job):
         """
         assert self._copy
         try:
+            self.target.begin()
             self._copy_all(self._copy)
             self.target.flush()
             self._all_flushed = True
@@ -221,8 +223,12 @@ class BackupJob(Job):
 
     def set_speed(self, speed: int) -> None:
         """Bytes per second from now on, whatever the rate was before."""
-        self._paced = (time.monotonic(), self.done)
+        self.rested()
         super().set_speed(speed)
+
+    def rested(self) -> None:
+        """Time in which nothing could be done is not made up for."""
+        self._paced = (time.monotonic(), self.done)
 
     def interrupt(self) -> None:
         """Wake the loop from whatever it waits for."""

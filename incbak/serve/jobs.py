@@ -5,7 +5,8 @@ r"""Jobs and their life, as QEMU tells it: states, verbs, events, and the table 
     created -> running -> waiting -> pending -> concluded -> null        done
                       \-> aborting -----------> concluded -> null        failed, or cancelled (also from pending)
 
-``pending`` waits for `finalize` unless `auto_finalize`, ``concluded`` for `dismiss` unless `auto_dismiss`.
+``running`` may be ``paused`` and resumed. ``pending`` waits for `finalize` unless `auto_finalize`, ``concluded`` for
+`dismiss` unless `auto_dismiss`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Status(StrEnum):
 
     CREATED = "created"
     RUNNING = "running"
+    PAUSED = "paused"
     WAITING = "waiting"
     PENDING = "pending"
     ABORTING = "aborting"
@@ -40,15 +42,23 @@ class Status(StrEnum):
 
 
 _ALLOWED = {
-    "cancel": {Status.CREATED, Status.RUNNING, Status.WAITING, Status.PENDING},
+    "cancel": {Status.CREATED, Status.RUNNING, Status.PAUSED, Status.WAITING, Status.PENDING},
+    "pause": {Status.CREATED, Status.RUNNING, Status.PAUSED},
+    "resume": {Status.CREATED, Status.RUNNING, Status.PAUSED},
+    "set-speed": {Status.CREATED, Status.RUNNING, Status.PAUSED},
+    "complete": set(),
     "finalize": {Status.PENDING},
     "dismiss": {Status.CONCLUDED},
-    "set-speed": {Status.CREATED, Status.RUNNING},
 }
+"""QEMU's table, for jobs that are never ``ready``: so none can be told to complete."""
 
 
 class CancelledError(Exception):
     """The job was told to stop."""
+
+
+class TargetError(OSError):
+    """The target, not the source, cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class Job(ABC):
         self.detail = ""
         self._lock = threading.RLock()
         self._stop = threading.Event()
+        self._goes_on = threading.Event()
+        self._goes_on.set()
         self._finalize = threading.Event()
         self._ended = threading.Event()
         if options.auto_finalize:
@@ -122,8 +134,34 @@ class Job(ABC):
         with self._lock:
             self.require("cancel")
             self._stop.set()
+            self._goes_on.set()
             self._finalize.set()
         self.interrupt()
+
+    @property
+    def paused(self) -> bool:
+        """Whether somebody wants the job to rest."""
+        return not self._goes_on.is_set()
+
+    def pause(self) -> None:
+        """Rest soon, until `resume`. The point in time is kept; what the guest overwrites goes to scratch."""
+        with self._lock:
+            self.require("pause")
+            if self.paused:
+                raise QmpError("Job is already paused")
+            self._goes_on.clear()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        with self._lock:
+            if not self.paused:
+                raise QmpError("Can't resume a job that was not paused")
+            self.require("resume")
+            self._goes_on.set()
+
+    def complete(self) -> None:
+        """For jobs that go on for ever once they are ready; a backup is none."""
+        self.require("complete")
 
     def finalize(self) -> None:
         """Go on from ``pending``."""
@@ -151,27 +189,49 @@ class Job(ABC):
         return self._ended.wait(timeout)
 
     def pause_point(self, delay: float = 0.0) -> None:
-        """Raises `CancelledError` once the job was cancelled; waits ``delay`` seconds for that."""
+        """Raises `CancelledError` once the job was cancelled; waits ``delay`` seconds for that, and while paused."""
+        if self.paused:
+            self._rest()
         if self._stop.wait(delay) if delay > 0 else self._stop.is_set():
             raise CancelledError
+
+    def _rest(self) -> None:
+        self._turn(Status.PAUSED)
+        self._goes_on.wait()
+        self.rested()
+        self._turn(Status.RUNNING)
+
+    def rested(self) -> None:  # noqa: B027 (nothing to do for most jobs)
+        """The job goes on after a pause."""
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
             self.work()
+            self._wait_paused()
             self._turn(Status.WAITING)
             self._turn(Status.PENDING)
             if not self.options.auto_finalize:
                 self._emit("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
             self._finalize.wait()
-            self.pause_point()
+            if self._stop.is_set():
+                raise CancelledError
         except CancelledError:
             self._conclude("BLOCK_JOB_CANCELLED", os.strerror(errno.ECANCELED))
         except Exception as e:  # noqa: BLE001 (whatever breaks the backup must not break the engine)
             self._fail(e)
         else:
             self._conclude("BLOCK_JOB_COMPLETED", None)
+
+    def _wait_paused(self) -> None:
+        """The end of the work is no way round a pause; past it there is none."""
+        while True:
+            self.pause_point()
+            with self._lock:
+                if not self.paused:
+                    self.status = Status.WAITING
+                    return
 
     def _fail(self, error: Exception) -> None:
         if self._stop.is_set():
@@ -182,7 +242,7 @@ class Job(ABC):
         log.log(
             logging.WARNING if expected else logging.ERROR, "job %s failed: %s", self.id, error, exc_info=not expected
         )
-        kind = "write" if isinstance(error, NbdError) else "read"
+        kind = "write" if isinstance(error, NbdError | TargetError) else "read"
         self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": kind, "action": "report"})
         self._conclude("BLOCK_JOB_COMPLETED", os.strerror(code_of(error)))
 
@@ -222,7 +282,7 @@ class Job(ABC):
         """A BlockJobInfo."""
         info: dict[str, object] = {"device": self.id, "type": self.type, "status": str(self.status)}
         info |= {"len": self.total, "offset": self.done, "speed": self.speed, "io-status": "ok"}
-        info |= {"busy": self.status is Status.RUNNING, "paused": False, "ready": False}
+        info |= {"busy": self.status is Status.RUNNING, "paused": self.paused, "ready": False}
         info |= {"auto-finalize": self.options.auto_finalize, "auto-dismiss": self.options.auto_dismiss}
         return info | self._error_info()
 

@@ -71,7 +71,7 @@ class Int(Type):
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise QmpError(f"Parameter '{path}' expects {self.kind}")
+            raise _wrong_type(path, "integer")
         if not self.low <= value <= self.high:
             raise QmpError(f"Parameter '{path}' expects {self.kind}")
         return value

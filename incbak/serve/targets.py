@@ -54,6 +54,9 @@ class Target:
             self.release()
             raise
 
+    def begin(self) -> None:
+        """The job starts."""
+
     def release(self) -> None:
         """Be free for another job."""
         with self._lock:

@@ -25,6 +25,8 @@ class Vm:
         self.lost: dict[str, dict[str, Reason]] = {}
         """Per disk, bitmap files that may not be believed, and why not."""
         self.targets: dict[str, Target] = {}
+        self.credentials: dict[str, Path] = {}
+        """Directories of certificates for targets."""
         self.jobs = JobTable()
         self.budget = Budget(scratch_dir, scratch_limit)
         self.shutdown_reason: str | None = None

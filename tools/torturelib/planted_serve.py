@@ -9,7 +9,43 @@ _TRANSACTION, _JOB, _OPENING = (f"incbak/serve/{name}.py" for name in ("transact
 _CONNECTION, _PROTOCOL = "incbak/nbd/connection.py", "incbak/nbd/protocol.py"
 _LOCKS, _DISK = "incbak/disk/locks.py", "incbak/disk/file.py"
 
+_FILE_TARGET = "incbak/serve/file_target.py"
 _SERVE = (
+    Fault(
+        "drive-backup-empties-too-early",
+        _FILE_TARGET,
+        "        self.size = size if self._anew else self._disk.size\n",
+        "        self.size = size if self._anew else self._disk.size\n        self.begin()\n",
+        unit("serve/test_drive_backup", "test_in_a_transaction_that_does_not_happen"),
+    ),
+    Fault(
+        "drive-backup-without-lock",
+        _FILE_TARGET,
+        "open_disk(path)\n",
+        "open_disk(path, lock=False)\n",
+        unit("serve/test_drive_backup", "test_the_disk_itself_is_no_target"),
+    ),
+    Fault(
+        "drive-backup-name-not-durable",
+        _FILE_TARGET,
+        "            durable.sync_dir(self.path.absolute().parent)\n",
+        "",
+        unit("serve/test_drive_backup", "test_a_new_file_has_a_durable_name_before_the_job_is_done"),
+    ),
+    Fault(
+        "drive-backup-not-flushed",
+        _FILE_TARGET,
+        "        self._try(self._disk.flush)\n",
+        "",
+        unit("serve/test_drive_backup", "test_a_new_file_has_a_durable_name_before_the_job_is_done"),
+    ),
+    Fault(
+        "job-ends-while-paused",
+        "incbak/serve/jobs.py",
+        "            self._wait_paused()\n",
+        "",
+        unit("serve/test_drive_backup", "test_a_job_is_not_done_while_it_is_paused"),
+    ),
     Fault(
         "job-always-forgets-what-was-refused",
         _JOB,
@@ -197,8 +233,8 @@ _SERVE = (
     Fault(
         "job-lets-go-before-it-reads",
         _JOB,
-        "            self._copy.read_into(run, data)\n            self._copy.done(run)\n",
-        "            self._copy.done(run)\n            self._copy.read_into(run, data)\n",
+        "            self._copy.read_into(run, data)\n        self._sending",
+        "            self._copy.done(run)\n            self._copy.read_into(run, data)\n        self._sending",
         unit("serve/test_jobs", "test_the_guest_waits_until_the_job_has_read"),
     ),
     Fault(

@@ -1,50 +1,29 @@
-"""Disks, targets, backups, transactions."""
+"""Disks, targets, transactions."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
 from incbak.bitmap.file import Bitmap, State
-from incbak.nbd.uri import NbdUri
-from incbak.serve.backup_job import BackupJob, BackupSpec, BitmapMode
-from incbak.serve.cbw import OnCbwError
-from incbak.serve.commands import bitmaps
+from incbak.nbd.uri import NbdUri, UriTls
+from incbak.serve.commands import backup, bitmaps
 from incbak.serve.commands.registry import Args, command
-from incbak.serve.jobs import JobOptions
 from incbak.serve.memory_bitmap import AnyBitmap
-from incbak.serve.schema import BOOL, INT, STR, Enum, Fields, List, Opt, QmpError, Union
+from incbak.serve.schema import BOOL, STR, Enum, Fields, List, Opt, QmpError, Union
 from incbak.serve.schema import Struct as Object
 from incbak.serve.targets import Target
 from incbak.serve.tracker import TrackedDisk
 from incbak.serve.transaction import Abort, Action, Transaction
-from incbak.serve.vm import Vm, check_usable
+from incbak.serve.vm import Vm
 
-_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _NODE_NAME_LIMIT = 31
 
 _INET: Fields = {"host": STR, "port": STR}
 _SERVER = Union("type", {"unix": {"path": STR}, "inet": _INET})
-_NBD: Fields = {"server": _SERVER, "export": Opt(STR)}
+_NBD: Fields = {"server": _SERVER, "export": Opt(STR), "tls-creds": Opt(STR), "tls-hostname": Opt(STR)}
 _COMMON: Fields = {"node-name": Opt(STR)}
 _DRIVERS = {"nbd": _NBD}
-
-_ON_ERROR = Enum("report", "ignore", "enospc", "stop", "auto")
-BACKUP: Fields = {
-    "job-id": Opt(STR),
-    "device": STR,
-    "target": STR,
-    "sync": Enum("top", "full", "none", "incremental", "bitmap"),
-    "speed": Opt(INT),
-    "bitmap": Opt(STR),
-    "bitmap-mode": Opt(Enum("on-success", "never", "always")),
-    "compress": Opt(BOOL),
-    "on-source-error": Opt(_ON_ERROR),
-    "on-target-error": Opt(_ON_ERROR),
-    "on-cbw-error": Opt(Enum("break-guest-write", "break-snapshot")),
-    "auto-finalize": Opt(BOOL),
-    "auto-dismiss": Opt(BOOL),
-}
 
 
 @command("blockdev-add", {"driver": Enum(*_DRIVERS), **_COMMON, **_NBD})
@@ -53,12 +32,23 @@ def blockdev_add(vm: Vm, args: Args) -> object:
     if "node-name" not in args:
         raise QmpError("'node-name' must be specified for the root node")
     name = args["node-name"]
-    if not _IDENTIFIER.fullmatch(name) or len(name) > _NODE_NAME_LIMIT:
+    if not backup.IDENTIFIER.fullmatch(name) or len(name) > _NODE_NAME_LIMIT:
         raise QmpError(f"Invalid node-name: '{name}'")
     if name in vm.disks or name in vm.targets:
         raise QmpError(f"Duplicate nodes with node-name='{name}'")
-    vm.targets[name] = Target(name, _uri(args["server"], args.get("export", "")))
+    vm.targets[name] = Target(name, replace(_uri(args["server"], args.get("export", "")), tls=_tls(vm, args)))
     return None
+
+
+def _tls(vm: Vm, args: Args) -> UriTls | None:
+    if "tls-creds" not in args:
+        if "tls-hostname" in args:
+            raise QmpError("TLS hostname is only supported with TLS credentials")
+        return None
+    name = args["tls-creds"]
+    if name not in vm.credentials:
+        raise QmpError(f"No TLS credentials with id '{name}'")
+    return UriTls(str(vm.credentials[name]), args.get("tls-hostname"))
 
 
 def _uri(server: dict[str, str], export: str) -> NbdUri:
@@ -84,111 +74,6 @@ def blockdev_del(vm: Vm, args: Args) -> object:
     return None
 
 
-class Backup(Action):
-    """Fix a point in time of a disk, and begin to copy it."""
-
-    def __init__(self, vm: Vm, args: Args) -> None:
-        self.vm, self.args = vm, args
-        self.tracked = vm.device(args["device"])
-        self.disks = (self.tracked,)
-
-    def prepare(self, transaction: Transaction) -> None:
-        """Check; take target, bitmap and job id; make the scratch file."""
-        options, target, spec = self._options(), self.vm.target(self.args["target"]), self._spec(transaction)
-        if target.size != self.tracked.size:
-            raise QmpError("Source and target image have different sizes")
-        self.job = BackupJob(options, self.tracked, target, spec, self.vm.emit, self.vm.jobs.forget)
-        self.vm.jobs.reserve(self.job)
-        try:
-            target.take(options.id)
-            try:
-                self.job.prepare(self.vm.budget)
-            except BaseException:
-                target.release()
-                raise
-        except BaseException:
-            self.vm.jobs.forget(self.job)
-            raise
-        if spec.bitmap:
-            self.tracked.busy[spec.bitmap.name] = options.id
-        self.job.announce()
-
-    def _options(self) -> JobOptions:
-        args = self.args
-        name: str = args["job-id"] if "job-id" in args else args["device"]
-        if not _IDENTIFIER.fullmatch(name):
-            raise QmpError(f"Invalid job ID '{name}'")
-        if args.get("speed", 0) < 0:
-            raise QmpError("Parameter 'speed' expects a non-negative value")
-        if args.get("compress", False):
-            raise QmpError(f"Compression is not supported for this drive {args['target']}")
-        for policy in ("on-source-error", "on-target-error"):
-            if args.get(policy, "report") not in ("report", "auto"):
-                raise QmpError(f"Parameter '{policy}' does not support '{args[policy]}'")
-        return JobOptions(name, args.get("auto-finalize", True), args.get("auto-dismiss", True), args.get("speed", 0))
-
-    def _spec(self, transaction: Transaction) -> BackupSpec:
-        sync, name, mode = self.args["sync"], self.args.get("bitmap"), self.args.get("bitmap-mode")
-        if sync == "incremental" and mode is None:
-            mode = "on-success"
-        _check_modes(sync, name, mode)
-        bitmap = self._bitmap(transaction, name) if name is not None else None
-        policy = OnCbwError(self.args.get("on-cbw-error", "break-snapshot"))
-        whole = sync not in ("bitmap", "incremental")
-        chosen = BitmapMode(mode) if mode else BitmapMode.NEVER
-        return BackupSpec(bitmap, chosen, whole=whole, on_write=sync == "none", on_cbw_error=policy)
-
-    def _bitmap(self, transaction: Transaction, name: str) -> AnyBitmap:
-        if transaction.find(self.tracked, name) is None and name not in self.vm.lost[self.tracked.name]:
-            raise QmpError(f"Bitmap '{name}' could not be found")
-        bitmap = transaction.bitmap(self.tracked, name)
-        check_usable(self.tracked, bitmap)
-        return bitmap
-
-    def apply(self) -> None:
-        """This is the instant."""
-        self.job.begin()
-
-    def undo(self) -> None:
-        """It was not."""
-        self.job.retreat()
-
-    def finish(self) -> None:
-        """Go."""
-        self.job.start()
-
-    def discard(self) -> None:
-        """Give back what was taken."""
-        if self.job.spec.bitmap:
-            self.tracked.busy.pop(self.job.spec.bitmap.name, None)
-        self.job.discard()
-        self.job.target.release()
-        self.job.withdraw()
-
-
-def _check_modes(sync: str, name: str | None, mode: str | None) -> None:
-    """QEMU's rules, in its order."""
-    if sync in ("bitmap", "incremental") and name is None:
-        raise QmpError(f"must provide a valid bitmap name for '{sync}' sync mode")
-    if sync == "incremental" and mode != "on-success":
-        raise QmpError("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'")
-    if name is None and mode is not None:
-        raise QmpError("Cannot specify bitmap sync mode without a bitmap")
-    if name is not None and mode is None:
-        raise QmpError("Bitmap sync mode must be given when providing a bitmap")
-    if name is not None and sync == "none":
-        raise QmpError("sync mode 'none' does not produce meaningful bitmap outputs")
-    if name is not None and sync in ("full", "top") and mode == "never":
-        raise QmpError(f"Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'")
-
-
-@command("blockdev-backup", BACKUP)
-def blockdev_backup(vm: Vm, args: Args) -> object:
-    """Back one disk up to a target."""
-    Transaction(vm).run([Backup(vm, args)])
-    return None
-
-
 _ACTIONS: dict[str, Fields] = {
     "abort": {},
     "block-dirty-bitmap-add": bitmaps.ADD,
@@ -197,7 +82,8 @@ _ACTIONS: dict[str, Fields] = {
     "block-dirty-bitmap-enable": bitmaps.ONE,
     "block-dirty-bitmap-disable": bitmaps.ONE,
     "block-dirty-bitmap-merge": bitmaps.MERGE,
-    "blockdev-backup": BACKUP,
+    "blockdev-backup": backup.BLOCKDEV,
+    "drive-backup": backup.DRIVE,
 }
 _TRANSACTION: Fields = {
     "actions": List(Union("type", _ACTIONS, wrapped="data")),
@@ -228,8 +114,10 @@ def _action(vm: Vm, kind: str, data: Args) -> Action:
             return bitmaps.Switch(vm, data, enable=kind.endswith("enable"))
         case "block-dirty-bitmap-merge":
             return bitmaps.Merge(vm, data)
+        case "drive-backup":
+            return backup.DriveBackup(vm, data)
         case _:
-            return Backup(vm, data)
+            return backup.Backup(vm, data)
 
 
 # -- telling ------------------------------------------------------------------------------------------------------

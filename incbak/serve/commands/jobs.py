@@ -29,6 +29,27 @@ def job_cancel(vm: Vm, args: Args) -> object:
     return None
 
 
+@command("job-pause", _ID)
+def job_pause(vm: Vm, args: Args) -> object:
+    """Let a job rest."""
+    vm.job(args["id"]).pause()
+    return None
+
+
+@command("job-resume", _ID)
+def job_resume(vm: Vm, args: Args) -> object:
+    """Let a job that rests go on."""
+    vm.job(args["id"]).resume()
+    return None
+
+
+@command("job-complete", _ID)
+def job_complete(vm: Vm, args: Args) -> object:
+    """Refused by every job of ours, with QEMU's words."""
+    vm.job(args["id"]).complete()
+    return None
+
+
 @command("job-finalize", _ID)
 def job_finalize(vm: Vm, args: Args) -> object:
     """Let a pending job conclude."""
@@ -45,8 +66,32 @@ def job_dismiss(vm: Vm, args: Args) -> object:
 
 @command("block-job-cancel", {**_DEVICE, "force": Opt(BOOL)})
 def block_job_cancel(vm: Vm, args: Args) -> object:
-    """Stop a job; forced or not is the same for a backup."""
-    vm.block_job(args["device"]).cancel()
+    """Stop a job; one that is paused only with ``force``."""
+    job = vm.block_job(args["device"])
+    if job.paused and not args.get("force", False):
+        raise QmpError(f"The block job for device '{job.id}' is currently paused")
+    job.cancel()
+    return None
+
+
+@command("block-job-pause", _DEVICE)
+def block_job_pause(vm: Vm, args: Args) -> object:
+    """Let a job rest."""
+    vm.block_job(args["device"]).pause()
+    return None
+
+
+@command("block-job-resume", _DEVICE)
+def block_job_resume(vm: Vm, args: Args) -> object:
+    """Let a job that rests go on."""
+    vm.block_job(args["device"]).resume()
+    return None
+
+
+@command("block-job-complete", _DEVICE)
+def block_job_complete(vm: Vm, args: Args) -> object:
+    """Refused by every job of ours, with QEMU's words."""
+    vm.block_job(args["device"]).complete()
     return None
 
 
@@ -68,8 +113,8 @@ def block_job_dismiss(vm: Vm, args: Args) -> object:
 def block_job_set_speed(vm: Vm, args: Args) -> object:
     """Bytes per second from now on; 0 for no limit."""
     job = vm.block_job(args["device"])
+    job.require("set-speed")
     if args["speed"] < 0:
         raise QmpError("Parameter 'speed' expects a non-negative value")
-    job.require("set-speed")
     job.set_speed(args["speed"])
     return None

@@ -102,7 +102,7 @@ def test_of_a_transaction_that_stops_nothing_is_left(
             def fail(_self: object) -> None:
                 raise OSError(errno.EIO, "Input/output error")
 
-            broken.setattr("incbak.serve.commands.block.BackupJob.begin", fail)
+            broken.setattr("incbak.serve.commands.backup.BackupJob.begin", fail)
         with pytest.raises(QmpError):
             machine("transaction", actions=[FIRSTS[first], last])
     wait_until(lambda: _picture(machine) == before, "the picture is as before")

@@ -1,0 +1,100 @@
+"""A raw file that one job writes to: the target of ``drive-backup``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from incbak import durable
+from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.errors import DurabilityError
+from incbak.serve.jobs import TargetError
+from incbak.serve.schema import QmpError
+
+
+class FileTarget:
+    """Has the shape of `incbak.serve.targets.Target`. What is in the file goes when the job begins, not before."""
+
+    def __init__(self, path: Path, size: int, *, existing: bool) -> None:
+        """Open ``path`` and take its lock; unless ``existing``, make it if need be. Raises `QmpError`, `DiskError`."""
+        self.name, self.path, self._existing = str(path), path, existing
+        self._made = False if existing else _make(path)
+        try:
+            if existing and (found := probe_format(path)) != "raw":
+                raise QmpError(f"Image '{path}' is a {found} image, only raw ones can be written")
+            self._disk: FileDisk = open_disk(path)
+        except BaseException:
+            self.withdraw()
+            raise
+        self._anew = not existing and not self._disk.is_block
+        self.size = size if self._anew else self._disk.size
+
+    def take(self, job: str) -> None:
+        """It is the job's own."""
+
+    def begin(self) -> None:
+        """Now what was there goes; a new file's name is durable from here on. Raises `TargetError`."""
+
+        def anew() -> None:
+            os.ftruncate(self._disk.fd, 0)
+            os.ftruncate(self._disk.fd, self.size)
+            self._disk.size = self.size
+            durable.sync_dir(self.path.absolute().parent)
+
+        if self._anew:
+            self._try(anew)
+
+    def release(self) -> None:
+        """Close it."""
+        self._disk.close()
+
+    def withdraw(self) -> None:
+        """The job is not going to be: a file that was made for it goes."""
+        if self._made:
+            with suppress(OSError):
+                self.path.unlink()
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write and wait. Raises `TargetError`."""
+        self._try(lambda: self._disk.write(data, offset))
+
+    def zeroes(self, offset: int, length: int) -> None:
+        """As `write`, of zeroes."""
+        self._try(lambda: self._disk.write_zeroes(offset, length, unmap=True))
+
+    def flush(self) -> None:
+        """All that was written is durable. Raises `TargetError`."""
+        self._try(self._disk.flush)
+
+    def settle(self) -> list[tuple[int, int]]:
+        """After a failure: all is durable of which `write` and `zeroes` have returned, so there is nothing to tell."""
+        self.flush()
+        return []
+
+    def abort(self) -> None:
+        """Nobody waits for a peer."""
+
+    def close(self) -> None:
+        """As `release`."""
+        self.release()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (OSError, DurabilityError) as e:
+            cause = e if isinstance(e, OSError) else e.__cause__
+            number = cause.errno if isinstance(cause, OSError) else None
+            raise TargetError(number, f"cannot write {self.path}: {e}") from e
+
+
+def _make(path: Path) -> bool:
+    """Whether there was no such file before. Raises `QmpError`."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return False
+    except OSError as e:
+        raise QmpError(f"Could not create '{path}': {e.strerror}") from e
+    return True

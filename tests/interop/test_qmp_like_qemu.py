@@ -1,0 +1,396 @@
+"""``incbak serve`` beside a real qemu-storage-daemon: the same commands, and the same replies, events and bitmaps.
+
+Both have one disk of the same content, take the guest's writes over NBD, and back up to NBD servers of ours that can
+be told to fail. The bitmaps after each pair of sync mode and bitmap mode are those of QEMU's test 257.
+"""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from incbak.disk.faults import Faults, FaultyDisk
+from incbak.disk.memory import MemoryDisk
+from incbak.nbd.client import NbdClient
+from incbak.nbd.uri import NbdUri
+from tests.kit.need import need
+from tests.kit.qmp import Qmp, QmpFailed
+from tests.kit.serve import Peer, raw_image, serving, wait_until
+
+pytestmark = pytest.mark.qemu
+GRAIN = 65536
+CLUSTERS = 64
+SIZE = CLUSTERS * GRAIN
+FIRST, DURING = (0, 5, 20, 63), (5, 8, 21)
+"""Clusters that are dirty before the backup, and those written while it is pending."""
+
+
+@dataclass
+class Engine:
+    """One of the two."""
+
+    name: str
+    directory: Path
+    qmp: Qmp
+    guest: NbdClient
+    peers: dict[str, Peer] = field(default_factory=dict)
+
+    def target(self, node: str, faults: Faults | None = None) -> Peer:
+        """A target ``node``, or a new one in place of it."""
+        if node in self.peers:
+            self.qmp("blockdev-del", node_name=node)
+            self.peers.pop(node).stop()
+        disk = MemoryDisk(SIZE, name=node)
+        peer = Peer(self.directory / f"{node}.sock", FaultyDisk(disk, faults) if faults else disk)
+        self.qmp("blockdev-add", **{k.replace("-", "_"): v for k, v in peer.blockdev(node).items()})
+        self.peers[node] = peer
+        return peer
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """The reply, or the error as ``class: text``."""
+        try:
+            return self.qmp(command, **arguments)
+        except QmpFailed as e:
+            return str(e)
+
+    def backup(self, **arguments: Any) -> Any:
+        """``blockdev-backup``; QEMU with one worker, so that it copies in order as we do."""
+        if self.name == "qemu":
+            arguments["x_perf"] = {"max-workers": 1}
+        return self.ask("blockdev-backup", **{"device": "drive0", "target": "t0", "job_id": "j", **arguments})
+
+    def write(self, clusters: tuple[int, ...], byte: int) -> None:
+        for cluster in clusters:
+            self.guest.write(bytes([byte]) * GRAIN, cluster * GRAIN)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """``query-jobs``, without what is ours alone."""
+        return [{k: v for k, v in job.items() if not k.startswith("x-")} for job in self.qmp("query-jobs")]
+
+    def status(self) -> str:
+        return str(next(iter(self.jobs()), {"status": "none"})["status"])
+
+    def bitmap(self) -> dict[str, Any]:
+        """What is told of bitmap ``b``."""
+        node = next(n for n in self.qmp("query-named-block-nodes") if n["node-name"] == "drive0")
+        found = next(b for b in node["dirty-bitmaps"] if b.get("name") == "b")
+        told = ("name", "count", "granularity", "recording", "busy", "persistent", "inconsistent")
+        return {key: found[key] for key in told if key in found}
+
+    def digest(self) -> str:
+        return str(self.qmp("x-debug-block-dirty-bitmap-sha256", node="drive0", name="b")["sha256"])
+
+    def clear(self) -> None:
+        """No job, and an empty bitmap ``b``."""
+        with suppress(QmpFailed):
+            self.qmp("block-dirty-bitmap-remove", node="drive0", name="b")
+        self.qmp("block-dirty-bitmap-add", node="drive0", name="b", granularity=GRAIN)
+        self.qmp.events.clear()
+
+    def events(self) -> list[tuple[str, dict[str, Any]]]:
+        """The events on jobs so far, in order, without their times.
+
+        QEMU's job is paused once as it begins, by the drain in which its filter is put in; ours needs none.
+        """
+        self.qmp("query-version")
+        taken, self.qmp.events = self.qmp.events, []
+        found = [(e["event"], e["data"]) for e in taken if "JOB" in e["event"]]
+        if self.name == "qemu" and [d.get("status") for _, d in found[1:4]] == ["running", "paused", "running"]:
+            del found[2:4]
+        return found
+
+
+@contextmanager
+def ours(directory: Path) -> Iterator[Engine]:
+    image = raw_image(directory / "drive0.raw", SIZE)
+    with serving(directory, {"drive0": image}) as serve:
+        with Qmp(serve.monitor) as qmp:
+            yield Engine("incbak", directory, qmp, serve.connect("drive0"))
+
+
+@contextmanager
+def theirs(directory: Path) -> Iterator[Engine]:
+    need("qemu-storage-daemon")
+    image, monitor, nbd = raw_image(directory / "drive0.raw", SIZE), directory / "qmp.sock", directory / "nbd.sock"
+    command = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=file0,filename={image}"]
+    command += ["--blockdev", "driver=raw,node-name=drive0,file=file0"]
+    command += ["--chardev", f"socket,id=c,path={monitor},server=on,wait=off", "--monitor", "chardev=c"]
+    command += ["--nbd-server", f"addr.type=unix,addr.path={nbd}"]
+    command += ["--export", "type=nbd,id=e,node-name=drive0,name=drive0,writable=on"]
+    process = subprocess.Popen(command)
+    try:
+        with Qmp(monitor) as qmp:
+            wait_until(nbd.exists, "the export")
+            yield Engine("qemu", directory, qmp, NbdClient.connect(NbdUri("drive0", path=str(nbd))))
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
+    with ours(tmp_path_factory.mktemp("ours")) as a, theirs(tmp_path_factory.mktemp("theirs")) as b:
+        yield a, b
+        for engine in (a, b):
+            for peer in engine.peers.values():
+                peer.stop()
+
+
+def alike(engines: tuple[Engine, Engine], act: Callable[[Engine], Any]) -> Any:
+    """What ``act`` gives on both, which has to be the same."""
+    found = [act(engine) for engine in engines]
+    assert found[0] == found[1]
+    return found[0]
+
+
+# -- bitmaps -----------------------------------------------------------------------------------------------------------
+
+
+CASES = [
+    *((sync, mode) for sync in ("bitmap",) for mode in ("never", "on-success", "always")),
+    *((sync, mode) for sync in ("full", "top") for mode in ("on-success", "always")),
+    ("incremental", "on-success"),
+]
+
+
+@pytest.mark.parametrize("failure", ["none", "cancelled when pending", "at once", "midway"])
+@pytest.mark.parametrize(("sync", "mode"), CASES)
+def test_bitmaps_are_what_they_are_in_qemu(engines: tuple[Engine, Engine], sync: str, mode: str, failure: str) -> None:
+    """Sync mode, bitmap mode and failure of QEMU's test 257: the digest of the bits afterwards is QEMU's.
+
+    Only where a job fails and its bitmap says what was copied, it depends on what was in flight then, and is no more
+    than a superset of what is missing; with sync mode ``bitmap`` it is exactly that on both.
+    """
+    nth = {"at once": 1, "midway": 3}.get(failure)
+
+    def run(engine: Engine) -> dict[str, Any]:
+        engine.clear()
+        engine.write(FIRST, 0x11)
+        faults = Faults(fail={"write": (nth, errno.EIO)}, once=True) if nth else None
+        disk = engine.target("t0", faults).disk
+        told: dict[str, Any] = {"before": engine.bitmap()}
+        modes = {"sync": sync, "bitmap": "b", "bitmap_mode": mode}
+        told["reply"] = engine.backup(**modes, auto_finalize=False, auto_dismiss=False)
+        wait_until(lambda: engine.status() in ("pending", "concluded"), "the job is through")
+        if not nth:
+            told["pending"] = engine.bitmap()["busy"]
+            engine.write(DURING, 0x22)
+            engine.qmp("job-cancel" if failure.startswith("cancel") else "job-finalize", id="j")
+            wait_until(lambda: engine.status() == "concluded", "the job has ended")
+        told["error"] = engine.jobs()[0].get("error")
+        engine.qmp("job-dismiss", id="j")
+        copied = disk.read(0, SIZE)
+        missing = {c for c in FIRST if copied[c * GRAIN] != 0x11}
+        left = _dirty(engine)
+        assert bool(missing) == bool(nth)
+        assert missing <= left, "what is not at the target is not dirty"
+        if nth and mode == "always":
+            assert sync != "bitmap" or left == missing
+            return told
+        return {**told, "after": engine.bitmap(), "digest": engine.digest(), "left": left}
+
+    told = alike(engines, run)
+    assert (told["reply"], told["before"]["count"]) == ({}, len(FIRST) * GRAIN)
+    if nth:
+        assert told["error"] == "Input/output error"
+        assert mode == "always" or told["left"] == set(FIRST)
+    elif (failure == "none" and mode != "never") or mode == "always":
+        assert told["left"] == set(DURING)
+    else:
+        assert told["left"] == {*FIRST, *DURING}
+
+
+def _dirty(engine: Engine) -> set[int]:
+    """The clusters that bitmap ``b`` calls dirty, read over NBD from a copy of it."""
+    qmp, export = engine.qmp, "drive0"
+    qmp("block-dirty-bitmap-add", node="drive0", name="peek", granularity=GRAIN, disabled=True)
+    qmp("block-dirty-bitmap-merge", node="drive0", target="peek", bitmaps=["b"])
+    if engine.name == "qemu":
+        export = "peek"
+        qmp("block-export-add", type="nbd", id="peek", node_name="drive0", name=export, bitmaps=["peek"])
+    context = "qemu:dirty-bitmap:peek"
+    client = NbdClient.connect(NbdUri(export, path=str(engine.directory / "nbd.sock")), contexts=[context])
+    extents = [(o, n) for o, n, flags in client.extents(context) if flags]
+    client.close()
+    if engine.name == "qemu":
+        engine.ask("block-export-del", id="peek", mode="hard")
+        wait_until(lambda: all(e["id"] != "peek" for e in qmp("query-block-exports")), "the export is gone")
+    qmp("block-dirty-bitmap-remove", node="drive0", name="peek")
+    return {c for offset, length in extents for c in range(offset // GRAIN, (offset + length) // GRAIN)}
+
+
+def test_the_digest_of_a_bitmap_is_qemus(engines: tuple[Engine, Engine]) -> None:
+    for granularity in (512, 4096, GRAIN, 1 << 20):
+
+        def run(engine: Engine, granularity: int = granularity) -> tuple[Any, ...]:
+            engine.clear()
+            engine.qmp("block-dirty-bitmap-remove", node="drive0", name="b")
+            engine.qmp("block-dirty-bitmap-add", node="drive0", name="b", granularity=granularity)
+            empty = engine.digest()
+            for offset in (0, 777 * 512, 3 * GRAIN - 512, SIZE - 512):
+                engine.guest.write(b"x" * 512, offset)
+            return empty, engine.digest(), engine.bitmap()
+
+        alike(engines, run)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [None, "on-success", "never", "always"])
+@pytest.mark.parametrize("bitmap", [None, "bitmap404", "b"])
+@pytest.mark.parametrize("sync", ["incremental", "bitmap", "full", "top", "none"])
+def test_what_qemu_refuses_we_refuse_in_its_words(
+    engines: tuple[Engine, Engine], sync: str, bitmap: str | None, mode: str | None
+) -> None:
+    """The table of QEMU's test 257, and what it takes is taken."""
+    given = {k: v for k, v in (("bitmap", bitmap), ("bitmap_mode", mode)) if v}
+
+    def run(engine: Engine) -> Any:
+        engine.clear()
+        engine.target("t0")
+        reply = engine.backup(sync=sync, auto_finalize=False, **given)
+        if reply == {}:
+            wait_until(lambda: engine.status() in ("pending", "running"), "the job runs")
+            engine.qmp("job-cancel", id="j")
+            wait_until(lambda: not engine.jobs(), "the job is gone")
+        return reply
+
+    alike(engines, run)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("no-such-command", {}),
+        ("blockdev-backup", {"device": "nothing", "target": "t0", "sync": "full"}),
+        ("blockdev-backup", {"device": "drive0", "target": "nothing", "sync": "full"}),
+        ("blockdev-backup", {"device": "drive0", "target": "t0"}),
+        ("blockdev-backup", {"device": "drive0", "target": "t0", "sync": "half"}),
+        ("blockdev-backup", {"device": "drive0", "target": "t0", "sync": "full", "job_id": "1"}),
+        ("blockdev-backup", {"device": "drive0", "target": "t0", "sync": "full", "job_id": "j", "speed": -1}),
+        ("blockdev-backup", {"device": "drive0", "target": "t0", "sync": "full", "unknown": 1}),
+        ("blockdev-backup", {"device": "drive0", "target": "t0", "sync": "full", "speed": "fast"}),
+        ("block-job-cancel", {"device": "nothing"}),
+        ("block-job-pause", {"device": "nothing"}),
+        ("block-job-resume", {"device": "nothing"}),
+        ("block-job-complete", {"device": "nothing"}),
+        ("block-job-set-speed", {"device": "nothing", "speed": 1}),
+        ("block-job-finalize", {"id": "nothing"}),
+        ("block-job-dismiss", {"id": "nothing"}),
+        ("job-cancel", {"id": "nothing"}),
+        ("job-pause", {"id": "nothing"}),
+        ("job-resume", {"id": "nothing"}),
+        ("job-complete", {"id": "nothing"}),
+        ("job-finalize", {"id": "nothing"}),
+        ("job-dismiss", {"id": "nothing"}),
+        ("job-dismiss", {}),
+        ("x-debug-block-dirty-bitmap-sha256", {"node": "nothing", "name": "b"}),
+        ("x-debug-block-dirty-bitmap-sha256", {"node": "drive0", "name": "nothing"}),
+    ],
+)
+def test_errors_are_qemus(engines: tuple[Engine, Engine], command: str, arguments: dict[str, Any]) -> None:
+    def run(engine: Engine) -> Any:
+        engine.clear()
+        engine.target("t0")
+        return engine.ask(command, **arguments)
+
+    assert isinstance(alike(engines, run), str)
+
+
+# -- the life of a job -------------------------------------------------------------------------------------------------
+
+
+def test_a_job_by_hand_is_told_as_in_qemu(engines: tuple[Engine, Engine]) -> None:
+    """Every verb in every state, what the queries say, and the events in their order."""
+
+    def run(engine: Engine) -> list[Any]:
+        engine.clear()
+        engine.write(FIRST, 0x33)
+        engine.target("t0")
+        told: list[Any] = [engine.backup(sync="bitmap", bitmap="b", bitmap_mode="never", auto_finalize=False,
+                                         auto_dismiss=False)]  # fmt: skip
+        wait_until(lambda: engine.status() == "pending", "the job is pending")
+        told += [engine.jobs(), _block_jobs(engine)]
+        told += [engine.ask(f"job-{verb}", id="j") for verb in ("pause", "resume", "complete", "dismiss")]
+        told += [engine.ask("block-job-set-speed", device="j", speed=1)]
+        told += [engine.ask("block-job-finalize", id="j")]
+        wait_until(lambda: engine.status() == "concluded", "the job has ended")
+        told += [engine.jobs(), _block_jobs(engine)]
+        told += [engine.ask(f"job-{verb}", id="j") for verb in ("pause", "resume", "complete", "cancel", "finalize")]
+        told += [engine.ask("block-job-dismiss", id="j"), engine.jobs(), engine.events()]
+        return told
+
+    alike(engines, run)
+
+
+def _block_jobs(engine: Engine) -> list[dict[str, Any]]:
+    return [{k: v for k, v in job.items() if not k.startswith("x-")} for job in engine.qmp("query-block-jobs")]
+
+
+@pytest.mark.parametrize("end", ["resume", "cancel"])
+def test_a_paused_job_is_told_as_in_qemu(engines: tuple[Engine, Engine], end: str) -> None:
+    """Held up by its target until it is to rest; nothing goes on until it is told to."""
+
+    def run(engine: Engine) -> list[Any]:
+        engine.clear()
+        engine.write(FIRST, 0x44)
+        stall = threading.Event()
+        engine.target("t0", Faults(stall={"write": stall}))
+        told: list[Any] = [engine.backup(sync="bitmap", bitmap="b", bitmap_mode="on-success", speed=GRAIN)]
+        told += [engine.ask("block-job-pause", device="j"), engine.ask("job-pause", id="j")]
+        stall.set()
+        wait_until(lambda: engine.status() == "paused", "the job rests")
+        told += [[(j["paused"], j["busy"], j["status"], j["speed"]) for j in engine.qmp("query-block-jobs")]]
+        told += [engine.ask("block-job-cancel", device="j"), engine.ask("block-job-complete", device="j")]
+        if end == "resume":
+            told += [engine.ask("block-job-set-speed", device="j", speed=0), engine.ask("block-job-resume", device="j")]
+        else:
+            told += [engine.ask("block-job-cancel", device="j", force=True)]
+        wait_until(lambda: not engine.jobs(), "the job is gone")
+        told += [engine.bitmap(), engine.digest()]
+        events = engine.events()
+        for event, data in events:
+            if event == "BLOCK_JOB_CANCELLED":
+                assert data.pop("offset") <= data["len"]
+        return [*told, events]
+
+    alike(engines, run)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_failing_target_is_told_as_in_qemu(engines: tuple[Engine, Engine], nth: int) -> None:
+    """Events in order: how far the job got, QEMU and we count differently."""
+
+    def run(engine: Engine) -> list[Any]:
+        engine.clear()
+        engine.write(FIRST, 0x55)
+        engine.target("t0", Faults(fail={"write": (nth, errno.EIO)}, once=True))
+        reply = engine.backup(sync="bitmap", bitmap="b", bitmap_mode="on-success")
+        wait_until(lambda: not engine.jobs(), "the job is gone")
+        events = engine.events()
+        for event, data in events:
+            if event == "BLOCK_JOB_COMPLETED":
+                assert 0 <= data.pop("offset") <= data["len"]
+        return [reply, events, engine.bitmap(), engine.digest()]
+
+    alike(engines, run)
+
+
+def test_the_commands_are_qemus() -> None:
+    """All that we have QEMU has too; nothing of ours is without its prefix."""
+    from incbak.serve.commands import COMMANDS
+
+    need("qemu-system-x86_64")
+    asked = '{"execute":"qmp_capabilities"}{"execute":"query-commands"}{"execute":"quit"}'
+    run = ["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"]
+    said = subprocess.run(run, input=asked, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert [name for name in COMMANDS if not name.startswith("x-incbak-") and f'"{name}"' not in said] == []
