@@ -181,6 +181,13 @@ _TO_QEMU = (
         _live("test_disks_that_come_and_go"),
     ),
     Fault(
+        "watch-leaves-a-guest-that-panicked",
+        _VM,
+        "        return status == SHUT_DOWN or panicked\n",
+        "        return status == SHUT_DOWN\n",
+        _disks("test_when_a_vm_has_ended"),
+    ),
+    Fault(
         "watch-leaves-a-vm-that-would-stay-paused",
         _VM,
         '            await self._session.execute("set-action", {"shutdown": "poweroff"})\n',

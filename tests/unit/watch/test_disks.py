@@ -102,3 +102,21 @@ def test_the_vm_is_let_go_last(disk: Watched, monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(attached._attach())
     assert qemu.done[-3:] == ["load", "set-action", "cont"]
     assert told == ["ready"]
+
+
+@pytest.mark.parametrize(
+    ("status", "announced", "keep", "down"),
+    [
+        ("running", True, False, False),
+        ("shutdown", False, True, True),
+        ("guest-panicked", True, False, True),
+        ("guest-panicked", True, True, False),
+        ("guest-panicked", False, False, False),
+    ],
+)
+def test_when_a_vm_has_ended(status: str, announced: bool, keep: bool, down: bool) -> None:
+    """A panic that was before us is somebody's who wants to look at it."""
+    options = WatchOptions(Address(path="/x"), "vm", Path("/x"), lambda *_: None, keep_panicked=keep)
+    attached = vm._Attached(FakeQemu().session, options, asyncio.Event())
+    attached._announced = announced
+    assert attached._is_down(status) is down
