@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +15,10 @@ from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri, UriTls, parse_uri
 from tests.interop.test_nbd_peers import exercise, started
 from tests.kit.certs import Authority
+from tests.kit.cli import Incbak
 from tests.kit.need import need
-from tests.kit.serve import Serve, serving
+from tests.kit.qmp import Qmp, QmpFailed
+from tests.kit.serve import Serve, raw_image, serving
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -146,3 +150,102 @@ def test_our_client_on_qemu_nbd(certs: Path, tmp_path: Path) -> None:
     options = ("--object", creds, "--tls-creds", "tls0", "-t", "-f", "raw", "-e", "4", "-k", socket)
     with started(socket, "qemu-nbd", *options, tmp_path / "disk.raw") as uri:
         exercise(NbdUri("", path=uri.path, tls=UriTls(str(certs), "localhost")), SIZE)
+
+
+# -- through the commands ----------------------------------------------------------------------------------------------
+
+
+def test_a_backup_is_exported_and_restored_through_tls(
+    served: tuple[Serve, NbdUri], authority: Authority, certs: Path, tmp_path: Path
+) -> None:
+    """``export`` to nbdcopy, ``restore`` to ``incbak serve``; the wrong certificates restore nothing."""
+    _serve, uri = served
+    incbak, image = Incbak(tmp_path), tmp_path / "disk.raw"
+    data = random.Random(1).randbytes(SIZE)
+    image.write_bytes(data)
+    incbak("init", incbak.repo)
+    incbak("full", image, "--name", "web1")
+    process = incbak.popen("export", "latest", "--tcp", "127.0.0.1:0", "--tls-certs", certs, "--tls-verify-peer")
+    assert process.stdout
+    exported = parse_uri(process.stdout.readline().split()[1])
+    assert exported.tls
+    try:
+        done = run("nbdcopy", with_certs(exported, certs), str(tmp_path / "out"))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out").read_bytes() == data
+        assert run("nbdinfo", f"nbd://{exported.host}:{exported.port}/{exported.export}").returncode != 0
+    finally:
+        process.terminate()
+        _out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    stranger = Authority(tmp_path / "ca").issue(tmp_path / "stranger", "client")
+    refused = incbak.run("restore", "latest", with_certs(uri, stranger))
+    assert refused.code == 1
+    assert "TLS handshake failed" in refused.err
+    assert "Look at the certificates" in refused.err
+    incbak("restore", "latest", with_certs(uri, certs))
+    done = run("nbdcopy", with_certs(uri, certs), str(tmp_path / "back"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "back").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tls-certs", "{dir}/none"], "cannot read .*none/server-cert.pem: No such file or directory"),
+        (["--tls-verify-peer"], "--tls-verify-peer without --tls-certs"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "export"])
+def test_certificates_are_looked_at_before_anything_is_opened(
+    tmp_path: Path, command: str, options: list[str], message: str
+) -> None:
+    incbak, image = Incbak(tmp_path), tmp_path / "disk.raw"
+    image.write_bytes(bytes(MIB))
+    given = ["--name", "x", f"vda={image}"] if command == "serve" else ["latest"]
+    ran = incbak.run(command, "--tcp", "127.0.0.1:0", *(o.format(dir=tmp_path) for o in options), *given)
+    assert ran.code == 2
+    assert re.search(message, ran.err)
+    assert not incbak.state.exists()
+
+
+def test_a_backup_job_to_a_target_through_tls(certs: Path, authority: Authority, tmp_path: Path) -> None:
+    """``object-add`` and ``blockdev-add`` as QEMU has them, to a server of QEMU's own."""
+    target, socket = raw_image(tmp_path / "target.raw", SIZE), tmp_path / "target.sock"
+    creds = f"tls-creds-x509,id=tls0,endpoint=server,dir={certs},verify-peer=yes"
+    options = ("--object", creds, "--tls-creds", "tls0", "-t", "-f", "raw", "-e", "4", "-k", socket)
+    data = random.Random(2).randbytes(SIZE)
+    image = tmp_path / "vda.raw"
+    image.write_bytes(data)
+    stranger = Authority(tmp_path / "ca").issue(tmp_path / "stranger", "client")
+    with started(socket, "qemu-nbd", *options, target), serving(tmp_path, {"vda": image}) as serve:
+        with Qmp(serve.monitor) as qmp:
+            x509 = {"qom_type": "tls-creds-x509", "endpoint": "client"}
+            server = {"type": "unix", "path": str(socket)}
+            node = {"driver": "nbd", "node_name": "t0", "server": server}
+            with pytest.raises(QmpFailed, match=r"cannot read .*/none/ca-cert.pem"):
+                qmp("object-add", **x509, id="c", dir=str(tmp_path / "none"))
+            with pytest.raises(QmpFailed, match="No TLS credentials with id 'c'"):
+                qmp("blockdev-add", **node, tls_creds="c")
+            with pytest.raises(QmpFailed, match="TLS hostname is only supported"):
+                qmp("blockdev-add", **node, tls_hostname="localhost")
+            qmp("object-add", **x509, id="c", dir=str(certs))
+            qmp("object-add", **x509, id="other", dir=str(stranger))
+            with pytest.raises(QmpFailed, match="duplicate"):
+                qmp("object-add", **x509, id="c", dir=str(certs))
+            with pytest.raises(QmpFailed, match="TLS"):
+                qmp("blockdev-add", **node)
+            with pytest.raises(QmpFailed, match="TLS handshake failed"):
+                qmp("blockdev-add", **node, tls_creds="other")
+            with pytest.raises(QmpFailed, match="Hostname mismatch"):
+                qmp("blockdev-add", **node, tls_creds="c", tls_hostname="elsewhere")
+            qmp("blockdev-add", **node, tls_creds="c", tls_hostname="localhost")
+            qmp("blockdev-backup", device="vda", target="t0", sync="full", job_id="j")
+            end = qmp.wait_event("BLOCK_JOB_COMPLETED", timeout=60)
+            assert "error" not in end["data"]
+            qmp("blockdev-del", node_name="t0")
+            qmp("object-del", id="c")
+            with pytest.raises(QmpFailed, match="object 'c' not found"):
+                qmp("object-del", id="c")
+        assert serve.stop() == 0
+    assert target.read_bytes() == data
