@@ -17,10 +17,12 @@ from fuzzlib import forge, mutate
 from fuzzlib.case import FuzzTarget, demand
 from incbak.cli.main import cli
 from incbak.errors import IncbakError
-from incbak.repo import merge
+from incbak.repo import merge, pins
 from incbak.repo.check import check, rebuild_index
+from incbak.repo.prune import Options, prune
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
+from incbak.repo.retention import Policy
 from incbak.restore.restore import restore_disk
 from incbak.restore.targets import FileTarget, Target
 from tests.unit.repo import scene
@@ -86,6 +88,10 @@ class RepoTarget(FuzzTarget):
             for content in contents:
                 made = scene.back_up(repo, content)
                 self.truth[len(self.samples), made.id] = b"".join(map(scene.cluster, content))
+            gone = scene.back_up(repo, [7, 8, 10])
+            repo.storage.remove("backups", gone.id)
+            prune(repo, Policy(last=9))
+            pins.pin(repo.storage, made.id)
             repo.storage.write("damaged", "0" * 32, b'{"digests":["' + b"ab" * 32 + b'"],"backups":[]}')
             repo.close()
             self.samples.append(path)
@@ -125,7 +131,7 @@ class RepoTarget(FuzzTarget):
     def _prepare(self, given: Input) -> None:
         repo = self.work / "repo"
         if given.kind == FORGED:
-            for kind in ("packs", "index", "backups", "damaged", "locks"):
+            for kind in ("packs", "index", "backups", "damaged", "locks", "pins", "condemned"):
                 (repo / kind).mkdir()
         else:
             shutil.copytree(self.samples[given.sample], repo, dirs_exist_ok=True, copy_function=os.link)
@@ -158,10 +164,19 @@ class RepoTarget(FuzzTarget):
         self._refused(lambda: check(repo))
         self._new_backup(given, repo)
         self._refused(lambda: rebuild_index(repo))
-        for record in records[:2]:
-            for disk in record.disks[:2]:
-                self._restore(given, repo, record, disk)
+        restored = [r for r in records[:2] if all(self._restore(given, repo, r, d) for d in r.disks[:2])]
+        self._refused(lambda: self._prune(given, repo, restored))
         repo.close()
+
+    def _prune(self, given: Input, repo: Repository, restored: list[Record]) -> None:
+        """A backup that could be restored and is still listed can be restored."""
+        fresh = Repository.open(repo.storage.root)
+        self._refused(lambda: prune(fresh, Policy(last=1), None, Options(grace=0.0, repack_below=1.0)))
+        listed = Repository.open(repo.storage.root).storage.list("backups")
+        for record in restored:
+            if record.id in listed:
+                right = all(self._restore(given, fresh, record, d) for d in record.disks[:2])
+                demand(right, "a prune took away what a backup needs")
 
     def _refused(self, action: Callable[[], object]) -> bool:
         """True when it worked; anything but an error of ours is a finding."""
@@ -171,7 +186,7 @@ class RepoTarget(FuzzTarget):
             return False
         return True
 
-    def _restore(self, given: Input, repo: Repository, record: Record, disk: DiskRecord) -> None:
+    def _restore(self, given: Input, repo: Repository, record: Record, disk: DiskRecord) -> bool:
         path = self.work / "out" / "disk.raw"
         right = self._refused(lambda: restore_disk(repo, record, disk, FileTarget(path, disk.size, force=False)))
         left = os.listdir(path.parent)
@@ -184,6 +199,7 @@ class RepoTarget(FuzzTarget):
             path.unlink()
         if disk.size <= _LARGEST:
             self._refused(lambda: restore_disk(repo, record, disk, Bounded(disk.size), salvage=True))
+        return right
 
     def _commands(self, records: list[Record]) -> None:
         base, out = ["-r", str(self.work / "repo")], self.work / "out"
