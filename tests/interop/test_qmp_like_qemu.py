@@ -385,6 +385,29 @@ def test_a_failing_target_is_told_as_in_qemu(engines: tuple[Engine, Engine], nth
     alike(engines, run)
 
 
+@pytest.mark.parametrize("sync", ["full", "top", "incremental"])
+def test_drive_backup_is_told_as_in_qemu(engines: tuple[Engine, Engine], sync: str) -> None:
+    """To a new file, then into it again where it exists; the files are alike."""
+
+    def run(engine: Engine) -> list[Any]:
+        engine.clear()
+        engine.write((1, 2, 60), 0x66)
+        out = engine.directory / f"out-{sync}.raw"
+        told: list[Any] = []
+        arguments = {"device": "drive0", "target": str(out), "format": "raw", "job_id": "j"}
+        for mode in ("absolute-paths", "existing"):
+            more = {"bitmap": "b"} if sync == "incremental" else {}
+            told.append(engine.ask("drive-backup", **arguments, sync=sync, mode=mode, **more))
+            wait_until(lambda: not engine.jobs(), "the job is gone")
+            told += [engine.events(), engine.bitmap(), engine.digest(), out.read_bytes()]
+            engine.write((3, 61), 0x77)
+        told.append(engine.ask("drive-backup", **{**arguments, "device": "nothing"}, sync=sync))
+        told.append(engine.ask("drive-backup", **{**arguments, "job_id": "1"}, sync="full"))
+        return told
+
+    alike(engines, run)
+
+
 def test_the_commands_are_qemus() -> None:
     """All that we have QEMU has too; nothing of ours is without its prefix."""
     from incbak.serve.commands import COMMANDS

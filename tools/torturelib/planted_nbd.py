@@ -125,6 +125,13 @@ FAULTS = [
         _tls("test_an_option_in_one_piece_with_the_end_of_the_handshake"),
     ),
     Fault(
+        "tls-hears-whoever-does-not-read",
+        _TLS,
+        "hears and not to_plain and len(to_outer) < _CONTROL_LIMIT",
+        "hears and not to_plain",
+        _tls("test_a_peer_that_only_makes_us_answer_is_no_longer_heard"),
+    ),
+    Fault(
         "tls-lingers-for-ever",
         _TLS,
         "                deadline = time.monotonic() + LINGER\n",

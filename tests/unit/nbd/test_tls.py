@@ -418,6 +418,28 @@ def test_a_client_that_does_not_read_is_dropped(certs: Path, monkeypatch: pytest
         inside.close()
 
 
+def test_a_peer_that_only_makes_us_answer_is_no_longer_heard(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What TLS itself makes us say, such as new keys, does not pile up where nobody reads it."""
+
+    def answers(self: Tunnel, sealed: bytes) -> tuple[bytes, bool]:
+        self._outgoing.write(sealed)
+        return b"", True
+
+    monkeypatch.setattr(tls, "LINGER", 0.5)
+    monkeypatch.setattr(Tunnel, "_opened", answers)
+    outer, theirs = socket.socketpair()
+    tunnel = Tunnel(theirs, server_context(certs, verify_peer=False))
+    tunnel.start()
+    outer.settimeout(1)
+    sent = 0
+    with pytest.raises(TimeoutError):
+        while sent < 16 << 20:
+            sent += outer.send(bytes(65536))
+    assert sent < 4 << 20
+    tunnel.close()
+    outer.close()
+
+
 def test_a_client_that_breaks_off_leaves_nothing_behind(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the server does not read what was on its way."""
     monkeypatch.setattr(tls, "LINGER", 0.5)
