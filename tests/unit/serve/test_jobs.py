@@ -195,6 +195,49 @@ def test_always_keeps_what_the_target_refused(tmp_path: Path, nth: int, fill: by
         assert left == dirty - copied
 
 
+@pytest.mark.parametrize("failure", ["none", "cancelled", "midway"])
+@pytest.mark.parametrize(
+    ("sync", "mode"),
+    [
+        *(("bitmap", mode) for mode in ("never", "on-success", "always")),
+        *((sync, mode) for sync in ("full", "top") for mode in ("on-success", "always")),
+    ],
+)
+def test_the_table_of_qemus_test_257(tmp_path: Path, sync: str, mode: str, failure: str) -> None:
+    """A source that fails midway, a cancel at the last moment, or neither: what is left dirty, to the cluster."""
+    before, meanwhile, size = {0, 20, 40, 60}, {20, 41}, 64 * GRAIN
+    faults = Faults()
+    disk = FaultyDisk(MemoryDisk(size, name="vda"), faults)
+    disk.inner.write(b"o" * size, 0)
+    with Machine(tmp_path, {"vda": disk}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        peer = machine.target("t0", size)
+        for cluster in before:
+            _write(machine, cluster * GRAIN, b"x")
+        if failure == "midway":
+            faults.fail["read"] = (faults.seen.get("read", 0) + 2, errno.EIO)
+        modes: dict[str, Any] = {"sync": sync, "bitmap": "b", "bitmap_mode": mode, "auto_finalize": False}
+        machine("blockdev-backup", device="vda", target="t0", job_id="j", **modes)
+        if failure != "midway":
+            wait_until(lambda: machine("query-jobs")[0]["status"] == "pending", "the job is pending")
+            for cluster in meanwhile:
+                _write(machine, cluster * GRAIN, b"y")
+            machine("job-cancel" if failure == "cancelled" else "job-finalize", id="j")
+        machine.ended("j")
+        found = machine.tracked["vda"].bitmaps["b"].runs().tolist()
+        left = {first + i for first, count in found for i in range(count)}
+        if failure == "midway" and mode == "always":
+            wanted, read = (before, {0}) if sync == "bitmap" else (set(range(64)), set(range(16)))
+            assert {c for o, n in peer.wrote for c in range(o // GRAIN, (o + n) // GRAIN)} == read
+            assert left == wanted - read
+        elif failure == "midway":
+            assert left == before
+        elif mode == "always" or (mode == "on-success" and failure == "none"):
+            assert left == meanwhile
+        else:
+            assert left == before | meanwhile
+
+
 def test_always_after_a_cancel_when_all_is_copied(tmp_path: Path) -> None:
     """As QEMU's test 257 has it: the target has everything, so only what came since is left."""
     with Machine(tmp_path, {"vda": _disk()}) as machine:
