@@ -36,10 +36,10 @@ _COMMANDS = MappingProxyType(
         "export": "export:export",
         "bitmap": "bitmap:bitmap",
         "serve": "serve:serve",
+        "watch": "watch:watch",
         "doctor": "doctor:doctor",
         "config": "fleet:config",
         "schedule": "fleet:schedule",
-        "watch": "watch:watch",
     }
 )
 """Where each command is: its module is imported when it is needed, so that a start is quick."""

@@ -98,7 +98,8 @@ def common(command: F) -> F:
     path = click.Path(path_type=Path)
     options = (
         click.option(
-            "-r", "--repository", type=path, metavar="DIR", envvar="INCBAK_REPOSITORY", help="The repository.",
+            "-r", "--repository", type=path, metavar="DIR", envvar="INCBAK_REPOSITORY",
+            help="The repository.  [env: INCBAK_REPOSITORY]",
             callback=_keep("repository"), expose_value=False,
         ),
         click.option(
@@ -106,7 +107,8 @@ def common(command: F) -> F:
             callback=_keep("state"), expose_value=False,
         ),
         click.option(
-            "--config", type=path, metavar="FILE", envvar="INCBAK_CONFIG", help="The VMs, by name.",
+            "--config", type=path, metavar="FILE", envvar="INCBAK_CONFIG",
+            help="The configuration.  [env: INCBAK_CONFIG]",
             callback=_keep("config"), expose_value=False,
         ),
         click.option(

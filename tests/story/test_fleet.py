@@ -197,6 +197,8 @@ def test_no_configuration(fleet: Fleet) -> None:
     assert fleet.run("full", "web1", "--all").code == 2
     assert fleet.run("full", "--all", "--name", "x").code == 2
     assert "web2" in fleet("config", "check").out
+    ran = fleet.run("full", "web3")
+    assert (ran.code, "web3 is no VM of the configuration" in ran.err, "web1, web2" in ran.err) == (2, True, True)
 
 
 HOOKS = """
