@@ -59,6 +59,7 @@ policies = st.builds(
 
 
 @given(gaps, st.sampled_from(sorted(PERIODS)), st.integers(1, 8))
+@settings(deadline=None)
 def test_a_calendar_rule_keeps_the_newest_of_each_of_the_newest_periods(
     gaps: list[timedelta], rule: str, count: int
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_calendar_rule_keeps_the_newest_of_each_of_the_newest_periods(
 
 
 @given(gaps, st.integers(1, 30))
+@settings(deadline=None)
 def test_within_is_counted_from_the_newest_backup(gaps: list[timedelta], days: int) -> None:
     """Of backups that come often enough: those less than so many days older than the newest; the time of the day
     that it is now plays no part."""
@@ -82,7 +84,7 @@ def test_within_is_counted_from_the_newest_backup(gaps: list[timedelta], days: i
 
 
 @given(records, policies, st.sets(st.integers(1, 40)), st.sets(st.integers(1, 40)))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_whatever_the_clocks_said(made: list[Record], policy: Policy, pinned: set[int], good: set[int]) -> None:
     """faults row 52: pins and good backups stay, no rule keeps more than it may, and the newest stay."""
     pins, sound = ({f"{seq:032x}" for seq in some} for some in (pinned, good))
@@ -101,13 +103,14 @@ def test_whatever_the_clocks_said(made: list[Record], policy: Policy, pinned: se
 
 
 @given(records, st.data())
+@settings(deadline=None)
 def test_the_order_is_the_sequence_whatever_order_they_come_in(made: list[Record], data: st.DataObject) -> None:
     policy = Policy(last=3, daily=2, within=86400.0)
     assert plan(data.draw(st.permutations(made)), policy, (), ["x"]) == plan(made, policy, (), ["x"])
 
 
 @given(records, times | broken, st.data())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_one_forged_time_costs_a_calendar_rule_two_older_backups_at_most(
     made: list[Record], forged: str, data: st.DataObject
 ) -> None:
@@ -123,6 +126,7 @@ def test_one_forged_time_costs_a_calendar_rule_two_older_backups_at_most(
 
 
 @given(st.lists(st.integers(0, 86400), min_size=1, max_size=40), times | broken, st.data())
+@settings(deadline=None)
 def test_one_forged_time_ages_the_others_by_half_of_the_duration_at_most(
     seconds: list[int], forged: str, data: st.DataObject
 ) -> None:
