@@ -151,6 +151,15 @@ _DAMAGE = (
         _prune("test_a_subtree_below_a_page_seen_in_vain_is_walked_again"),
     ),
     Fault(
+        "prune-marked-in-vain",
+        _MARKS,
+        "            self._waiting, self._count = [], 0\n            hint",
+        "            self._waiting, self._count = [], 0\n"
+        "            self._roots.update({_place(record, disk): bytes.fromhex(disk.root) for disk in record.disks})\n"
+        "            hint",
+        _prune("test_a_subtree_below_a_page_seen_in_vain_is_walked_again"),
+    ),
+    Fault(
         "prune-spare-copies-go",
         _PRUNE,
         "        return digests is not None and not self._marks.needed(digests).any()\n",

@@ -493,6 +493,29 @@ def test_a_subtree_below_a_page_seen_in_vain_is_walked_again(path: Path, monkeyp
     assert marks.marked == {good.id}
 
 
+def test_what_is_as_in_a_marked_backup_is_not_walked_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what differs is, on each level; for disks of other sizes, too."""
+    monkeypatch.setattr("incbak.repo.tree.FANOUT", 2)
+    monkeypatch.setattr("incbak.repo.tree.PAGE", 64)
+    contents = [[*range(1, 9)], [*range(1, 8), 20], [30, *range(2, 8), 20], [0, 0, *range(3, 8), 20], [*range(1, 12)]]
+    records = [made(path, content) for content in contents]
+    marks = Marks(Repository.open(path))
+    looked_up: list[int] = []
+    real = marks._add
+    monkeypatch.setattr(marks, "_add", lambda digests: (looked_up.append(len(digests)), real(digests)))
+    counts = []
+    for record in records:
+        looked_up.clear()
+        marks.mark(record)
+        counts.append(sum(looked_up))
+    for content in contents:
+        wanted = b"".join(blob.digest_of(cluster(n)) for n in content if n)
+        assert marks.needed(np.frombuffer(wanted, dtype=np.uint8).reshape(-1, 32)).all()
+    assert counts[:3] == [8 + 7, 1 + 3, 1 + 3]
+    settled(pruned(path, Policy(last=9), grace=0, repack_below=1.0))
+    right(path, *zip(records, contents, strict=True))
+
+
 def test_the_whole_copy_of_what_is_rotten_stays(path: Path) -> None:
     """Stored again after a check: the first copy is rotten, and an index that was made anew has both in one file."""
     first = made(path, [1, 2])
