@@ -86,7 +86,7 @@ class Greeting:
         fixed = bool(flags & p.FLAG_FIXED_NEWSTYLE)
         wire.send(p.U32.pack(flags & (p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES)))
         if self._tls:
-            wire = self._start_tls(wire, self._tls, fixed)
+            wire = self._start_tls(wire, self._tls, fixed, p.printable(encoded.decode()))
         if fixed:
             self._offer.structured = self._ask(wire, p.OPT_STRUCTURED, b"")[0][0] == p.REP_ACK
             if contexts and self._offer.structured:
@@ -105,7 +105,7 @@ class Greeting:
         else:
             self._take_info([data for kind, data in replies if kind == p.REP_INFO])
 
-    def _start_tls(self, wire: Wire, tls: TlsWish, fixed: bool) -> Wire:
+    def _start_tls(self, wire: Wire, tls: TlsWish, fixed: bool, name: str) -> Wire:
         """Never goes on without TLS where TLS was asked for."""
         reply = self._ask(wire, p.OPT_STARTTLS, b"")[-1] if fixed else (p.ERR_UNSUP, b"")
         if reply[0] != p.REP_ACK:
@@ -115,7 +115,7 @@ class Greeting:
         try:
             self._tunnel.shake_hands(self._deadline or time.monotonic() + _HANDSHAKE)
         except NbdProtocolError as e:
-            raise NbdProtocolError(e.message, hint=_HINT) from e
+            raise NbdProtocolError(f"the NBD server of export {name!r}: {e.message}", hint=_HINT) from e
         self.sock = self._tunnel.inner
         self._tunnel.start()
         return Wire(self.sock, self._deadline)

@@ -4,7 +4,7 @@
 
     NBD connections (threads) --> export --> tracker --> gate, bitmaps, copy-before-write --> disk
     QMP clients (asyncio, main thread) --> monitor --> commands (one worker thread) --> vm --> transaction, jobs
-    jobs (a thread each) --> disk | scratch --> NBD target
+    jobs (a thread each) --> disk | scratch --> NBD target | raw file
 
 **A write**, in this order; each step is there for one of the invariants:
 
