@@ -10,7 +10,8 @@ mode            after success                  after failure or cancel
 ``never``       untouched                      untouched
 ``on-success``  ``since``                      untouched
 ``always``      ``since``                      ``since``, and what was not copied or the target
-                                               refused (once it has flushed the rest; else untouched)
+                                               refused (once it and the disk have flushed all else;
+                                               otherwise untouched)
 ==============  =============================  ====================================================
 
 A job that is cancelled while it copies does not wait for its target, so there the bitmap is untouched; one that is
@@ -147,13 +148,16 @@ class BackupJob(Job):
             self.target.begin()
             self._copy_all(self._copy)
             self.target.flush()
+            self._flush_disk()
             self._all_flushed = True
-            if not self.tracked.read_only:
-                self.tracked.disk.flush()
         except (OSError, NbdError):
             if self._copy.broken:  # that is the cause: it cut the target off
                 raise self._copy.broken from None
             raise
+
+    def _flush_disk(self) -> None:
+        if not self.tracked.read_only:
+            self.tracked.disk.flush()
 
     def _copy_all(self, copy: CopyBeforeWrite) -> None:
         buffer = memoryview(bytearray(max(CHUNK, self.granularity)))
@@ -276,14 +280,16 @@ class BackupJob(Job):
         return rest
 
     def _refused(self) -> list[tuple[int, int]] | None:
-        """What the target refused of all that was sent, where it has the rest durably; `None` where nobody knows."""
+        """What the target refused of all that was sent, where it and the disk have the rest durably; or `None`."""
         if self._all_flushed:
             return []
         try:
-            return self.target.settle() + self._sending
+            refused = self.target.settle() + self._sending
+            self._flush_disk()
         except (IncbakError, OSError, CancelledError) as e:
             log.info("job %s: what was copied is not counted: %s", self.id, e)
             return None
+        return refused
 
 
 def _bytes_in(bits: kernels.Bits, size: int, granularity: int) -> int:

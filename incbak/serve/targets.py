@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 
-from incbak.errors import IncbakError, NbdRequestError
+from incbak.errors import IncbakError, NbdError, NbdRequestError
 from incbak.nbd import protocol
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
@@ -85,12 +85,15 @@ class Target:
     def settle(self) -> list[tuple[int, int]]:
         """After a failure: (offset, length) of what the peer refused. All else that was sent is durable there.
 
-        Raises `NbdError` where that cannot be known.
+        Raises `NbdError` where that cannot be known, as after a flush that failed: the next one proves nothing.
         """
         with suppress(NbdRequestError):
             self._client.drain()
         self.flush()
-        return list(self._client.refused)
+        refused = list(self._client.refused)
+        if any(not length for _offset, length in refused):
+            raise NbdError(f"an earlier flush of node {self.name} failed")
+        return refused
 
     def abort(self) -> None:
         """Wake whoever waits for the peer, from any thread."""

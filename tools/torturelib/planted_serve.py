@@ -12,6 +12,27 @@ _LOCKS, _DISK = "incbak/disk/locks.py", "incbak/disk/file.py"
 _FILE_TARGET = "incbak/serve/file_target.py"
 _SERVE = (
     Fault(
+        "job-always-without-the-disks-flush",
+        _JOB,
+        "            refused = self.target.settle() + self._sending\n            self._flush_disk()\n",
+        "            refused = self.target.settle() + self._sending\n",
+        unit("serve/test_jobs", "test_always_gives_up_nothing_where_the_disk_cannot_be_flushed"),
+    ),
+    Fault(
+        "job-calls-it-flushed-too-early",
+        _JOB,
+        "            self._flush_disk()\n            self._all_flushed = True\n",
+        "            self._all_flushed = True\n            self._flush_disk()\n",
+        unit("serve/test_jobs", "test_always_gives_up_nothing_where_the_disk_cannot_be_flushed"),
+    ),
+    Fault(
+        "job-always-believes-a-second-flush",
+        "incbak/serve/targets.py",
+        "        if any(not length for _offset, length in refused):\n",
+        "        if False:\n",
+        unit("serve/test_jobs", "test_always_gives_up_nothing_after_a_flush_that_failed"),
+    ),
+    Fault(
         "drive-backup-empties-too-early",
         _FILE_TARGET,
         "        self.size = size if self._anew else self._disk.size\n",
@@ -57,8 +78,8 @@ _SERVE = (
     Fault(
         "job-always-forgets-what-was-not-sent",
         _JOB,
-        "            return self.target.settle() + self._sending\n",
-        "            return self.target.settle()\n",
+        "self.target.settle() + self._sending",
+        "self.target.settle()",
         unit("serve/test_jobs", "test_always_keeps_what_the_target_refused"),
     ),
     Fault(

@@ -195,6 +195,34 @@ def test_always_keeps_what_the_target_refused(tmp_path: Path, nth: int, fill: by
         assert left == dirty - copied
 
 
+def test_always_gives_up_nothing_after_a_flush_that_failed(tmp_path: Path) -> None:
+    """faults row 31: the first failure of a sync is final, also where the next one succeeds."""
+    with Machine(tmp_path, {"vda": _disk()}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        machine.target("t0", SIZE, Faults(fail={"flush": (1, errno.EIO)}, once=True))
+        for cluster in (2, 4):
+            _write(machine, cluster * GRAIN, b"x")
+        machine("blockdev-backup", device="vda", target="t0", sync="bitmap", bitmap="b", bitmap_mode="always")
+        assert machine.ended("vda")["error"] == "Input/output error"
+        assert machine.tracked["vda"].bitmaps["b"].runs().tolist() == [[2, 1], [4, 1]]
+
+
+@pytest.mark.parametrize("reads_fail", [False, True])
+def test_always_gives_up_nothing_where_the_disk_cannot_be_flushed(tmp_path: Path, reads_fail: bool) -> None:
+    """A power cut may take from the disk what the target has: then the two differ, and the bitmap must say so."""
+    faults = Faults(fail={"flush": (1, errno.EIO)})
+    with Machine(tmp_path, {"vda": FaultyDisk(_disk(), faults)}) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        machine.target("t0", SIZE)
+        for cluster in (2, 4):
+            _write(machine, cluster * GRAIN, b"x")
+        if reads_fail:
+            faults.fail["read"] = (faults.seen.get("read", 0) + 2, errno.EIO)
+        machine("blockdev-backup", device="vda", target="t0", sync="bitmap", bitmap="b", bitmap_mode="always")
+        assert machine.ended("vda")["error"] == "Input/output error"
+        assert machine.tracked["vda"].bitmaps["b"].runs().tolist() == [[2, 1], [4, 1]]
+
+
 @pytest.mark.parametrize("failure", ["none", "cancelled", "midway"])
 @pytest.mark.parametrize(
     ("sync", "mode"),
