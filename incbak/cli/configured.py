@@ -51,8 +51,8 @@ class Configured(click.Command):
         config = here.configuration()
         if source not in config.vms:
             if config.vms and not Path(source).exists():
-                known = ", ".join(sorted(config.vms))
-                raise UsageError(f"{source} is no VM of the configuration, and no image here", hint=f"It has: {known}.")
+                names = ", ".join(sorted(config.vms))
+                raise UsageError(f"{source} is no VM of the configuration, and no image here", hint=f"It has: {names}.")
             return []
         here.vm = config.vm(source)
         known = {option for parameter in self.params for option in parameter.opts}
