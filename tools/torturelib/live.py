@@ -47,6 +47,7 @@ class LiveWorld:
         }
         self.guest: Guest | None = None
         self.watch: Child | None = None
+        self.armed: str | None = None  # where the watch that runs is to be killed
         self.acked = -1
         self.falling = False
         """The guest was told to power off: its kernel fails writes that are under way then."""
@@ -104,7 +105,7 @@ class LiveWorld:
     def attach(self, *options: str, crash_at: str | None = None) -> bool:
         """Start a watch, and wait until it watches; false when it ended before that."""
         argv = ("watch", f"qmp:{self.run / 'watch'}", "--name", "vm", "--once", *options)
-        self.watch = self.spawn(*argv, crash_at=crash_at, log="watch")
+        self.watch, self.armed = self.spawn(*argv, crash_at=crash_at, log="watch"), crash_at
         end = time.monotonic() + PATIENCE
         while not (self.watch.out.exists() and "vm: " in self.watch.out.read_text()):
             if self.watch.poll() is not None:
@@ -114,6 +115,14 @@ class LiveWorld:
                 raise TimeoutError("watch neither watched nor ended")
             time.sleep(0.01)
         return True
+
+    def watch_ended(self, *, good: tuple[int, ...] = (0,)) -> bool:
+        """Wait for it; whether it was not killed on the way."""
+        assert self.watch
+        status = self.look_at(self.watch, self.armed, good=good)
+        if status > 0 and status not in good:
+            self.outcomes.add("saves that failed")
+        return status != -signal.SIGKILL
 
     def kill_watch(self) -> None:
         """With SIGKILL."""
@@ -304,7 +313,7 @@ def _qemu_killed(world: LiveWorld) -> None:
     world.outcomes.add("kills of QEMU")
     _over(world, runner, acked)
     if world.watch and world.watch.status is None:
-        world.look_at(world.watch, good=(1,))
+        world.watch_ended(good=(1,))
 
 
 def _over(world: LiveWorld, runner: Child | None, acked: int) -> None:
@@ -330,14 +339,13 @@ def _shut_down(world: LiveWorld) -> None:
         world.vm.stop_writer("w")
     world.falling = True
     world.vm.send("poweroff")
-    assert world.watch
-    if world.look_at(world.watch, crash) != 0:
+    if not world.watch_ended():
         world.outcomes.add("kills of watch")
         with suppress(subprocess.TimeoutExpired):
             world.vm.process.wait(3)
         if world.is_up():
             world.attach()
-            world.look_at(world.watch)
+            world.watch_ended()
     if (status := world.vm.process.wait(PATIENCE)) != 0:
         raise LostError(f"QEMU exited {status} after a shutdown")
     world.outcomes.add("shutdowns")
