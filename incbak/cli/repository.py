@@ -15,7 +15,8 @@ from incbak.repo.record import Record
 from incbak.repo.repository import DEFAULT_CLUSTER, Repository
 from incbak.repo.tree import differing
 from incbak.report.backups import as_json, details, listing
-from incbak.units import format_size, parse_size
+from incbak.report.proof import coverage_json, coverage_text
+from incbak.units import format_size, parse_duration, parse_size
 
 
 @click.command(short_help="Make a new repository.")
@@ -127,14 +128,27 @@ def _differing(repo: Repository, left: Record, right: Record, name: str) -> list
 @click.command(short_help="Verify the repository.")
 @click.option("--read-data", is_flag=True, help="Read and verify every blob.")
 @click.option("--read-data-subset", metavar="PERCENT", help="Read and verify such a part of the packs, drawn anew.")
+@click.option(
+    "--max-duration", metavar="TIME", help="With --read-data: read for so long, and go on there next time: 30m."
+)
 @click.option("--rebuild-index", is_flag=True, help="First make the index anew from the packs.")
 @common
-def check(read_data: bool, read_data_subset: str | None, rebuild_index: bool) -> None:
+def check(read_data: bool, read_data_subset: str | None, max_duration: str | None, rebuild_index: bool) -> None:
     """Verify config, packs, index, records and trees; with --read-data the digest of everything that is stored.
 
-    Exits with 13 when something is damaged. What is damaged is stored again by the next backup that reads it.
+    With --max-duration it reads what was read longest ago, and stops: each night a part, and it says within which time
+    all has been read. Exits with 13 when something is damaged. What is damaged is stored again by the next backup that
+    reads it.
+
+    \b
+    Example:
+      incbak -r /backup check
+      incbak -q check --read-data --max-duration 30m
     """
     here = settings()
+    duration = parse_duration(max_duration) if max_duration else None
+    if duration is not None and (not read_data or read_data_subset):
+        raise UsageError("--max-duration goes with --read-data alone", hint="It reads what was read longest ago.")
     repo = here.open()
     fraction = _fraction(read_data_subset) if read_data_subset else 1.0
     if rebuild_index:
@@ -142,7 +156,13 @@ def check(read_data: bool, read_data_subset: str | None, rebuild_index: bool) ->
             here.say(f"made the index anew: {checks.rebuild_index(repo)} blobs")
     console = here.reporter()
     try:
-        found = checks.check(repo, read_data=read_data or bool(read_data_subset), fraction=fraction, report=console)
+        found = checks.check(
+            repo,
+            read_data=read_data or bool(read_data_subset),
+            fraction=fraction,
+            max_duration=duration,
+            report=console,
+        )
     finally:
         console.end()
     _tell(here, found)
@@ -152,15 +172,20 @@ def _tell(here: Settings, found: checks.Report) -> None:
     if here.json:
         problems = [{"what": p.what, "backups": list(p.backups)} for p in found.problems]
         here.tell({"problems": problems, "backups": found.backups, "packs": found.packs, "blobs": found.blobs,
-                   "bytes_read": found.bytes_read})  # fmt: skip
+                   "bytes_read": found.bytes_read, "packs_read": found.packs_read,
+                   "coverage": coverage_json(found.coverage)})  # fmt: skip
     for problem in found.problems:
         click.echo(printable(f"incbak: {problem.what}"), err=True)
     if found.problems:
+        if found.packs_read:
+            here.say(coverage_text(found.coverage))
         hurt = sorted({b[:8] for p in found.problems for b in p.backups})
         what = f"backups that are not whole: {', '.join(hurt)}" if hurt else "every backup is whole"
         raise DamagedError(f"{len(found.problems)} problems; {what}", hint="The next backup stores anew what it can.")
     read = f", {format_size(found.bytes_read)} read" if found.bytes_read else ""
     here.say(f"no problems: {found.backups} backups, {found.packs} packs, {found.blobs} blobs{read}")
+    if found.packs_read or found.coverage.read_packs:
+        here.say(coverage_text(found.coverage))
 
 
 def _fraction(text: str) -> float:

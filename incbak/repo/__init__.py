@@ -9,6 +9,8 @@
     damaged/ID      what checks have found damaged                                                     `damage`
     pins/ID         empty: the backup of that id is never pruned                                       `pins`
     condemned/ID    packs that nothing needs, and since when; they go when the grace is over            `condemned`
+    verified/ID     when each pack was last read whole; a check goes on from there                      `verified`
+    drills/ID       how the last drills of each VM went                                                 `drills`
     locks/NAME      empty files to lock                                                                `storage`
 
 A record names roots; a root is the digest of a page (`tree`); pages name pages and clusters by digest; the index says

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from incbak.errors import DamagedError, FormatTooNewError
-from incbak.events import Progress, Reporter, silent
-from incbak.repo import blob, pack
-from incbak.repo.damage import add_note, replace_notes
+from incbak.events import Reporter, silent
+from incbak.repo import pack
+from incbak.repo.damage import add_note, notes, replace_notes
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.index import IndexFile, encode, mapped
+from incbak.repo.reader import digests_array
+from incbak.repo.reading import PackRead, read_packs, save
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
 from incbak.repo.tree import Page
-
-_BATCH = 4 << 20
-_THREADS = 2
+from incbak.repo.verified import Coverage, LastCheck, Verified
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class Problem:
 
 @dataclass
 class Report:
-    """What a check found and how much it looked at."""
+    """What a check found and how much it looked at; ``coverage``: what was ever read."""
 
+    coverage: Coverage
     problems: list[Problem] = field(default_factory=list)
     backups: int = 0
     packs: int = 0
     blobs: int = 0
     bytes_read: int = 0
+    packs_read: int = 0
     damaged: set[bytes] = field(default_factory=set)
     """Digests whose content is not there or wrong."""
 
@@ -50,14 +52,20 @@ def check(
     read_data: bool = False,
     fraction: float = 1.0,
     seed: int | None = None,
+    max_duration: float | None = None,
+    clock: Callable[[], float] = time.time,
     report: Reporter = silent,
 ) -> Report:
     """Look at config, packs, index, records and trees; with ``read_data`` at every blob of a ``fraction`` of the packs.
 
-    What is found damaged is noted in the repository, so that the next backup stores it again. Backups are listed before
-    the index is read, so one that is committed meanwhile does not look damaged.
+    Packs that were never read come first, then those that were read longest ago (`verified`); after ``max_duration``
+    seconds of reading data no other pack is begun. What is found damaged is noted in the repository, so that the next
+    backup stores it again. Backups are listed before the index is read, so one that is committed meanwhile does not
+    look damaged.
     """
-    found = Report()
+    verified = Verified(repo.storage, clock)
+    found = Report(verified.coverage())
+    before, known = notes(repo.storage), repo.damage()
     records = repo.backups()
     repo.index.refresh()
     for name in repo.index.damaged:
@@ -69,11 +77,24 @@ def check(
     chosen = sorted(tables) if read_data else []
     if chosen and fraction < 1:
         chosen = random.Random(seed).sample(chosen, max(1, round(len(chosen) * fraction)))
-    if chosen or suspects:
-        _blobs(repo, suspects | {name: tables[name] for name in chosen}, found, report)
+    if suspects:
+        _judge(repo, found, read_packs(repo, suspects, None, report))
+    turns = {name: tables[name] for name in verified.in_turn(chosen)}
+    bad = _judge(repo, found, read_packs(repo, turns, verified, report, duration=max_duration, clock=clock))
+    whole = read_data and found.packs_read == len(tables) + len(suspects)
+    if read_data and not whole:
+        _look_again(repo, known.digests, found)
     affected = _backups(repo, records, found)
-    note = replace_notes if read_data and fraction >= 1 else add_note
-    note(repo.storage, found.damaged, affected)
+    if not read_data:
+        add_note(repo.storage, found.damaged, affected)
+        return found
+    doubtful = set() if whole else known.backups & {r.id for r in records}
+    replace_notes(repo.storage, found.damaged, affected | doubtful, before)
+    for each in bad:
+        verified.add(each.name, each.at, each.file, whole=False)
+    verified.last = LastCheck(clock(), found.bytes_read, found.packs_read, len(found.problems))
+    save(verified, report)
+    found.coverage = verified.coverage()
     return found
 
 
@@ -138,15 +159,19 @@ def _indexed(repo: Repository, name: str) -> pack.Entries:
     return entries[np.argsort(entries["offset"], kind="stable")]
 
 
-def _blobs(repo: Repository, tables: dict[str, pack.Entries], found: Report, report: Reporter) -> None:
-    """Read every blob of these packs; a digest that another place still holds whole is not damaged."""
-    total = sum(int(t["stored"].sum()) for t in tables.values())
+def _judge(repo: Repository, found: Report, reads: Iterator[PackRead]) -> list[PackRead]:
+    """Read these packs; a digest that another place still holds whole is not damaged.
+
+    Returns those in which something is: they are not marked yet.
+    """
     suspects: list[tuple[str, bytes]] = []
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for name, bad, count in pool.map(lambda item: _one_pack(repo, *item), tables.items()):
-            suspects += [(name, digest) for digest in bad]
-            found.bytes_read += count
-            report(Progress("", found.bytes_read, total))
+    bad: list[PackRead] = []
+    for each in reads:
+        found.bytes_read += each.size
+        found.packs_read += 1
+        suspects += [(each.name, digest) for digest in each.bad]
+        if each.bad:
+            bad.append(each)
     reader = repo.reader()
     pruned = {name for name in {name for name, _ in suspects} if _pruned(repo, name)}
     for name, digest in suspects:
@@ -158,38 +183,22 @@ def _blobs(repo: Repository, tables: dict[str, pack.Entries], found: Report, rep
         except DamagedError:
             found.damaged.add(digest)
             found.problems.append(Problem(f"blob {digest.hex()} in pack {name} is damaged"))
+    return bad
 
 
-def _one_pack(repo: Repository, name: str, entries: pack.Entries) -> tuple[str, list[bytes], int]:
-    bad, count = [], 0
-    for batch, data in _ranges(repo, name, entries):
-        base = int(batch[0]["offset"])
-        for entry in batch:
-            digest, size = entry["digest"].tobytes(), int(entry["stored"])
-            start = int(entry["offset"]) - base
-            try:
-                content = blob.decode(int(entry["codec"]), data[start : start + size], int(entry["raw"]))
-                if blob.digest_of(content) != digest:
-                    bad.append(digest)
-            except DamagedError:
-                bad.append(digest)
-            count += size
-    return name, bad, count
-
-
-def _ranges(repo: Repository, name: str, entries: pack.Entries) -> Iterator[tuple[pack.Entries, memoryview]]:
-    start = 0
-    ends = entries["offset"] + entries["stored"]
-    while start < len(entries):
-        stop = max(int(np.searchsorted(ends, entries["offset"][start] + _BATCH)), start + 1)
-        batch = entries[start:stop]
-        base = int(batch[0]["offset"])
+def _look_again(repo: Repository, known: frozenset[bytes], found: Report) -> None:
+    """What earlier checks found damaged: a check of a part must not call well what it could know."""
+    digests = sorted(known - found.damaged)
+    if not digests:
+        return
+    reader = repo.reader()
+    for digest, there in zip(digests, repo.index.have(digests_array(digests), lasting=True), strict=True):
         try:
-            data = repo.storage.read_range("packs", name, base, int(ends[stop - 1]) - base)
-        except OSError:
-            data = b""
-        yield batch, memoryview(data)
-        start = stop
+            if there:  # else nobody needs it, or it is found missing below
+                reader.read(digest)
+        except DamagedError:
+            found.damaged.add(digest)
+            found.problems.append(Problem(f"blob {digest.hex()} is damaged, as an earlier check has found"))
 
 
 def _backups(repo: Repository, records: list[Record], found: Report) -> set[str]:

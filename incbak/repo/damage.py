@@ -46,12 +46,17 @@ def read_damage(storage: Storage) -> Damage:
     return Damage(frozenset(digests), frozenset(backups))
 
 
-def replace_notes(storage: Storage, digests: set[bytes], backups: set[str]) -> None:
-    """The findings of a check that read everything: the new note is durable before the old ones go."""
-    old = [name for name in storage.list("damaged") if is_id(name)]
-    if digests or backups:
-        note = Note(sorted(d.hex() for d in digests), sorted(backups))
-        storage.write("damaged", new_id(), msgspec.json.encode(note))
+def notes(storage: Storage) -> list[str]:
+    """The names of all notes."""
+    return [name for name in storage.list("damaged") if is_id(name)]
+
+
+def replace_notes(storage: Storage, digests: set[bytes], backups: set[str], old: list[str]) -> None:
+    """The findings of a check that has looked at all that ``old`` notes say: these go when the new one is durable.
+
+    ``old`` was listed before it began: what others have noted since stays.
+    """
+    add_note(storage, digests, backups)
     for name in old:
         storage.remove("damaged", name)
 

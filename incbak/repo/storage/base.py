@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned")
-LATER = ("pins", "condemned")
+KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned", "verified", "drills")
+LATER = ("pins", "condemned", "verified", "drills")
 """Kinds that an older repository may lack: there are none of these files, and the first one makes the folder."""
 
 
