@@ -16,6 +16,7 @@ that have been declared, for the campaigns that try them all.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -103,6 +104,13 @@ def sync_dir(path: Path) -> None:
     finally:
         os.close(fd)
     crash_point("durable.dir-synced")
+
+
+def sync_filesystem(fd: int, what: str) -> None:
+    """Make durable all that was written to the file system of ``fd``: many files at once. Raises `DurabilityError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(fd) != 0:
+        raise DurabilityError(f"cannot sync {what}: {os.strerror(ctypes.get_errno())}", hint="Look at the storage.")
 
 
 def make_dir(path: Path, mode: int = 0o700) -> None:

@@ -34,6 +34,7 @@ _COMMANDS = MappingProxyType(
         "pin": "prune:pin",
         "unpin": "prune:unpin",
         "export": "export:export",
+        "files": "files:files",
         "bitmap": "bitmap:bitmap",
         "serve": "serve:serve",
         "watch": "watch:watch",

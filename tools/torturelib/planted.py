@@ -61,6 +61,7 @@ def table() -> list[Fault]:
     from torturelib import (
         planted_backups,
         planted_bitmaps,
+        planted_files,
         planted_nbd,
         planted_proof,
         planted_prune,
@@ -71,7 +72,7 @@ def table() -> list[Fault]:
 
     tables = (
         *(planted_bitmaps, planted_nbd, planted_serve, planted_backups),
-        *(planted_restores, planted_watch, planted_prune, planted_proof),
+        *(planted_restores, planted_watch, planted_prune, planted_proof, planted_files),
     )
     faults = [fault for each in tables for fault in each.FAULTS]
     if len({f.name for f in faults}) != len(faults):
