@@ -29,6 +29,7 @@ _COMMANDS = MappingProxyType(
         "show": "repository:show",
         "diff": "repository:diff",
         "restore": "restore:restore",
+        "report": "report:report",
         "check": "repository:check",
         "prune": "prune:prune_command",
         "pin": "prune:pin",
