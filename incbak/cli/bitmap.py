@@ -32,7 +32,12 @@ def bitmap() -> None:
 @click.option("--name", metavar="VM", help="Only of this VM.")
 @common
 def list_bitmaps(name: str | None) -> None:
-    """List all bitmaps with their state and dirty bytes."""
+    """List all bitmaps with their state and dirty bytes.
+
+    \b
+    Example:
+      incbak bitmap list --name web1
+    """
     here = settings()
     found = views(here.state_dir, name)
     if here.json:
@@ -108,7 +113,12 @@ _pick_options = (
 @_pick_options[2]
 @common
 def show(vm: str, disk: str | None, name: str | None) -> None:
-    """Show a bitmap of VM: its header, and which parts of the disk are dirty."""
+    """Show a bitmap of VM: its header, and which parts of the disk are dirty.
+
+    \b
+    Example:
+      incbak bitmap show web1 --disk vda
+    """
     here = settings()
     found = _pick(vm, disk, name)
     if here.json:
@@ -155,7 +165,12 @@ def _map(found: BitmapView) -> str:
 @_pick_options[2]
 @common
 def dirty(vm: str, disk: str | None, name: str | None) -> None:
-    """List the dirty ranges of a bitmap of VM: offset and length in bytes."""
+    """List the dirty ranges of a bitmap of VM: offset and length in bytes.
+
+    \b
+    Example:
+      incbak bitmap dirty web1 --disk vda
+    """
     here = settings()
     found = _pick(vm, disk, name)
     for extent in get_dirty_blocks(here.state_dir, found.vm, found.disk, found.name):
@@ -234,6 +249,10 @@ def invalidate_bitmap(vm: str, disk: str | None, name: str | None) -> None:
     """Make a bitmap of VM invalid: the next incremental reads the whole disk, and stores what differs.
 
     For use after the image was changed by something that incbak did not see, such as a file system repair.
+
+    \b
+    Example:
+      incbak bitmap invalidate web1 --disk vda
     """
     here = settings()
     found = _pick(vm, disk, name)

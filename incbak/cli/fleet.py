@@ -43,7 +43,12 @@ def config() -> None:
 @config.command(short_help="Read the configuration, and say what is wrong with it.")
 @common
 def check() -> None:
-    """List the VMs; exits with 2 and names file, key and what is expected where something is wrong."""
+    """List the VMs; exits with 2 and names file, key and what is expected where something is wrong.
+
+    \b
+    Example:
+      incbak config check --config /etc/incbak/incbak.toml
+    """
     here = settings()
     found, path = _read(here)
     names = sorted(found.vms)

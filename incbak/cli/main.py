@@ -42,6 +42,7 @@ _COMMANDS = MappingProxyType(
         "doctor": "doctor:doctor",
         "config": "fleet:config",
         "schedule": "fleet:schedule",
+        "man": "man:man",
     }
 )
 """Where each command is: its module is imported when it is needed, so that a start is quick."""

@@ -173,7 +173,12 @@ def _share(text: str) -> float:
 @click.option("--name", metavar="VM", help="Which VM's latest.")
 @common
 def pin(backup: str, name: str | None) -> None:
-    """Pin BACKUP: an id, a unique prefix of one, or "latest". No prune removes it until it is unpinned."""
+    """Pin BACKUP: an id, a unique prefix of one, or "latest". No prune removes it until it is unpinned.
+
+    \b
+    Example:
+      incbak -r /backup pin 1f2e3d4c
+    """
     here = settings()
     repo = here.open()
     ident = repo.find(backup, name).id
@@ -186,7 +191,12 @@ def pin(backup: str, name: str | None) -> None:
 @click.option("--name", metavar="VM", help="Which VM's latest.")
 @common
 def unpin(backup: str, name: str | None) -> None:
-    """Take the pin from BACKUP: an id, a unique prefix of one, or "latest"."""
+    """Take the pin from BACKUP: an id, a unique prefix of one, or "latest".
+
+    \b
+    Example:
+      incbak -r /backup unpin 1f2e3d4c
+    """
     here = settings()
     repo = here.open()
     ident = repo.find(backup, name).id

@@ -42,7 +42,12 @@ def init(path: Path | None, cluster_size: str) -> None:
 @click.option("--name", metavar="VM", help="Only of this VM.")
 @common
 def list_backups(name: str | None) -> None:
-    """List the backups, oldest first."""
+    """List the backups, oldest first.
+
+    \b
+    Example:
+      incbak -r /backup list --name web1
+    """
     here = settings()
     repo = here.open()
     records = repo.backups(name)
@@ -66,7 +71,12 @@ def list_backups(name: str | None) -> None:
 @click.option("--attachment", metavar="FILE", help="Print a file that was attached.")
 @common
 def show(backup: str, name: str | None, vm: bool, attachment: str | None) -> None:
-    """Show a backup: an id, a unique prefix of one, or "latest"."""
+    """Show a backup: an id, a unique prefix of one, or "latest".
+
+    \b
+    Example:
+      incbak -r /backup show latest --name web1
+    """
     here = settings()
     repo = here.open()
     record = repo.find(backup, name)
@@ -95,6 +105,10 @@ def diff(a: str, b: str, disk: str | None, name: str | None) -> None:
     """List the ranges that differ between backups A and B: disk, offset, length, in bytes.
 
     Only the pages of the two trees that differ are read.
+
+    \b
+    Example:
+      incbak -r /backup diff 1f2e3d4c latest --disk vda
     """
     here = settings()
     repo = here.open()

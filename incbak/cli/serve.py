@@ -54,6 +54,10 @@ def serve(
 
     Every write is recorded in the disk's bitmaps before it is issued. A line on stdout says when and where the disks
     and the monitor can be reached; systemd is told too. SIGTERM ends cleanly; a second one within 5 seconds.
+
+    \b
+    Example:
+      incbak serve --name web1 vda=/srv/web1.raw vdb=/dev/vg/web1-data
     """
     runtime = host.runtime_dir() / component(name)
     options = ServeOptions(
