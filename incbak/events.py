@@ -10,11 +10,16 @@ from incbak.reasons import Reason
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` bytes of ``disk`` (or of all, when empty); ``total`` may grow."""
+    """``done`` of ``total`` bytes of ``disk`` (or of all, when empty); ``total`` may grow, and is 0 if it is not known.
+
+    ``what`` is done, where a command does several things one after another; ``unit``: what is counted, if not bytes.
+    """
 
     disk: str
     done: int
     total: int
+    what: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)

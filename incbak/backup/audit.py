@@ -21,6 +21,7 @@ from incbak.backup.plan import Planned
 from incbak.bitmap.store import BitmapView, view_file
 from incbak.disk.file import FileDisk, open_disk
 from incbak.errors import BitmapError, DiskError
+from incbak.events import Progress, Reporter, silent
 from incbak.extents import Extent, merge, total
 from incbak.repo import blob
 from incbak.repo.repository import Repository
@@ -56,7 +57,7 @@ class Findings:
         return f"{total(self.wrong)} bytes differ from the base but are not marked: {ranges}{more}"
 
 
-def audit_disk(repo: Repository, planned: Planned, part: Slice) -> Findings | None:
+def audit_disk(repo: Repository, planned: Planned, part: Slice, report: Reporter = silent) -> Findings | None:
     """Audit the base's bitmap of a planned disk; ``None`` where there is none to believe in.
 
     Raises as `audit` does, also where the engine's bitmaps are in no file that can be looked at.
@@ -67,10 +68,12 @@ def audit_disk(repo: Repository, planned: Planned, part: Slice) -> Findings | No
     image = planned.plan.disk.extra.get("path")
     if not bitmap.path or not image:
         raise BitmapError("only bitmaps of incbak serve, and of raw images that are off, can be audited")
-    return audit(Path(image), Path(bitmap.path), repo.tree(planned.before), repo.cluster_size, part)
+    return audit(Path(image), Path(bitmap.path), repo.tree(planned.before), repo.cluster_size, part, report)
 
 
-def audit(image: Path, bitmap: Path, tree: TreeReader, cluster: int, part: Slice) -> Findings:
+def audit(
+    image: Path, bitmap: Path, tree: TreeReader, cluster: int, part: Slice, report: Reporter = silent
+) -> Findings:
     """Compare. ``tree`` is the disk in the backup that the bitmap counts from.
 
     Raises `DiskError`, `BitmapError` or `DamagedError` when it cannot be done; then nothing is known.
@@ -82,7 +85,7 @@ def audit(image: Path, bitmap: Path, tree: TreeReader, cluster: int, part: Slice
     try:
         if looked.slot is None or looked.slot.size != disk.size or looked.slot.granularity != cluster:
             raise BitmapError(f"bitmap {bitmap} does not fit the image {image}")
-        return _Audit(disk, looked, tree, cluster, part).run()
+        return _Audit(disk, looked, tree, cluster, part).run(report)
     except OSError as e:
         raise DiskError(f"cannot read {image}: {e.strerror}") from e
     finally:
@@ -95,12 +98,13 @@ class _Audit:
         self._buffer = memoryview(bytearray(max(UNIT, cluster)))
         self._compared = 0
 
-    def run(self) -> Findings:
+    def run(self, report: Reporter) -> Findings:
         wrong: list[Extent] = []
         clean = self._bitmap.clean_mask()
         for leaf in range(-(-self._tree.clusters // FANOUT)):
             first = leaf * FANOUT
             count = min(FANOUT, self._tree.clusters - first)
+            report(Progress("", first * self._cluster, self._disk.size, "comparing with the base"))
             wanted = self._part.of(first, count, self._cluster) & clean(first, count)
             if wanted.any():
                 expected = self._tree.digests(first, count)

@@ -188,7 +188,7 @@ class _Attempt:
         last = planned.before.audit_turn if planned.before else None
         turn = 0 if last is None else last + 1
         try:
-            found = audit_disk(self._repo, planned, Slice(self._options.audit, turn))
+            found = audit_disk(self._repo, planned, Slice(self._options.audit, turn), self._report)
         except (BitmapError, DiskError) as e:
             self._report(Warned(f"disk {planned.name} is not audited: {e}"))
             return

@@ -10,6 +10,7 @@ from incbak.backup.audit import Findings, Slice, audit_disk
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan
 from incbak.backup.vm import locked, vm_name
 from incbak.engine.base import DiskPlan, Engine
+from incbak.events import Reporter, silent
 from incbak.repo.repository import Repository
 
 
@@ -32,7 +33,9 @@ class Verified:
     findings: Findings | None
 
 
-async def verify(repo: Repository, engine: Engine, wanted: Wanted) -> tuple[str, list[Verified]]:
+async def verify(
+    repo: Repository, engine: Engine, wanted: Wanted, report: Reporter = silent
+) -> tuple[str, list[Verified]]:
     """The VM's name, and each disk. A bitmap that lied is removed: the next incremental reads that disk whole.
 
     Raises `BitmapError` where the engine keeps its bitmaps to itself, `DamagedError` when the base cannot be read.
@@ -44,7 +47,7 @@ async def verify(repo: Repository, engine: Engine, wanted: Wanted) -> tuple[str,
         disks = choose(await engine.describe(), wanted.disks, wanted.exclude)
         verified = []
         for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):
-            findings = await asyncio.to_thread(audit_disk, repo, planned, wanted.part)
+            findings = await asyncio.to_thread(audit_disk, repo, planned, wanted.part, report)
             if findings and findings.wrong and (name := planned.plan.base_bitmap):
                 await engine.rollback([DiskPlan(planned.plan.disk, name, repo.cluster_size)])
             verified.append(Verified(planned, findings))

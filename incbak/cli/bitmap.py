@@ -219,9 +219,11 @@ def verify_bitmap(
 async def _verify(here: Settings, source: Source, wanted: Wanted) -> tuple[str, list[Verified]]:
     repo = here.open()
     engine = await open_waiting(source, wanted.lock_wait)
+    console = here.reporter()
     try:
-        return await verify(repo, engine, wanted)
+        return await verify(repo, engine, wanted, console)
     finally:
+        console.end()
         await engine.close()
         repo.close()
 

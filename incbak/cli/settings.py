@@ -17,6 +17,7 @@ from incbak.errors import UsageError
 from incbak.fleet.config import Config, Vm, default_path, load
 from incbak.repo.repository import Repository
 from incbak.report.console import Console
+from incbak.report.printable import printable as printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,11 +69,6 @@ class Settings:
     def tell(self, what: dict[str, Any]) -> None:
         """A result for scripts: one line of JSON on stdout."""
         click.echo(json.dumps(what))
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters: names may come from a repository that somebody else wrote."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def settings() -> Settings:

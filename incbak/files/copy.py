@@ -106,7 +106,7 @@ class Copier:
                 self._file(fd, node)
             elif node.kind in _SPECIAL:
                 self.done.special += 1
-                self._report(Notice(f"{path} is a {node.kind}: left out"))
+                self._report(Notice(f"{_line(path)} is a {node.kind}: left out"))
             else:
                 raise RestoreError("what the disk says of it cannot be read")
         except IncbakError as e:
@@ -121,7 +121,7 @@ class Copier:
 
     def _failed(self, path: Path, why: str) -> None:
         self.done.failed.append(str(path))
-        self._report(Warned(f"{path} was not copied: {why}"))
+        self._report(Warned(f"{_line(path)} was not copied: {why}"))
 
     def _directory(self, fd: int, node: Node, path: Path, depth: int) -> None:
         if node.inode in self._entered:
@@ -239,6 +239,11 @@ def _write(out: int, data: bytes, offset: int) -> None:
 
 def _set_time(fd: int, mtime: int) -> None:
     os.utime(fd, ns=(mtime, mtime))
+
+
+def _line(path: Path) -> str:
+    """A name with line breaks in it does not look like several lines."""
+    return str(path).replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
 def _umask() -> int:

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field, replace
 
 from incbak import durable
 from incbak.errors import DamagedError, IncbakError, LockedError, UsageError
-from incbak.events import Reporter, Warned, silent
+from incbak.events import Progress, Reporter, Warned, silent
 from incbak.repo import pack
 from incbak.repo.condemned import condemn, read_condemned
 from incbak.repo.ids import is_id
@@ -173,7 +173,7 @@ class _Prune:
             self._condemn(done, self._garbage)
             self._expire(done)
             if chosen := self._mostly_garbage():
-                self._repacker.copy(chosen, lambda text: self._report(Warned(text)))
+                self._repacker.copy(chosen, self._report)
                 done.repacked = len(chosen)
                 durable.crash_point("prune.repacked")
                 self._condemn(done, lambda: [p for p in chosen if self._repacker.free(p)])
@@ -203,7 +203,8 @@ class _Prune:
             what = "; ".join(repo.unreadable.values())
             hint = "Nobody knows what they need. Run: incbak check; a record given up for good can be moved elsewhere."
             raise DamagedError(f"{len(repo.unreadable)} records cannot be read, nothing was removed: {what}", hint=hint)
-        for record in records:
+        for number, record in enumerate(records):
+            self._report(Progress("", number, len(records), "looking through", "backups"))
             if record.id not in going:
                 try:
                     self._marks.mark(record)

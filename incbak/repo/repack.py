@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import numpy as np
 
 from incbak.errors import DamagedError
+from incbak.events import Progress, Reporter, Warned, silent
 from incbak.repo import pack
 from incbak.repo.index import Digests
 from incbak.repo.marks import Marks
@@ -27,19 +28,23 @@ class Repacker:
         entries = pack.read_table(self._repo.storage, name, size)
         return np.frombuffer(entries["digest"].tobytes(), dtype=np.uint8).reshape(-1, 32)
 
-    def copy(self, packs: Collection[str], warn: Callable[[str], None]) -> None:
+    def copy(self, packs: Collection[str], report: Reporter = silent) -> None:
         """Copy what is needed of ``packs``, unless it is whole in another pack too; all is durable and indexed then.
 
         A pack of which something cannot be read is left as it is, with a warning. Raises `DurabilityError`.
         """
         besides = set(packs) | self._repo.index.condemned.packs
         copied: dict[str, Digests] = {}
+        sizes, done = self._repo.storage.list("packs"), 0
+        total = sum(sizes.get(name, 0) for name in packs)
         with Writer(self._repo.storage, self._repo.index, frozenset(), lambda: None) as writer:
             for name in sorted(packs):
                 try:
                     copied[name] = self._one(writer, name, besides)
                 except (DamagedError, OSError) as e:
-                    warn(f"pack {name} is mostly garbage and stays: {e}")
+                    report(Warned(f"pack {name} is mostly garbage and stays: {e}"))
+                done += sizes.get(name, 0)
+                report(Progress("", done, total, "copying what is needed"))
             writer.finish()
         self._copied |= copied
 

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from incbak.events import Event, Fallback, Notice, Progress, Warned
-from incbak.units import format_duration, format_size
+from incbak.report.meter import Meter
+from incbak.report.printable import printable
 
 _EVERY = 0.2
 
 
 class Console:
-    """Takes events from any thread. ``verbosity``: -1 quiet, 0 normal, 1 tells notices too."""
+    """Takes events from any thread. ``verbosity``: -1 quiet, 0 normal, 1 tells notices too.
 
-    def __init__(self, verbosity: int = 0, stream: TextIO | None = None) -> None:
+    Progress is one line that is drawn over itself and gone in the end, on a terminal only. A library for it
+    (rich) was weighed: it would bring four packages for one line.
+    """
+
+    def __init__(
+        self, verbosity: int = 0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream = stream or sys.stderr
         self._verbosity = verbosity
         self._lock = threading.Lock()
-        self._shows_progress = verbosity >= 0 and self._stream.isatty()
-        self._done: dict[str, tuple[int, int]] = {}
-        self._began = self._drawn = 0.0
+        self._shows_progress = verbosity >= 0 and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._clock = clock
+        self._meter = Meter(clock)
+        self._drawn = -_EVERY
         self._width = 0
 
     def __call__(self, event: Event, /) -> None:
@@ -39,25 +49,27 @@ class Console:
 
     def _line(self, text: str) -> None:
         self._wipe()
-        print(f"incbak: {text}", file=self._stream, flush=True)
+        print(printable(f"incbak: {text}"), file=self._stream, flush=True)
 
     def _progress(self, event: Progress) -> None:
         if not self._shows_progress:
             return
-        now = time.monotonic()
-        self._began = self._began or now
-        self._done[event.disk] = (event.done, event.total)
+        self._meter.take(event)
+        now = self._clock()
         if now < self._drawn + _EVERY:
             return
         self._drawn = now
-        done, total = (sum(column) for column in zip(*self._done.values(), strict=True))
-        text = f"{format_size(done)} of {format_size(total)}"
-        if (elapsed := now - self._began) > 1 and done:
-            rate = done / elapsed
-            text += f", {format_size(rate)}/s, {format_duration((total - done) / rate)} left"
+        text = self._meter.line()[: self._columns() - 1]
         self._stream.write("\r" + text.ljust(self._width))
         self._stream.flush()
         self._width = len(text)
+
+    def _columns(self) -> int:
+        """A line that is wrapped could not be taken away again."""
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
 
     def _wipe(self) -> None:
         if self._width:

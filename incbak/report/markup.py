@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
+from incbak.report.printable import printable
+
 
 class Markup(str):
     """Text that is markup already. Only `el`, `join` and constants in the program make it."""
@@ -14,8 +16,7 @@ class Markup(str):
 
 def text(value: str) -> Markup:
     """``value`` as text: escaped, and without control characters."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value)
-    return value if isinstance(value, Markup) else Markup(html.escape(shown, quote=True))
+    return value if isinstance(value, Markup) else Markup(html.escape(printable(value), quote=True))
 
 
 def join(children: Iterable[str]) -> Markup:

@@ -1,4 +1,4 @@
-"""Faults in the report: what a hostile name may do, what is replaced, how much is read."""
+"""Faults in what people read: what a hostile name may do, what is replaced, how much is read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ FAULTS = (
     Fault(
         "report-unescaped",
         "incbak/report/markup.py",
-        "html.escape(shown, quote=True)",
-        "shown",
+        "html.escape(printable(value), quote=True)",
+        "printable(value)",
         _report("test_hostile_words_are_only_words"),
+    ),
+    Fault(
+        "console-control-characters",
+        "incbak/report/console.py",
+        'print(printable(f"incbak: {text}"), file',
+        'print(f"incbak: {text}", file',
+        unit("report/test_meter", "test_a_warning_stands_alone_and_does_nothing_to_the_terminal"),
     ),
     Fault(
         "report-over-any-file",
