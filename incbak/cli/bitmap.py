@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from contextlib import closing
+from itertools import pairwise
 
 import click
-import numpy as np
 
 from incbak.backup.audit import Slice
 from incbak.backup.verify import Verified, Wanted, verify
@@ -16,10 +17,9 @@ from incbak.cli.settings import Settings, common, printable, settings
 from incbak.engine.detect import Source
 from incbak.errors import AuditError, BitmapError, UsageError
 from incbak.report.backups import table
+from incbak.report.history import PAGES, disk_map
+from incbak.report.terrain import CELLS, draw
 from incbak.units import format_size, parse_duration, parse_share
-
-_WIDTH = 64
-_SHADES = " .:-=+*#%@"
 
 
 @click.group("bitmap", short_help="List, show and invalidate dirty bitmaps.")
@@ -111,9 +111,10 @@ _pick_options = (
 @_pick_options[0]
 @_pick_options[1]
 @_pick_options[2]
+@click.option("--history", is_flag=True, help="Draw also how often each part changed from backup to backup.")
 @common
-def show(vm: str, disk: str | None, name: str | None) -> None:
-    """Show a bitmap of VM: its header, and which parts of the disk are dirty.
+def show(vm: str, disk: str | None, name: str | None, history: bool) -> None:
+    """Show a bitmap of VM: its header, and a map of which parts of the disk are dirty.
 
     \b
     Example:
@@ -134,8 +135,10 @@ def show(vm: str, disk: str | None, name: str | None) -> None:
             f"granularity  {format_size(slot.granularity)}",
             f"dirty        {format_size(_dirty(found))}",
             f"regions      {touched} of {regions} of {format_size(REGION)} touched",
-            f"map          [{_map(found)}]",
         ]
+        lines += _map(found) if not found.reason else []
+    if history:
+        lines += _history(here, found)
     click.echo(printable("\n".join(lines)))
 
 
@@ -147,16 +150,31 @@ def _touched(found: BitmapView) -> int:
         return f.read(found.slot.regions).count(bytes([TOUCHED]))
 
 
-def _map(found: BitmapView) -> str:
-    """One character per part of the disk: the darker, the more of it is dirty."""
+def _map(found: BitmapView) -> list[str]:
+    """How much of each part of the disk is dirty."""
     assert found.slot
-    width = max(min(_WIDTH, found.slot.clusters), 1)
-    dirty, per = np.zeros(width), found.slot.clusters / width
-    for first, count in found.runs().tolist():
-        start, end = first / per, (first + count) / per
-        for cell in range(int(start), min(int(np.ceil(end)), width)):
-            dirty[cell] += min(end, cell + 1) - max(start, cell)
-    return "".join(_SHADES[0 if d == 0 else max(1, min(9, round(d * 9)))] for d in dirty.tolist())
+    clusters, clean = found.slot.clusters, found.clean_mask()
+    cells = max(min(CELLS, clusters), 1)
+    edges = [clusters * n // cells for n in range(cells + 1)]
+    shares = [1 - float(clean(a, b - a).mean()) if b > a else 0.0 for a, b in pairwise(edges)]
+    return [
+        "map          how much of each part was written since",
+        *draw(shares, found.slot.size, "some of it to all of it"),
+    ]
+
+
+def _history(here: Settings, found: BitmapView) -> list[str]:
+    """How often each part of the disk changed from backup to backup."""
+    with closing(here.open()) as repo:
+        records = [r for r in repo.backups(found.vm) if r.disk(found.disk)]
+        if not records:
+            raise UsageError(f"there is no backup of disk {found.disk} of {found.vm}", hint="See: incbak list")
+        drawn = disk_map(repo, records, found.disk, PAGES)
+    if not drawn.pairs:
+        return [f"history      no two backups to compare{f': {drawn.note}' if drawn.note else ''}"]
+    head = f"history      in how many of {drawn.pairs} steps from backup to backup each part changed"
+    shares = [count / drawn.pairs for count in drawn.times.tolist()]
+    return [head, *draw(shares, drawn.size, "once to each time"), *([drawn.note] if drawn.note else [])]
 
 
 @bitmap.command("dirty", short_help="List what was written since the backup.")
