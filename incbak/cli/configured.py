@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -124,16 +125,14 @@ def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> I
         raise UsageError(f"{where} has no VM", hint="Write a table [vms.NAME] with a source into it.")
     rest = click.get_current_context().meta[_REST]
     argv = [sys.executable, "-P", "-m", "incbak", *_common(here, json), command]
-    running: dict[str, subprocess.Popen[str]] = {}
+    children = _Children()
 
     def one(name: str) -> Done:
-        running[name] = process = subprocess.Popen(
-            [*argv, name, *rest], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = children.start([*argv, name, *rest])
         out, err = process.communicate()
         return Done(name, process.returncode, out, err)
 
-    with _ending(running), ThreadPoolExecutor(max(jobs, 1), "vm") as pool:
+    with _interruptible(), ThreadPoolExecutor(max(jobs, 1), "vm") as pool:
         work = [pool.submit(one, name) for name in names]
         try:
             for each in as_completed(work):
@@ -141,13 +140,38 @@ def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> I
         except BaseException:
             for each in work:
                 each.cancel()
-            for process in running.values():
-                process.terminate()
+            children.end()
             raise
 
 
+class _Children:
+    """The processes of one run. After `end` none is left that was not told to end, also none that was just starting."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: list[subprocess.Popen[str]] = []
+        self._ended = False
+
+    def start(self, argv: Sequence[str]) -> subprocess.Popen[str]:
+        """Raises `KeyboardInterrupt` after `end`."""
+        with self._lock:
+            if self._ended:
+                raise KeyboardInterrupt
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+            self._running.append(process)
+            return process
+
+    def end(self) -> None:
+        """SIGTERM to all of them: each cleans up."""
+        with self._lock:
+            self._ended = True
+            for process in self._running:
+                process.terminate()
+
+
 @contextmanager
-def _ending(running: dict[str, subprocess.Popen[str]]) -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
     """SIGTERM is as SIGINT."""
 
     def interrupted(_number: int, _frame: Any) -> None:

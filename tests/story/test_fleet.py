@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from incbak.cli.configured import _Children
 from tests.kit.cli import Incbak, content, differing
 from tests.kit.live import eventually
 from tests.kit.serve import raw_image, serving
@@ -123,19 +124,17 @@ def test_options_go_to_every_vm(fleet: Fleet) -> None:
 def test_a_signal_ends_all_of_them(fleet: Fleet) -> None:
     fleet.write(TWO)
     process = fleet.popen("full", "--all", "--speed-limit", "100k")
-    incomplete = fleet.repo / "packs"
-    eventually(lambda: len(list(incomplete.glob(".*.tmp"))) == 2 or list(_children(process.pid)), 20, "two runs")
-    time.sleep(0.5)
-    children = list(_children(process.pid))
-    assert children
+    eventually(lambda: len(_children(process.pid)) == 2, 60, "two runs")
+    children = _children(process.pid)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 130
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     fleet("full", "--all")
 
 
 def _children(pid: int) -> list[int]:
+    """The processes that one has started."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += [int(child) for child in (task / "children").read_text().split()]
@@ -378,3 +377,15 @@ def test_a_vm_that_is_served_by_name(fleet: Fleet) -> None:
     out = fleet.root / "out.raw"
     fleet("-r", fleet.repo, "restore", "latest", out)
     assert differing(content(out), content(fleet.root / "web1.raw")) == []
+
+
+def test_no_process_begins_after_the_end(tmp_path: Path) -> None:
+    """A signal that comes while one of them is being started reaches that one too, or it is not started."""
+    children = _Children()
+    process = children.start(["sleep", "600"])
+    children.end()
+    assert process.wait(60) == -signal.SIGTERM
+    process.communicate()
+    with pytest.raises(KeyboardInterrupt):
+        children.start(["touch", str(tmp_path / "begun")])
+    assert not (tmp_path / "begun").exists()
