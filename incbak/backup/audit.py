@@ -23,9 +23,9 @@ from incbak.disk.file import FileDisk, open_disk
 from incbak.errors import BitmapError, DiskError
 from incbak.events import Progress, Reporter, silent
 from incbak.extents import Extent, merge, total
-from incbak.repo import blob
+from incbak.repo.record import DiskRecord
 from incbak.repo.repository import Repository
-from incbak.repo.tree import FANOUT, TreeReader
+from incbak.repo.tree import FANOUT
 
 UNIT = 1 << 20
 
@@ -68,13 +68,13 @@ def audit_disk(repo: Repository, planned: Planned, part: Slice, report: Reporter
     image = planned.plan.disk.extra.get("path")
     if not bitmap.path or not image:
         raise BitmapError("only bitmaps of incbak serve, and of raw images that are off, can be audited")
-    return audit(Path(image), Path(bitmap.path), repo.tree(planned.before), repo.cluster_size, part, report)
+    return audit(Path(image), Path(bitmap.path), repo, planned.before, part, report)
 
 
 def audit(
-    image: Path, bitmap: Path, tree: TreeReader, cluster: int, part: Slice, report: Reporter = silent
+    image: Path, bitmap: Path, repo: Repository, before: DiskRecord, part: Slice, report: Reporter = silent
 ) -> Findings:
-    """Compare. ``tree`` is the disk in the backup that the bitmap counts from.
+    """Compare. ``before`` is the disk in the backup that the bitmap counts from.
 
     Raises `DiskError`, `BitmapError` or `DamagedError` when it cannot be done; then nothing is known.
     """
@@ -83,9 +83,9 @@ def audit(
         raise BitmapError(f"bitmap {bitmap} is invalid: {looked.reason.text}", reason=looked.reason)
     disk = open_disk(image, read_only=True, lock=False)
     try:
-        if looked.slot is None or looked.slot.size != disk.size or looked.slot.granularity != cluster:
+        if looked.slot is None or looked.slot.size != disk.size or looked.slot.granularity != repo.cluster_size:
             raise BitmapError(f"bitmap {bitmap} does not fit the image {image}")
-        return _Audit(disk, looked, tree, cluster, part).run(report)
+        return _Audit(disk, looked, repo, before, part).run(report)
     except OSError as e:
         raise DiskError(f"cannot read {image}: {e.strerror}") from e
     finally:
@@ -93,9 +93,10 @@ def audit(
 
 
 class _Audit:
-    def __init__(self, disk: FileDisk, bitmap: BitmapView, tree: TreeReader, cluster: int, part: Slice) -> None:
-        self._disk, self._bitmap, self._tree, self._cluster, self._part = disk, bitmap, tree, cluster, part
-        self._buffer = memoryview(bytearray(max(UNIT, cluster)))
+    def __init__(self, disk: FileDisk, bitmap: BitmapView, repo: Repository, before: DiskRecord, part: Slice) -> None:
+        self._disk, self._bitmap, self._part = disk, bitmap, part
+        self._tree, self._cluster, self._seal = repo.tree(before), repo.cluster_size, repo.seal
+        self._buffer = memoryview(bytearray(max(UNIT, self._cluster)))
         self._compared = 0
 
     def run(self, report: Reporter) -> Findings:
@@ -127,7 +128,7 @@ class _Audit:
         else:
             data = self._buffer[: extent.length]
             self._disk.read_into(data, extent.offset)
-            now = blob.digests_of(data, self._cluster)
+            now = self._seal.digests(data, self._cluster)
         yield from (run.start + np.flatnonzero((before != now).any(axis=1))).tolist()
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from incbak.errors import BackupError, IncbakError
-from incbak.repo import blob
 from incbak.repo.writer import Writer
 
 IN_FLIGHT = 48 << 20
@@ -95,7 +94,7 @@ class Pipeline:
 
     def _batch(self, first: int, clusters: memoryview, unchanged: Unchanged, done: Done) -> None:
         step = self.cluster_size
-        digests = blob.digests_of(clusters, step)
+        digests = self.writer.seal.digests(clusters, step)
         known = unchanged(first, digests)
         if known is None or not known.all():
             wanted = digests.any(axis=1)
@@ -107,9 +106,10 @@ class Pipeline:
         done(first, digests, stored)
 
     def _store(self, digest: bytes, data: memoryview) -> int:
-        codec, stored = blob.encode(data, self.writer.level)
-        if codec == blob.RAW:
+        seal = self.writer.seal
+        codec, stored = seal.encode(digest, data, self.writer.level)
+        if stored is data:
             stored = bytes(data)
-        if self.verify and blob.digest_of(blob.decode(codec, stored, len(data))) != digest:
+        if self.verify and seal.digest(seal.decode(digest, codec, stored, len(data))) != digest:
             raise BackupError("a cluster came out wrong when it was decompressed again; nothing of it was stored")
         return self.writer.add(digest, codec, stored, len(data))

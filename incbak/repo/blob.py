@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import zstandard
@@ -23,26 +24,28 @@ _PROBE = 4096
 
 _local = threading.local()
 
+Digest = Callable[["bytes | memoryview"], bytes]
+
 
 def digest_of(data: bytes | memoryview) -> bytes:
     """BLAKE3, 32 bytes."""
     return blake3(data).digest()
 
 
-def digests_of(clusters: memoryview, step: int) -> NDArray[np.uint8]:
+def digests_of(clusters: memoryview, step: int, digest: Digest = digest_of) -> NDArray[np.uint8]:
     """The digests of clusters of ``step`` bytes, the last perhaps shorter; zero for those of zeroes. Shape (n, 32)."""
-    found = [digest_of(clusters[i : i + step]) for i in range(0, len(clusters), step)]
+    found = [digest(clusters[i : i + step]) for i in range(0, len(clusters), step)]
     tail = len(clusters) % step
-    if tail and found[-1] == _digest_of_zeroes(tail):
+    if tail and found[-1] == _digest_of_zeroes(tail, digest):
         found[-1] = ZERO_DIGEST
-    zero = _digest_of_zeroes(step)
+    zero = _digest_of_zeroes(step, digest)
     whole = b"".join([ZERO_DIGEST if d == zero else d for d in found])
     return np.frombuffer(whole, dtype=np.uint8).reshape(-1, DIGEST)
 
 
 @functools.lru_cache(maxsize=64)
-def _digest_of_zeroes(size: int) -> bytes:
-    return digest_of(bytes(size))
+def _digest_of_zeroes(size: int, digest: Digest) -> bytes:
+    return digest(bytes(size))
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:

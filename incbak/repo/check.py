@@ -101,7 +101,7 @@ def check(
 def _large_indexes(repo: Repository, found: Report) -> None:
     for file in repo.index.files:
         try:
-            IndexFile(file.name, mapped(repo.storage, file.name), verify=True)
+            IndexFile(file.name, mapped(repo.storage, file.name), verify=True, seal=repo.seal)
         except FileNotFoundError:
             continue
         except DamagedError as e:
@@ -287,4 +287,4 @@ def rebuild_index(repo: Repository) -> int:
 def _write(repo: Repository, packs: list[tuple[str, int]], parts: list[pack.Entries]) -> None:
     if parts:
         numbers = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(p) for p in parts])
-        repo.storage.write("index", new_id(), encode(packs, numbers, np.concatenate(parts)))
+        repo.storage.write("index", new_id(), encode(packs, numbers, np.concatenate(parts), repo.seal))

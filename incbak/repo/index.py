@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError, FormatTooNewError
 from incbak.repo.condemned import Condemned, read_condemned
 from incbak.repo.pack import ENTRY, Entries
+from incbak.repo.seal import PLAIN, Seal
 from incbak.repo.storage.base import Storage
 
 VERSION = 1
@@ -54,7 +54,7 @@ def prefixes(digests: Digests) -> NDArray[np.uint64]:
     return np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64)
 
 
-def encode(packs: list[tuple[str, int]], numbers: NDArray[np.uint32], entries: Entries) -> bytes:
+def encode(packs: list[tuple[str, int]], numbers: NDArray[np.uint32], entries: Entries, seal: Seal = PLAIN) -> bytes:
     """An index file of ``entries``, the i-th of which lies in ``packs[numbers[i]]``."""
     digests = np.frombuffer(entries["digest"].tobytes(), dtype=np.uint8).reshape(-1, 32)
     keys = prefixes(digests)
@@ -66,27 +66,26 @@ def encode(packs: list[tuple[str, int]], numbers: NDArray[np.uint32], entries: E
         places[field] = entries[field]
     table = np.array([(bytes.fromhex(name), size) for name, size in packs], dtype=PACK)
     body = table.tobytes() + keys[order].tobytes() + places[order].tobytes()
-    head = _HEAD.pack(MAGIC, VERSION, len(packs), len(entries), blake3(body).digest())
+    head = _HEAD.pack(MAGIC, VERSION, len(packs), len(entries), seal.check(body))
     head = head.ljust(_HEAD_SIZE - _CHECKSUM, b"\0")
-    return head + blake3(head).digest(length=_CHECKSUM) + body
+    return head + seal.check(head)[:_CHECKSUM] + body
 
 
 class IndexFile:
     """One file, mapped. Raises `DamagedError` naming it when it does not verify."""
 
-    def __init__(self, name: str, data: NDArray[np.uint8], *, verify: bool | None = None) -> None:
+    def __init__(self, name: str, data: NDArray[np.uint8], *, verify: bool | None = None, seal: Seal = PLAIN) -> None:
         self.name = name
         raw = data[:_HEAD_SIZE].tobytes()
-        if len(raw) < _HEAD_SIZE or blake3(raw[:-_CHECKSUM]).digest(length=_CHECKSUM) != raw[-_CHECKSUM:]:
+        if len(raw) < _HEAD_SIZE or seal.check(raw[:-_CHECKSUM])[:_CHECKSUM] != raw[-_CHECKSUM:]:
             raise DamagedError(f"the header of index {name} does not verify", hint="Run: incbak check")
         magic, version, packs, count, digest = _HEAD.unpack_from(raw)
         if magic != MAGIC or version > VERSION:
             raise FormatTooNewError(f"index {name} is of version {version}", hint="Use a newer incbak.")
         if len(data) != _HEAD_SIZE + packs * PACK.itemsize + count * (8 + PLACE.itemsize):
             raise DamagedError(f"index {name} has a wrong size", hint="Run: incbak check")
-        if (len(data) <= VERIFY_UP_TO if verify is None else verify) and blake3(
-            memoryview(data[_HEAD_SIZE:])  # type: ignore[arg-type]
-        ).digest() != digest:
+        body = memoryview(data[_HEAD_SIZE:])  # type: ignore[arg-type]
+        if (len(data) <= VERIFY_UP_TO if verify is None else verify) and seal.check(body) != digest:
             raise DamagedError(f"index {name} does not match its digest", hint="Run: incbak check")
         at = _HEAD_SIZE
         self.packs = data[at : at + packs * PACK.itemsize].view(PACK)
@@ -213,7 +212,7 @@ class Index:
         if name in known:
             return known[name]
         try:
-            return IndexFile(name, mapped(self._storage, name))
+            return IndexFile(name, mapped(self._storage, name), seal=self._storage.seal)
         except FormatTooNewError:
             raise
         except DamagedError:

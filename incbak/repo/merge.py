@@ -11,6 +11,7 @@ from incbak import durable
 from incbak.errors import DamagedError, LockedError
 from incbak.repo.ids import new_id
 from incbak.repo.index import IndexFile, encode, mapped
+from incbak.repo.seal import Seal
 from incbak.repo.storage.base import Storage
 
 FILES = 32
@@ -41,19 +42,23 @@ def _merge(storage: Storage) -> None:
     total = 0
     for name in sorted(sizes, key=lambda n: sizes[n]):
         with suppress(FileNotFoundError, DamagedError):
-            file = IndexFile(name, mapped(storage, name), verify=True)
+            file = _file(storage, name, verify=True)
             if total + len(file) > BLOBS:
                 break
             chosen.append(file)
             total += len(file)
     if len(chosen) < 2:
         return
-    storage.write("index", new_id(), _merged(chosen))
+    storage.write("index", new_id(), _merged(chosen, storage.seal))
     for file in chosen:
         storage.remove("index", file.name)
 
 
-def _merged(files: list[IndexFile]) -> bytes:
+def _file(storage: Storage, name: str, *, verify: bool) -> IndexFile:
+    return IndexFile(name, mapped(storage, name), verify=verify, seal=storage.seal)
+
+
+def _merged(files: list[IndexFile], seal: Seal) -> bytes:
     packs: dict[tuple[str, int], int] = {}
     parts, numbers = [], []
     for file in files:
@@ -62,7 +67,7 @@ def _merged(files: list[IndexFile]) -> bytes:
         sound = file.places["pack"] < len(table)
         parts.append(file.entries()[sound])
         numbers.append(table[file.places["pack"][sound]])
-    return encode(list(packs), np.concatenate(numbers), np.concatenate(parts))
+    return encode(list(packs), np.concatenate(numbers), np.concatenate(parts), seal)
 
 
 def drop_packs(storage: Storage, packs: Collection[str]) -> None:
@@ -73,9 +78,9 @@ def drop_packs(storage: Storage, packs: Collection[str]) -> None:
     with storage.lock(_LOCK, exclusive=True, wait=_WAIT):
         for name in sorted(storage.list("index")):
             with suppress(FileNotFoundError, DamagedError):
-                if not set(IndexFile(name, mapped(storage, name), verify=False).names) & set(packs):
+                if not set(_file(storage, name, verify=False).names) & set(packs):
                     continue
-                _write_without(storage, IndexFile(name, mapped(storage, name), verify=True), packs)
+                _write_without(storage, _file(storage, name, verify=True), packs)
                 durable.crash_point("prune.index-written")
                 storage.remove("index", name)
 
@@ -91,6 +96,5 @@ def _write_without(storage: Storage, file: IndexFile, packs: Collection[str]) ->
         rows = np.flatnonzero(pack < len(stays))
         rows = rows[stays[pack[rows]]]
         if len(rows):
-            storage.write(
-                "index", new_id(), encode(table, numbers[pack[rows]], file.entries(start, start + BLOBS)[rows])
-            )
+            entries = file.entries(start, start + BLOBS)[rows]
+            storage.write("index", new_id(), encode(table, numbers[pack[rows]], entries, storage.seal))

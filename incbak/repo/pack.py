@@ -18,11 +18,11 @@ import secrets
 import struct
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError, FormatTooNewError
 from incbak.repo.blob import MAX_BLOB
+from incbak.repo.seal import PLAIN, Seal
 from incbak.repo.storage.base import Storage
 
 VERSION = 1
@@ -45,12 +45,12 @@ def head() -> bytes:
     return HEAD.pack(HEAD_MAGIC, VERSION, 0)
 
 
-def tail(entries: Entries, offset: int) -> tuple[bytes, str]:
+def tail(entries: Entries, offset: int, seal: Seal = PLAIN) -> tuple[bytes, str]:
     """How a pack ends, with the table at ``offset``; and its name. Salts ``entries``."""
     if len(entries):
         entries["salt"][0] = secrets.token_bytes(7)
     table = entries.tobytes()
-    digest = blake3(table).digest()
+    digest = seal.check(table)
     return table + FOOT.pack(FOOT_MAGIC, VERSION, len(entries), offset, digest, b""), digest[:16].hex()
 
 
@@ -67,7 +67,7 @@ def read_table(storage: Storage, name: str, size: int) -> Entries:
     if count > MAX_ENTRIES or offset + count * ENTRY.itemsize + FOOT.size != size:
         raise DamagedError(f"pack {name} has an impossible table")
     table = storage.read_range("packs", name, offset, count * ENTRY.itemsize)
-    if blake3(table).digest() != digest or digest[:16].hex() != name:
+    if storage.seal.check(table) != digest or digest[:16].hex() != name:
         raise DamagedError(f"the table of pack {name} does not match its digest")
     entries = np.frombuffer(table, dtype=ENTRY)
     if len(entries) and not _possible(entries, offset):

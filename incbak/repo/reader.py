@@ -23,6 +23,7 @@ class BlobReader:
 
     def __init__(self, storage: Storage, index: Index, limit: int) -> None:
         self._storage, self._index, self.limit = storage, index, limit
+        self._seal = storage.seal
 
     def read(self, digest: bytes) -> bytes | memoryview:
         """One blob. Raises `DamagedError` naming the digest and the pack."""
@@ -71,10 +72,10 @@ class BlobReader:
         if place.raw > self.limit:
             raise DamagedError(f"blob {digest.hex()} in pack {place.pack} claims {place.raw} bytes")
         try:
-            data = blob.decode(place.codec, stored, place.raw)
+            data = self._seal.decode(digest, place.codec, stored, place.raw)
         except DamagedError as e:
             raise DamagedError(f"blob {digest.hex()} in pack {place.pack}: {e}") from e
-        if blob.digest_of(data) != digest:
+        if self._seal.digest(data) != digest:
             raise DamagedError(
                 f"blob {digest.hex()} in pack {place.pack} does not match its digest",
                 hint="Run: incbak check --read-data",

@@ -11,7 +11,7 @@ import numpy as np
 
 from incbak.errors import DamagedError, DurabilityError
 from incbak.events import Progress, Reporter, Warned
-from incbak.repo import blob, pack
+from incbak.repo import pack
 from incbak.repo.repository import Repository
 from incbak.repo.verified import Verified
 
@@ -94,8 +94,9 @@ def _one_pack(repo: Repository, name: str, entries: pack.Entries) -> tuple[list[
             digest, size = entry["digest"].tobytes(), int(entry["stored"])
             start = int(entry["offset"]) - base
             try:
-                content = blob.decode(int(entry["codec"]), data[start : start + size], int(entry["raw"]))
-                if blob.digest_of(content) != digest:
+                stored, codec = data[start : start + size], int(entry["codec"])
+                content = repo.seal.decode(digest, codec, stored, int(entry["raw"]))
+                if repo.seal.digest(content) != digest:
                     bad.append(digest)
             except DamagedError:
                 bad.append(digest)

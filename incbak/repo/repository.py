@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import re
 import socket
@@ -14,15 +15,26 @@ import msgspec
 import numpy as np
 
 from incbak import durable
-from incbak.errors import DamagedError, FormatTooNewError, LockedError, NoRepositoryError, UsageError
+from incbak.errors import (
+    DamagedError,
+    FormatTooNewError,
+    LockedError,
+    NoRepositoryError,
+    UsageError,
+    WrongPassphraseError,
+)
 from incbak.repo import blob
 from incbak.repo import record as records
+from incbak.repo.cipher import KEY, Cipher
+from incbak.repo.cipher import NAME as CIPHER
 from incbak.repo.damage import Damage, read_damage
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.index import Index
+from incbak.repo.keys import Cost, add_key, unlock
 from incbak.repo.merge import merge_small
 from incbak.repo.reader import BlobReader
 from incbak.repo.record import DiskRecord, Record
+from incbak.repo.seal import PLAIN, Seal
 from incbak.repo.storage.base import KINDS, Storage
 from incbak.repo.storage.local import LocalStorage
 from incbak.repo.tree import PAGE, TreeReader, TreeUpdate, clusters_in
@@ -39,19 +51,41 @@ _CONDEMNING = 10.0
 """Seconds that a run waits for such a moment to pass."""
 
 
-class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the file ``config`` holds; ``digest`` is of the other fields."""
+_NEWER = "Use a newer incbak."
+
+
+def _no_passphrase() -> bytes:
+    raise WrongPassphraseError("the repository is encrypted, and no passphrase was given")
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the file ``config`` holds; ``digest`` is of the other fields, and ``proof`` too, with the repository's key,
+    where ``cipher`` says that it is encrypted."""
 
     version: int
     id: str
     cluster_size: int
     program: str = "incbak"
     digest: str = ""
+    cipher: str = ""
+    proof: str = ""
 
     def sealed(self) -> Config:
         """With its digest."""
-        fields = f"{self.version} {self.id} {self.cluster_size} {self.program}"
-        return msgspec.structs.replace(self, digest=blob.digest_of(fields.encode()).hex())
+        return msgspec.structs.replace(self, digest=blob.digest_of(self._fields).hex())
+
+    def proven(self, seal: Seal) -> Config:
+        """With the proof that who wrote it has the key."""
+        return msgspec.structs.replace(self, proof=seal.check(self._fields).hex())
+
+    def opens(self, master: bytes) -> bool:
+        """Whether it was proven with this master key."""
+        return hmac.compare_digest(self.proven(Cipher(master)).proof, self.proof)
+
+    @property
+    def _fields(self) -> bytes:
+        cipher = f" {self.cipher}" if self.cipher else ""
+        return f"{self.version} {self.id} {self.cluster_size} {self.program}{cipher}".encode()
 
 
 class Repository:
@@ -65,24 +99,54 @@ class Repository:
         """Records that `backups` could not read, with the reason."""
 
     @classmethod
-    def init(cls, path: Path, cluster_size: int = DEFAULT_CLUSTER) -> Repository:
-        """Make a new repository in a directory that is missing or empty; the config comes last. Raises `UsageError`."""
+    def init(
+        cls, path: Path, cluster_size: int = DEFAULT_CLUSTER, passphrase: bytes | None = None, cost: Cost | None = None
+    ) -> Repository:
+        """Make a new repository in a directory that is missing or empty, encrypted if there is a passphrase.
+
+        The config comes last. Raises `UsageError`, before anything is made.
+        """
         if cluster_size not in CLUSTER_SIZES or cluster_size & (cluster_size - 1):
             raise UsageError(f"not a cluster size: {cluster_size}", hint="Use a power of two from 4K to 4M.")
         if (path / "config").exists():
             raise UsageError(f"{path} is a repository already")
         if path.exists() and (not path.is_dir() or any(p.name not in _OURS for p in path.iterdir())):
             raise UsageError(f"{path} is not an empty directory", hint="Choose another path.")
+        if passphrase is not None and not passphrase:
+            raise UsageError("the passphrase is empty")
+        config, seal = Config(VERSION, new_id(), cluster_size), PLAIN
+        if passphrase is not None:
+            master = os.urandom(KEY)
+            seal = Cipher(master)
+            config = msgspec.structs.replace(config, cipher=CIPHER).proven(seal)
         durable.make_dir(path)
-        storage = LocalStorage(path)
+        storage = LocalStorage(path, seal)
         storage.make_directories()
-        config = Config(VERSION, new_id(), cluster_size).sealed()
-        durable.write_new(path / "config", [msgspec.json.encode(config)])
-        return cls(storage, config)
+        if passphrase is not None:
+            for left in storage.list("keys"):
+                storage.remove("keys", left)  # of an init that was killed
+            add_key(storage, config.id, master, passphrase, cost=cost)
+        durable.write_new(path / "config", [msgspec.json.encode(config.sealed())])
+        return cls(storage, config.sealed())
 
     @classmethod
-    def open(cls, path: Path) -> Repository:
-        """Open the repository at ``path``. Raises `NoRepositoryError`, `FormatTooNewError`, `DamagedError`."""
+    def open(cls, path: Path, passphrase: Callable[[], bytes] = _no_passphrase) -> Repository:
+        """Open the repository at ``path``; ``passphrase`` is asked for one if it is encrypted.
+
+        Raises `NoRepositoryError`, `FormatTooNewError`, `DamagedError`, `WrongPassphraseError`.
+        """
+        storage, config = cls.look(path)
+        storage.check_folders()
+        if config.cipher:
+            master = unlock(storage, config.id, passphrase())
+            if not config.opens(master):
+                raise DamagedError(f"the config of {path} does not verify with the repository's key")
+            storage.seal = Cipher(master)
+        return cls(storage, config)
+
+    @staticmethod
+    def look(path: Path) -> tuple[LocalStorage, Config]:
+        """Where its files are, and its config, without opening it. Raises as `open`, but asks for no passphrase."""
         storage = LocalStorage(path)
         try:
             raw = storage.read(".", "config", _CONFIG_LIMIT)
@@ -93,7 +157,7 @@ class Repository:
             raise NoRepositoryError(f"cannot read {path}: {e.strerror}", hint="Check the path and permissions.") from e
         version = _version_of(raw)
         if version is not None and version > VERSION:
-            raise FormatTooNewError(f"repository {path} is of format {version}", hint="Use a newer incbak.")
+            raise FormatTooNewError(f"repository {path} is of format {version}", hint=_NEWER)
         try:
             config = msgspec.json.decode(raw, type=Config)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
@@ -103,8 +167,14 @@ class Repository:
             raise DamagedError(f"the config of {path} is malformed: its id or cluster size")
         if config != config.sealed():
             raise DamagedError(f"the config of {path} does not match its digest")
-        storage.check_folders()
-        return cls(storage, config)
+        if config.cipher not in ("", CIPHER):
+            raise FormatTooNewError(f"repository {path} is encrypted with {config.cipher[:32]!r}", hint=_NEWER)
+        return storage, config
+
+    @property
+    def seal(self) -> Seal:
+        """How content is named and stored."""
+        return self.storage.seal
 
     # -- reading --------------------------------------------------------------------------------------------------
 

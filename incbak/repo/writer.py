@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from incbak import durable
 from incbak.errors import DurabilityError, IncbakError
-from incbak.repo import blob, pack, record
+from incbak.repo import pack, record
 from incbak.repo.ids import new_id
 from incbak.repo.index import Digests, Index, encode
 from incbak.repo.storage.base import Storage, Stream
@@ -62,7 +62,7 @@ class Writer:
         level: int = 1,
     ) -> None:
         self._storage, self._index, self._damaged, self._still_locked = storage, index, damaged, still_locked
-        self.level = level
+        self.level, self.seal = level, storage.seal
         self._lock = threading.Lock()
         self._stream: Stream | None = None
         self._buffer: list[bytes | memoryview] = []
@@ -126,9 +126,9 @@ class Writer:
 
     def add_page(self, data: bytes) -> bytes:
         """Store a page of a tree unless it is there; its digest."""
-        digest = blob.digest_of(data)
+        digest = self.seal.digest(data)
         if not self.have(np.frombuffer(digest, dtype=np.uint8).reshape(1, -1))[0]:
-            self.add(digest, *blob.encode(data, self.level), len(data))
+            self.add(digest, *self.seal.encode(digest, data, self.level), len(data))
         return digest
 
     def _begin(self) -> None:
@@ -157,7 +157,7 @@ class Writer:
         digests, offsets, sizes, raws, codecs = zip(*whole.items, strict=True)
         entries["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
         entries["offset"], entries["stored"], entries["raw"], entries["codec"] = offsets, sizes, raws, codecs
-        table, name = pack.tail(entries, whole.offset)
+        table, name = pack.tail(entries, whole.offset, self.seal)
         try:
             size = whole.stream.append([*whole.buffer, table])
             durable.crash_point("repo.pack-full")
@@ -177,7 +177,7 @@ class Writer:
         durable.crash_point("repo.packs-durable")
         numbers = np.repeat(np.arange(len(self._tables), dtype=np.uint32), [len(t) for t in self._tables])
         named = np.concatenate(self._tables)
-        self._storage.write("index", new_id(), encode(self._packs, numbers, named))
+        self._storage.write("index", new_id(), encode(self._packs, numbers, named, self.seal))
         durable.crash_point("repo.index-durable")
         self._packs, self._tables = [], []
         if not self._damaged:

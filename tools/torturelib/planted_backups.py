@@ -141,8 +141,8 @@ _REPO = (
     Fault(
         "repo-index-not-verified",
         _INDEX,
-        ").digest() != digest:\n",
-        ").digest() is None:\n",
+        " and seal.check(body) != digest:\n",
+        " and seal.check(body) is None:\n",
         unit("repo/test_formats", "test_a_damaged_index_file_is_named_and_left_out"),
     ),
     Fault(
@@ -162,9 +162,9 @@ _REPO = (
     Fault(
         "repo-merge-removes-first",
         "incbak/repo/merge.py",
-        '    storage.write("index", new_id(), _merged(chosen))\n    for file in chosen:\n'
+        '    storage.write("index", new_id(), _merged(chosen, storage.seal))\n    for file in chosen:\n'
         '        storage.remove("index", file.name)\n',
-        "    merged = _merged(chosen)\n    for file in chosen:\n"
+        "    merged = _merged(chosen, storage.seal)\n    for file in chosen:\n"
         '        storage.remove("index", file.name)\n    storage.write("index", new_id(), merged)\n',
         unit("repo/test_formats", "test_a_merge_that_fails_loses_no_index"),
     ),
@@ -336,8 +336,8 @@ _BACKUP = (
     Fault(
         "pipeline-codec-not-verified",
         _PIPELINE,
-        "        if self.verify and blob.digest_of",
-        "        if False and blob.digest_of",
+        "        if self.verify and seal.digest",
+        "        if False and seal.digest",
         unit("backup/test_sink", "test_a_cluster_that_does_not_decompress_to_itself_stops_the_run"),
     ),
 )

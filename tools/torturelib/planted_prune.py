@@ -323,8 +323,8 @@ _ORDER = (
     Fault(
         "prune-old-index-goes-first",
         _MERGE,
-        "                _write_without(storage, IndexFile(name, mapped(storage, name), verify=True), packs)\n",
-        "                file = IndexFile(name, mapped(storage, name), verify=True)\n"
+        "                _write_without(storage, _file(storage, name, verify=True), packs)\n",
+        "                file = _file(storage, name, verify=True)\n"
         '                storage.remove("index", name)\n'
         "                _write_without(storage, file, packs)\n",
         _kills("test_killed_anywhere_every_listed_backup_restores"),

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned", "verified", "drills")
-LATER = ("pins", "condemned", "verified", "drills")
+from incbak.repo.seal import Seal
+
+KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned", "verified", "drills", "keys")
+LATER = ("pins", "condemned", "verified", "drills", "keys")
 """Kinds that an older repository may lack: there are none of these files, and the first one makes the folder."""
 
 
@@ -33,7 +35,10 @@ class Stream(ABC):
 
 
 class Storage(ABC):
-    """Safe for many threads and many processes."""
+    """Safe for many threads and many processes. Small files of the kinds in `SEALED` are closed by ``seal`` when they
+    are written and opened when they are read; all others are as the caller gives them."""
+
+    seal: Seal
 
     @abstractmethod
     def list(self, kind: str) -> dict[str, int]:
@@ -41,7 +46,8 @@ class Storage(ABC):
 
     @abstractmethod
     def read(self, kind: str, name: str, limit: int) -> bytes:
-        """A whole file. Raises `FileNotFoundError`, or `DamagedError` if it is larger than ``limit`` bytes."""
+        """A whole file. Raises `FileNotFoundError`, or `DamagedError` if it is larger than ``limit`` bytes, or does not
+        open with the seal."""
 
     @abstractmethod
     def read_range(self, kind: str, name: str, offset: int, length: int) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from incbak import durable
 from incbak.errors import DamagedError, DurabilityError, LockedError
+from incbak.repo.seal import PLAIN, SEALED, Seal
 from incbak.repo.storage.base import KINDS, LATER, Storage, Stream
 
 _OPEN_FILES = 64
@@ -80,8 +81,8 @@ class _OpenFile:
 class LocalStorage(Storage):
     """See `Storage`. ``root`` must exist; links below it are not followed."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, seal: Seal = PLAIN) -> None:
+        self.root, self.seal = root, seal
         self._files: OrderedDict[tuple[str, str], _OpenFile] = OrderedDict()
         self._mutex = threading.Lock()
 
@@ -123,6 +124,11 @@ class LocalStorage(Storage):
                     raise DamagedError(f"{self.root / kind} is no folder", hint="Links are not followed there.")
 
     def read(self, kind: str, name: str, limit: int) -> bytes:
+        if kind not in SEALED:
+            return self._read(kind, name, limit)
+        return self.seal.open(kind, name, self._read(kind, name, limit + self.seal.overhead))
+
+    def _read(self, kind: str, name: str, limit: int) -> bytes:
         fd = os.open(self.root / kind / name, _READ)
         try:
             info = os.fstat(fd)
@@ -153,6 +159,8 @@ class LocalStorage(Storage):
     def write(self, kind: str, name: str, data: bytes) -> None:
         if kind in LATER:
             durable.make_dir(self.root / kind)
+        if kind in SEALED:
+            data = self.seal.close(kind, name, data)
         durable.write_new(self.root / kind / name, [data])
 
     def stream(self, kind: str) -> Stream:

@@ -321,7 +321,7 @@ def test_a_cluster_that_does_not_decompress_to_itself_stops_the_run(
     def faulty(data: memoryview, level: int = 1) -> tuple[int, bytes | memoryview]:
         return real(b"y" * len(data), level)
 
-    monkeypatch.setattr(module.blob, "encode", faulty)
+    monkeypatch.setattr(blob, "encode", faulty)
     with sinking(repo) as sink, pytest.raises(BackupError, match="came out wrong"):
         sink.write(0, memoryview(b"x" * SIZE))
         sink.flush()
