@@ -34,12 +34,14 @@ from incbak.errors import (
     BitmapError,
     DamagedError,
     DiskError,
+    DurabilityError,
     FallbackRefusedError,
     IncbakError,
 )
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
 from incbak.reasons import Reason
 from incbak.repo.damage import add_note
+from incbak.repo.memory import Memory
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository, host_name
 from incbak.repo.writer import Writer
@@ -69,6 +71,8 @@ class Options:
     level: int = 1
     audit: int = 0
     attachments: Mapping[str, str] | None = None
+    memory: Memory | None = None
+    """What this host remembers of the repository, to be compared and brought up to date."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,15 @@ async def run(repo: Repository, engine: Engine, options: Options, report: Report
     vm = await vm_name(engine, options.name)
     async with locked(repo, vm, options.lock_wait) as still_locked:
         distrusted: set[str] = set()
+        troubles = await asyncio.to_thread(options.memory.troubles, repo, vm) if options.memory else []
+        for what in troubles:
+            report(Warned(what))
         while True:
-            attempt = _Attempt(repo, engine, options, report, vm, distrusted)
+            attempt = _Attempt(repo, engine, options, report, vm, distrusted, troubles)
             try:
-                return await attempt.run(still_locked)
+                outcome = await attempt.run(still_locked)
+                await asyncio.to_thread(_remember, repo, outcome, options.memory, report)
+                return outcome
             except DamagedError as e:
                 bases = attempt.bases() - distrusted
                 if not bases:
@@ -99,12 +108,28 @@ async def run(repo: Repository, engine: Engine, options: Options, report: Report
                 report(Warned(f"the base cannot be relied on, so the run begins again without it: {e}"))
 
 
+def _remember(repo: Repository, outcome: Outcome, memory: Memory | None, report: Reporter) -> None:
+    if memory and outcome.record:
+        try:
+            memory.remember(repo, outcome.record)
+        except DurabilityError as e:
+            report(Warned(f"the backup is made, but this host cannot remember it: {e}"))
+
+
 class _Attempt:
     """One try at a run."""
 
     def __init__(
-        self, repo: Repository, engine: Engine, options: Options, report: Reporter, vm: str, distrusted: set[str]
+        self,
+        repo: Repository,
+        engine: Engine,
+        options: Options,
+        report: Reporter,
+        vm: str,
+        distrusted: set[str],
+        troubles: Sequence[str],
     ) -> None:
+        self._troubles = troubles
         self._repo, self._engine, self._options, self._report, self._vm = repo, engine, options, report, vm
         self._distrusted = distrusted
         self._planned: list[Planned] = []
@@ -270,7 +295,7 @@ class _Attempt:
     ) -> Record:
         disks = tuple(_disk_record(p, sinks[p.name], roots[p.name]) for p in self._planned if p.name in roots)
         bases = [p.base for p in self._planned if p.base and p.name in roots]
-        notes = [*description.notes, *result.notes]
+        notes = [*self._troubles, *description.notes, *result.notes]
         notes += [f"disk {x.name} was left out: {x.why}" for x in description.left_out]
         notes += [f"disk {name} failed: {why}" for name, why in failed.items()]
         if result.frozen is not None:

@@ -20,6 +20,7 @@ from incbak.cli.surroundings import Surroundings
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
 from incbak.errors import IncompleteError, LockedError, UsageError
+from incbak.repo.repository import Repository
 from incbak.report.backups import as_json, disk_line
 from incbak.report.console import Console
 from incbak.units import parse_duration, parse_share, parse_size
@@ -172,12 +173,13 @@ def _back_up_one(
         dry_run=dry_run,
         tags=tags,
         attachments=read_attachments(attach),
+        memory=here.memory,
     )
     console = here.reporter()
     wanted = Source(source, here.state_dir, name, disks, **engine_settings(**engine))
     with Surroundings(here.vm, name or source, kind, metrics, dry_run=dry_run) as around:
         try:
-            outcome = interruptible(_run(here, wanted, options, console))
+            outcome = interruptible(_run(here.open(), wanted, options, console))
         finally:
             console.end()
         around.outcome = outcome
@@ -204,8 +206,7 @@ def engine_settings(
     }
 
 
-async def _run(here: Settings, source: Source, options: Options, console: Console) -> Outcome:
-    repo = here.open()
+async def _run(repo: Repository, source: Source, options: Options, console: Console) -> Outcome:
     engine = await open_waiting(source, options.lock_wait)
     try:
         return await run(repo, engine, options, console)

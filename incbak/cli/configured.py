@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import click
 
+from incbak.cli.passphrase import Passphrase
 from incbak.cli.settings import Settings
 from incbak.errors import IncbakError, IncompleteError, UsageError
 from incbak.fleet.config import Vm
@@ -125,7 +127,7 @@ def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> I
         raise UsageError(f"{where} has no VM", hint="Write a table [vms.NAME] with a source into it.")
     rest = click.get_current_context().meta[_REST]
     argv = [sys.executable, "-P", "-m", "incbak", *_common(here, json), command]
-    children = _Children()
+    children = _Children(here.passphrase)
 
     def one(name: str) -> Done:
         process = children.start([*argv, name, *rest])
@@ -147,7 +149,8 @@ def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> I
 class _Children:
     """The processes of one run. After `end` none is left that was not told to end, also none that was just starting."""
 
-    def __init__(self) -> None:
+    def __init__(self, passphrase: Passphrase | None = None) -> None:
+        self._passphrase = passphrase
         self._lock = threading.Lock()
         self._running: list[subprocess.Popen[str]] = []
         self._ended = False
@@ -157,8 +160,19 @@ class _Children:
         with self._lock:
             if self._ended:
                 raise KeyboardInterrupt
+            more, file = self._passphrase.for_child() if self._passphrase else ({}, None)
             pipe = subprocess.PIPE
-            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+                env={**os.environ, **more},
+                pass_fds=(file.fileno(),) if file else (),
+            )
+            if file:
+                file.close()
             self._running.append(process)
             return process
 

@@ -46,7 +46,7 @@ def doctor(source: str | None, name: str | None, scratch_dir: Path | None, monit
     wait = max(parse_duration(monitor_wait), 0.5)
     found = look_at_host(here.state_dir) + guarded("configuration", lambda: _configuration(here))
     if here.repository:
-        found += look_at_repository(here.repository)
+        found += look_at_repository(here.repository, here.memory, here.open)
     if source:
         wanted = Source(source_of(here, source), here.state_dir, name, scratch_dir=scratch_dir, monitor_wait=wait)
         found += interruptible(look_at_source(wanted))

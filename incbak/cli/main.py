@@ -42,6 +42,7 @@ _COMMANDS = MappingProxyType(
         "doctor": "doctor:doctor",
         "config": "fleet:config",
         "schedule": "fleet:schedule",
+        "key": "key:key",
         "man": "man:man",
     }
 )

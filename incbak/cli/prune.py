@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import click
 import msgspec
 
 from incbak.cli.settings import Settings, common, printable, settings
-from incbak.errors import DamagedError, UsageError
+from incbak.errors import DamagedError, DurabilityError, UsageError
 from incbak.repo import pins
 from incbak.repo.prune import Options, Outcome, Rules, dry_run, prune
 from incbak.repo.retention import Decision, Policy
@@ -90,8 +91,10 @@ def prune_command(
         return
     if name or not policy.empty:
         raise UsageError("--all is for all VMs of the configuration, by the rules there", hint="Leave the others out.")
+    config = here.configuration()
     for repository, rules in _configured(here).items():
-        here.repository = repository
+        here.repository, here.vm = repository, config.vm(next(iter(rules)))
+        here.__dict__.pop("passphrase", None)
         _run(here, rules, None, options)
 
 
@@ -122,6 +125,9 @@ def _run(here: Settings, rules: Rules, name: str | None, options: Options | None
     finally:
         console.end()
         repo.close()
+    if options:
+        with suppress(DurabilityError):  # the next backup of the VM would then warn of what is no trouble
+            here.memory.pruned(repo, [d.record.id for d in done.decisions if not d.keep])
     _tell(here, done, dry=options is None)
     if done.trouble:
         raise done.trouble

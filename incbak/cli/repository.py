@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import msgspec
 
 from incbak.cli.settings import Settings, common, printable, settings
-from incbak.errors import DamagedError, UsageError
+from incbak.errors import DamagedError, DurabilityError, UsageError
 from incbak.repo import check as checks
 from incbak.repo.pins import read_pins
 from incbak.repo.record import Record
@@ -22,20 +23,30 @@ from incbak.units import format_size, parse_duration, parse_size
 @click.command(short_help="Make a new repository.")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--cluster-size", metavar="SIZE", default=str(DEFAULT_CLUSTER), help="4K to 4M.  [default: 64K]")
+@click.option("--encrypt", is_flag=True, help="Encrypt what is stored, with a passphrase.")
 @common
-def init(path: Path | None, cluster_size: str) -> None:
+def init(path: Path | None, cluster_size: str, encrypt: bool) -> None:
     """Make a repository in PATH (or where -r says), which must be missing or empty.
+
+    With --encrypt nobody reads the backups without the passphrase: a command asks for it on a terminal, or takes it
+    from INCBAK_PASSWORD_FILE, INCBAK_PASSWORD_COMMAND or INCBAK_PASSWORD_FD. Without it, and without a key that was
+    exported (incbak key export), they are lost.
 
     \b
     Example:
       incbak init /backup
+      INCBAK_PASSWORD_FILE=/root/backup.pass incbak init /backup --encrypt
     """
     here = settings()
     where = path or here.repository_path()
-    repo = Repository.init(where, parse_size(cluster_size))
+    repo = Repository.init(where, parse_size(cluster_size), here.passphrase.first() if encrypt else None)
+    with suppress(DurabilityError):
+        here.memory.forget_place(where)
+        here.memory.note_place(where, repo.config)
     if here.json:
-        here.tell({"repository": str(where), "id": repo.id, "cluster_size": repo.cluster_size})
-    here.say(f"made repository {repo.id[:8]} in {where}, clusters of {format_size(repo.cluster_size)}")
+        here.tell({"repository": str(where), "id": repo.id, "cluster_size": repo.cluster_size, "encrypted": encrypt})
+    how = ", encrypted" if encrypt else ""
+    here.say(f"made repository {repo.id[:8]} in {where}, clusters of {format_size(repo.cluster_size)}{how}")
 
 
 @click.command("list", short_help="List the backups.")
@@ -179,6 +190,7 @@ def check(read_data: bool, read_data_subset: str | None, max_duration: str | Non
         )
     finally:
         console.end()
+    found.problems += [checks.Problem(what) for what in here.memory.troubles(repo)]
     _tell(here, found)
 
 

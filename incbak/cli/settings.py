@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +14,10 @@ import click
 from click.core import ParameterSource
 
 from incbak import host
+from incbak.cli.passphrase import Passphrase
 from incbak.errors import UsageError
 from incbak.fleet.config import Config, Vm, default_path, load
+from incbak.repo.memory import Memory
 from incbak.repo.repository import Repository
 from incbak.report.console import Console
 from incbak.report.printable import printable as printable
@@ -53,9 +56,25 @@ class Settings:
             raise UsageError("no repository was given", hint="Give -r DIR, or set INCBAK_REPOSITORY.")
         return self.repository
 
+    @property
+    def memory(self) -> Memory:
+        """What this host remembers of repositories."""
+        return Memory(self.state_dir)
+
+    @cached_property
+    def passphrase(self) -> Passphrase:
+        """Of the repository: the environment says where it is, or the configuration."""
+        said = self.vm or self.configuration().defaults
+        return Passphrase(said.password_file, said.password_command)
+
     def open(self) -> Repository:
-        """The repository."""
-        return Repository.open(self.repository_path())
+        """The repository. Raises as `Repository.open`, and `DamagedError` when it was encrypted and is not now."""
+        path = self.repository_path()
+        self.memory.refuse_downgrade(path, Repository.look(path)[1])
+        return Repository.open(path, self._ask)
+
+    def _ask(self) -> bytes:
+        return self.passphrase()
 
     def reporter(self) -> Console:
         """For the library's events."""

@@ -18,6 +18,7 @@ from incbak.cli.settings import Settings, common, printable, settings
 from incbak.engine.detect import Source
 from incbak.errors import BackupError, DiskError, EngineError, UsageError
 from incbak.repo.record import Record
+from incbak.repo.repository import Repository
 from incbak.report.backups import table
 from incbak.units import format_duration, format_size, parse_duration
 
@@ -74,7 +75,7 @@ def status(
 def _rows(here: Settings, wanted: Source, *, tolerant: bool) -> list[dict[str, Any]]:
     """One object for each disk; if ``tolerant``, of an engine that does not answer what the repository knows."""
     try:
-        outcome, last = interruptible(_look(here, wanted))
+        outcome, last = interruptible(_look(here.open(), wanted))
     except (EngineError, DiskError) as e:
         if not (tolerant and wanted.name):
             raise
@@ -107,9 +108,8 @@ def _print(here: Settings, rows: Sequence[Mapping[str, Any]], *, several: bool) 
     here.say(table([["VM", *head] if several else head, *lines]))
 
 
-async def _look(here: Settings, source: Source) -> tuple[Outcome, dict[str, Record]]:
+async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Record]]:
     """The plan of an incremental, and the newest backup of each disk."""
-    repo = here.open()
     engine = await open_waiting(source, 0)
     try:
         options = Options(incremental=True, name=source.name, disks=source.disks, dry_run=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from incbak.doctor import places
 from incbak.doctor.finding import Finding, fault, guarded, ok, warning
 from incbak.errors import LockedError
+from incbak.repo.memory import Memory
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
 from incbak.units import format_duration, format_size
@@ -19,15 +21,18 @@ _AHEAD_SECONDS = 300.0
 _OLD_SECONDS = 8 * 86400.0
 
 
-def look_at_repository(path: Path) -> list[Finding]:
+def look_at_repository(path: Path, memory: Memory, opened: Callable[[], Repository]) -> list[Finding]:
     """All of it. Reads records and notes, not the data: that is what ``incbak check`` is for."""
-    return guarded(_WHAT, lambda: _look(path))
+    return guarded(_WHAT, lambda: _look(path, memory, opened()))
 
 
-def _look(path: Path) -> list[Finding]:
-    repo = Repository.open(path)
+def _look(path: Path, memory: Memory, repo: Repository) -> list[Finding]:
     try:
-        found = [ok(_WHAT, f"{path}, id {repo.id[:8]}, clusters of {format_size(repo.cluster_size)}")]
+        how = "encrypted" if repo.seal.encrypted else "not encrypted"
+        found = [ok(_WHAT, f"{path}, id {repo.id[:8]}, clusters of {format_size(repo.cluster_size)}, {how}")]
+        found += [
+            fault(_WHAT, what, "See: incbak list. Ask who else can write there.") for what in memory.troubles(repo)
+        ]
         found += guarded(_WHAT, lambda: _place(path))
         found += guarded("locks", lambda: _locks(repo))
         found += guarded("backups", lambda: _backups(repo))

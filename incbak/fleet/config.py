@@ -6,6 +6,8 @@
     repository = "/backup"
     lock-wait = "10m"
 
+    password-file = "/root/backup.pass"   # of an encrypted repository; or password-command = ["/usr/bin/pass", "x"]
+
     [vms.web1]
     source = "qmp:/run/web1.qmp"    # or an image: "/srv/web1.raw"
     quiesce = true
@@ -70,6 +72,8 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     """What may be said of all VMs; the texts are what the options of the same names take."""
 
     repository: str = ""
+    password_file: str = ""
+    password_command: tuple[str, ...] = ()
     state_dir: str = ""
     lock_wait: str = ""
     monitor_wait: str = ""
@@ -183,6 +187,9 @@ def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
     paths = {"repository": values.repository, "state-dir": values.state_dir, "scratch-dir": values.scratch_dir}
+    paths |= {"password-file": values.password_file, "password-command": (*values.password_command, "")[0]}
+    if values.password_file and values.password_command:
+        yield f"{key}.password-command", "there is a password-file too", "Leave one, so that it is clear which counts."
     yield from _relative(key, paths)
     parsed: Mapping[str, tuple[str, Callable[[str], Any]]] = {
         "lock-wait": (values.lock_wait, parse_duration),

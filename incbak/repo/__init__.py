@@ -11,6 +11,7 @@
     condemned/ID    packs that nothing needs, and since when; they go when the grace is over            `condemned`
     verified/ID     when each pack was last read whole; a check goes on from there                      `verified`
     drills/ID       how the last drills of each VM went                                                 `drills`
+    keys/ID         of an encrypted repository: its master key, wrapped by a passphrase                `keys`
     locks/NAME      empty files to lock                                                                `storage`
 
 A record names roots; a root is the digest of a page (`tree`); pages name pages and clusters by digest; the index says
@@ -37,6 +38,10 @@ read, and every copy is tried before it is called damaged. Sizes, counts and nam
 **Removing** (`prune`, `retention`) is the one thing that takes away. A backup is gone when its record is. The packs of
 which nothing listed needs anything are condemned, at a moment without a backup, and removed when the grace is over:
 packs, then what the index says of them, then the condemnation. What is condemned is read from, and never built on.
+
+**Encrypted repositories** have the same files in the same order. How content is named and stored is the *seal*'s
+business (`seal`, `cipher`); every place that hashes or encodes asks it. What a host remembers of a repository, to notice
+that it was put back or replaced, is in `memory`.
 
 **Which operation beside which**, in any number of processes of one host
 

@@ -26,6 +26,8 @@ _SALT = 32
 MAX_KEYS = 32
 _MAX_MEMORY = 1 << 30
 _MAX_PASSES = 16
+_WAIT = 30.0
+"""Seconds to wait for another process that removes a key, so that two do not remove the last two."""
 
 
 class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,14 +131,15 @@ def unlock(storage: Storage, repository: str, passphrase: bytes) -> bytes:
 
 def remove_key(storage: Storage, start: str) -> str:
     """Remove the key whose id begins so, durably; its id. Raises `UsageError`, also for the last one."""
-    names = [n for n in storage.list(KIND) if is_id(n) and start and n.startswith(start)]
-    if len(names) != 1:
-        what = "several keys begin" if names else "no key begins"
-        raise UsageError(f"{what} with {start[:64]!r}", hint="See: incbak key list")
-    if not [k for k in read_keys(storage)[0] if k.id != names[0]]:
-        raise UsageError(f"key {names[0][:8]} is the last one", hint="Add another first: incbak key add")
-    storage.remove(KIND, names[0])
-    return names[0]
+    with storage.lock("keys.lock", exclusive=True, wait=_WAIT):
+        names = [n for n in storage.list(KIND) if is_id(n) and start and n.startswith(start)]
+        if len(names) != 1:
+            what = "several keys begin" if names else "no key begins"
+            raise UsageError(f"{what} with {start[:64]!r}", hint="See: incbak key list")
+        if not [k for k in read_keys(storage)[0] if k.id != names[0]]:
+            raise UsageError(f"key {names[0][:8]} is the last one", hint="Add another first: incbak key add")
+        storage.remove(KIND, names[0])
+        return names[0]
 
 
 def import_key(

@@ -138,11 +138,16 @@ class Repository:
         storage, config = cls.look(path)
         storage.check_folders()
         if config.cipher:
-            master = unlock(storage, config.id, passphrase())
-            if not config.opens(master):
-                raise DamagedError(f"the config of {path} does not verify with the repository's key")
-            storage.seal = Cipher(master)
+            storage.seal = Cipher(cls.master(storage, config, passphrase))
         return cls(storage, config)
+
+    @staticmethod
+    def master(storage: Storage, config: Config, passphrase: Callable[[], bytes]) -> bytes:
+        """The key of an encrypted repository. Raises `WrongPassphraseError`, `DamagedError`."""
+        found = unlock(storage, config.id, passphrase())
+        if not config.opens(found):
+            raise DamagedError(f"the config of repository {config.id[:8]} does not verify with its key")
+        return found
 
     @staticmethod
     def look(path: Path) -> tuple[LocalStorage, Config]:

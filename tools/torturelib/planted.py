@@ -62,6 +62,7 @@ def table() -> list[Fault]:
         planted_backups,
         planted_bitmaps,
         planted_files,
+        planted_keys,
         planted_nbd,
         planted_proof,
         planted_prune,
@@ -74,6 +75,7 @@ def table() -> list[Fault]:
     tables = (
         *(planted_bitmaps, planted_nbd, planted_serve, planted_backups),
         *(planted_restores, planted_watch, planted_prune, planted_proof, planted_files, planted_report),
+        planted_keys,
     )
     faults = [fault for each in tables for fault in each.FAULTS]
     if len({f.name for f in faults}) != len(faults):

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from incbak.repo import blob
+from incbak.repo.keys import Cost
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
 from incbak.repo.writer import Writer
@@ -38,9 +39,9 @@ def store(writer: Writer, content: bytes) -> bytes:
     """One cluster as the pipeline stores it; its digest."""
     if not any(content):
         return blob.ZERO_DIGEST
-    digest = blob.digest_of(content)
+    digest = writer.seal.digest(content)
     if not writer.have(np.frombuffer(digest, dtype=np.uint8).reshape(1, -1))[0]:
-        writer.add(digest, *blob.encode(content), len(content))
+        writer.add(digest, *writer.seal.encode(digest, content), len(content))
     return digest
 
 
@@ -87,9 +88,31 @@ def restore(repo: Repository, record: Record, name: str = "vda") -> list[bytes]:
     return [bytes(CLUSTER) if d == blob.ZERO_DIGEST else bytes(reader.read(d)) for d in digests]
 
 
-def new(path: Path) -> Repository:
-    """An empty one."""
-    return Repository.init(path, CLUSTER)
+PASSPHRASE = b"correct horse"
+CHEAP = Cost(n=16)
+"""Of a guess, so that tests need not wait."""
 
 
-__all__ = ["CLUSTER", "back_up", "cluster", "new", "record_of", "restore", "store", "writing"]
+def new(path: Path, *, encrypted: bool = False) -> Repository:
+    """An empty one; encrypted with `PASSPHRASE`."""
+    return Repository.init(path, CLUSTER, PASSPHRASE if encrypted else None, CHEAP)
+
+
+def opened(path: Path) -> Repository:
+    """One of these, opened anew."""
+    return Repository.open(path, lambda: PASSPHRASE)
+
+
+__all__ = [
+    "CHEAP",
+    "CLUSTER",
+    "PASSPHRASE",
+    "back_up",
+    "cluster",
+    "new",
+    "opened",
+    "record_of",
+    "restore",
+    "store",
+    "writing",
+]
