@@ -42,7 +42,8 @@ def init(path: Path | None, cluster_size: str, encrypt: bool) -> None:
     repo = Repository.init(where, parse_size(cluster_size), here.passphrase.first() if encrypt else None)
     with suppress(DurabilityError):
         here.memory.forget_place(where)
-        here.memory.note_place(where, repo.config)
+        if encrypt:
+            here.memory.note_place(where, repo.config)
     if here.json:
         here.tell({"repository": str(where), "id": repo.id, "cluster_size": repo.cluster_size, "encrypted": encrypt})
     how = ", encrypted" if encrypt else ""

@@ -40,8 +40,8 @@ which nothing listed needs anything are condemned, at a moment without a backup,
 packs, then what the index says of them, then the condemnation. What is condemned is read from, and never built on.
 
 **Encrypted repositories** have the same files in the same order. How content is named and stored is the *seal*'s
-business (`seal`, `cipher`); every place that hashes or encodes asks it. What a host remembers of a repository, to notice
-that it was put back or replaced, is in `memory`.
+business (`seal`, `cipher`); every place that hashes or encodes asks it. What a host remembers of a repository, to
+notice that it was put back or replaced, is in `memory`.
 
 **Which operation beside which**, in any number of processes of one host
 
