@@ -15,12 +15,14 @@ import click
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
+from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, settings
 from incbak.cli.surroundings import Surroundings
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
-from incbak.errors import IncompleteError, LockedError, UsageError
+from incbak.errors import IncbakError, IncompleteError, LockedError, UsageError
 from incbak.repo.repository import Repository
+from incbak.repo.retention import Policy
 from incbak.report.backups import as_json, disk_line
 from incbak.report.console import Console
 from incbak.units import parse_duration, parse_share, parse_size
@@ -80,6 +82,9 @@ def _source_options(command: C) -> C:
             type=click.Path(path_type=Path, dir_okay=False),
             metavar="FILE",
             help="Write how it went here, for Prometheus.  [default: as the configuration says]",
+        ),
+        click.option(
+            "--prune", "prunes", is_flag=True, help="When it is made, prune the VM by its rules in the configuration."
         ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
         *_ENGINE_OPTIONS,
@@ -158,9 +163,11 @@ def _back_up_one(
     tags: tuple[str, ...],
     attach: tuple[Path, ...],
     metrics: Path | None,
+    prunes: bool,
     dry_run: bool,
     **engine: Any,
 ) -> None:
+    policy = _policy(here) if prunes else None
     wait = parse_duration(lock_wait)
     options = Options(
         incremental=kind == "incremental",
@@ -183,7 +190,29 @@ def _back_up_one(
         finally:
             console.end()
         around.outcome = outcome
-        _tell(here, outcome)
+        try:
+            _tell(here, outcome)
+        finally:
+            if policy and outcome.record:
+                _prune(here, outcome.vm, policy, console)
+
+
+def _policy(here: Settings) -> Policy:
+    """Raises `UsageError` where the configuration has no rules for the VM."""
+    if here.vm is None or here.vm.keep is None:
+        raise UsageError("--prune is for a VM of the configuration that has rules", hint="Write [vms.NAME.keep].")
+    return policy_of(here.vm.keep)
+
+
+def _prune(here: Settings, vm: str, policy: Policy, console: Console) -> None:
+    repo = here.open()
+    try:
+        prune_after(here, repo, vm, policy, console)
+    except IncbakError as e:
+        raise IncbakError(f"the backup is made, but nothing was pruned: {e}", hint=e.hint) from e
+    finally:
+        console.end()
+        repo.close()
 
 
 def engine_settings(

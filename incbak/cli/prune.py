@@ -11,9 +11,12 @@ import click
 import msgspec
 
 from incbak.cli.settings import Settings, common, printable, settings
-from incbak.errors import DamagedError, DurabilityError, UsageError
+from incbak.errors import DamagedError, DurabilityError, LockedError, UsageError
+from incbak.events import Reporter, Warned
+from incbak.fleet.config import Keep
 from incbak.repo import pins
 from incbak.repo.prune import Options, Outcome, Rules, dry_run, prune
+from incbak.repo.repository import Repository
 from incbak.repo.retention import Decision, Policy
 from incbak.report.backups import pruning
 from incbak.units import format_size, parse_duration
@@ -107,14 +110,44 @@ def _configured(here: Settings) -> dict[Path, dict[str, Policy]]:
         if keep := vm.keep:
             typed = "repository" in here.typed or not vm.repository
             where = here.repository_path() if typed else Path(vm.repository)
-            values = msgspec.structs.asdict(keep)
-            values["within"] = parse_duration(keep.within) if keep.within else 0.0
-            found.setdefault(where, {})[name] = Policy(**values)
+            found.setdefault(where, {})[name] = policy_of(keep)
         else:
             here.say(f"{name}: the configuration has no rules, nothing is removed")
     if not found:
         raise UsageError("no VM of the configuration has rules", hint="Write [vms.NAME.keep], or [defaults.keep].")
     return found
+
+
+def policy_of(keep: Keep) -> Policy:
+    """The rules that a table of the configuration holds."""
+    values = msgspec.structs.asdict(keep)
+    return Policy(**{**values, "within": parse_duration(keep.within) if keep.within else 0.0})
+
+
+def prune_after(here: Settings, repo: Repository, vm: str, policy: Policy, report: Reporter) -> None:
+    """Prune a VM's backups when one was made. What another run does not let go now goes another time.
+
+    Raises `IncbakError` when it could not be done for another reason.
+    """
+    try:
+        done = prune(repo, policy, vm, Options(), report)
+    except LockedError as e:
+        report(Warned(f"{vm}: pruned another time: {e}"))
+        return
+    _note(here, repo, done)
+    here.say(printable(_counted(vm, done)))
+    if done.trouble and not isinstance(done.trouble, LockedError):
+        raise done.trouble
+
+
+def _note(here: Settings, repo: Repository, done: Outcome) -> None:
+    with suppress(DurabilityError):  # the next backup of the VM would then warn of what is no trouble
+        here.memory.pruned(repo, [d.record.id for d in done.decisions if not d.keep])
+
+
+def _counted(vm: str, done: Outcome) -> str:
+    of_vm = [d.keep for d in done.decisions if d.record.vm == vm]
+    return f"{vm}: {sum(of_vm)} backups kept, {len(of_vm) - sum(of_vm)} removed"
 
 
 def _run(here: Settings, rules: Rules, name: str | None, options: Options | None) -> None:
@@ -126,8 +159,7 @@ def _run(here: Settings, rules: Rules, name: str | None, options: Options | None
         console.end()
         repo.close()
     if options:
-        with suppress(DurabilityError):  # the next backup of the VM would then warn of what is no trouble
-            here.memory.pruned(repo, [d.record.id for d in done.decisions if not d.keep])
+        _note(here, repo, done)
     _tell(here, done, dry=options is None)
     if done.trouble:
         raise done.trouble
@@ -152,8 +184,7 @@ def _tell(here: Settings, done: Outcome, *, dry: bool) -> None:
         here.say(f"would keep {kept} backups and remove {removed}")
         return
     for vm in dict.fromkeys(d.record.vm for d in done.decisions):
-        of_vm = [d.keep for d in done.decisions if d.record.vm == vm]
-        here.say(printable(f"{vm}: {sum(of_vm)} backups kept, {len(of_vm) - sum(of_vm)} removed"))
+        here.say(printable(_counted(vm, done)))
     waiting = f", {format_size(done.waiting)} will be when the grace is over" if done.waiting else ""
     here.say(f"{format_size(done.freed)} freed{waiting}")
 

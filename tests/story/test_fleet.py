@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import fcntl
 import json
 import os
 import shlex
@@ -119,6 +120,27 @@ def test_options_go_to_every_vm(fleet: Fleet) -> None:
     tags = {b["vm"]: b["tags"] for b in fleet("--json", "-r", fleet.repo, "list").objects()}
     assert tags == {"web1": ["nightly", "x", "y"], "web2": ["x", "y"]}
     assert "would be incremental" in fleet("incremental", "--all", "--dry-run").out
+
+
+def test_a_backup_prunes_by_the_rules_of_its_vm(fleet: Fleet) -> None:
+    """Only when it was made, only that VM, and beside another prune another time."""
+    fleet.write(TWO.replace("[vms.web2]", "[vms.web1.keep]\nlast = 2\n[vms.web2]"))
+    for _ in range(3):
+        fleet("full", "web2")
+    for _ in range(3):
+        out = fleet("full", "web1", "--prune").out
+    assert out.splitlines()[1:] == ["web1: 2 backups kept, 1 removed"]
+    made = fleet("--json", "-r", fleet.repo, "list").objects()
+    assert [b["vm"] for b in made] == ["web2"] * 3 + ["web1"] * 2
+    with (fleet.repo / "locks" / "prune.lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ran = fleet.run("incremental", "web1", "--prune")
+    assert (ran.code, "pruned another time" in ran.err) == (0, True)
+    ran = fleet.run("full", "web2", "--prune")
+    assert (ran.code, "has rules" in ran.err) == (2, True)
+    (fleet.root / "web1.raw").unlink()
+    assert fleet.run("full", "web1", "--prune").code == 1
+    assert len(fleet("--json", "-r", fleet.repo, "list").objects()) == 6
 
 
 def test_a_signal_ends_all_of_them(fleet: Fleet) -> None:

@@ -40,6 +40,8 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="leave the evidence here (default: a new temporary directory)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.keep and options.keep.exists() and any(options.keep.iterdir()):
+        parser.error(f"{options.keep} is not empty")
     outcomes = Outcomes()
     print(f"seed {options.seed}", file=sys.stderr, flush=True)
     lost = campaign(options, outcomes)
