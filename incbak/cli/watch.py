@@ -77,4 +77,8 @@ async def _run(options: WatchOptions) -> bool:
     watcher = Watcher(options)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, watcher.stop)
-    return await watcher.run()
+    alive = asyncio.create_task(systemd.watchdog())
+    try:
+        return await watcher.run()
+    finally:
+        alive.cancel()

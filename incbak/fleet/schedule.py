@@ -48,7 +48,7 @@ def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
     for name, _ in sorted(config.vms.items()):
         vm = config.vm(name)
         if vm.serve:
-            units[f"incbak-serve-{name}.service"] = _serve(program, name, vm)
+            units |= _serve(program, name, vm)
         if vm.watch:
             units[f"incbak-watch-{name}.service"] = _watch(program, name, vm)
     return units
@@ -82,17 +82,43 @@ WantedBy=timers.target
 """
 
 
-def _serve(program: str, name: str, vm: Vm) -> str:
+def _serve(program: str, name: str, vm: Vm) -> dict[str, str]:
+    """The service, and its sockets: they are there while it is started anew, and clients wait instead of failing."""
+    service = f"incbak-serve-{name}"
+    sockets = {f"{service}-{kind}.socket": file for kind, file in (("nbd", "nbd.sock"), ("monitor", "qmp.sock"))}
+    units = {f"{service}.service": _serve_service(program, name, vm, " ".join(sockets))}
+    for (unit, file), kind in zip(sockets.items(), ("nbd", "monitor"), strict=True):
+        units[unit] = f"""[Unit]
+Description=The {kind} socket of the VM {name}
+
+[Socket]
+ListenStream=/run/incbak/{name}/{file}
+FileDescriptorName={kind}
+SocketMode=0600
+DirectoryMode=0700
+Service={service}.service
+
+[Install]
+WantedBy=sockets.target
+"""
+    return units
+
+
+def _serve_service(program: str, name: str, vm: Vm, sockets: str) -> str:
     disks = [f"{disk}={image}" for disk, image in vm.serve.items()]
     command = _line(program, "serve", "--name", name, *_state(vm), *disks)
     return f"""[Unit]
 Description=Disks of the VM {name}, tracked by incbak
+Requires={sockets}
+After={sockets}
 Before=shutdown.target
 
 [Service]
 Type=notify
+Sockets={sockets}
 ExecStart={command}
 Restart=on-failure
+WatchdogSec=5min
 TimeoutStopSec=2min
 OOMScoreAdjust=-500
 {_HARDENING}
@@ -111,6 +137,7 @@ Description=Dirty bitmaps of the VM {name}, kept over its shutdowns by incbak
 Type=notify
 ExecStart={command}
 Restart=on-failure
+WatchdogSec=5min
 {_HARDENING}
 
 [Install]

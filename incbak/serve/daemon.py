@@ -88,6 +88,7 @@ class Daemon:
                 self._close()
         heartbeat = Heartbeat(self.vm)
         self._say_ready()
+        alive = asyncio.create_task(systemd.watchdog())
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._await_end, args=(loop, wanted), daemon=True).start()
         await wanted.wait()
@@ -95,6 +96,7 @@ class Daemon:
         clean = await asyncio.to_thread(self._close)
         heartbeat.stop()
         await monitor.close()
+        alive.cancel()
         if self._monitor_path:
             self._monitor_path.unlink(missing_ok=True)
         return 0 if clean else 1

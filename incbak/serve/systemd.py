@@ -1,7 +1,8 @@
-"""What systemd hands over and wants to hear: sockets (``LISTEN_FDS``) and readiness (``NOTIFY_SOCKET``)."""
+"""What systemd hands over (sockets: ``LISTEN_FDS``) and wants to hear (``NOTIFY_SOCKET``): readiness, signs of life."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import MutableMapping
@@ -35,3 +36,16 @@ def notify(state: str, environ: MutableMapping[str, str] = os.environ) -> None:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
         except OSError:
             pass
+
+
+async def watchdog(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell the service manager twice in each of its intervals that the event loop runs, if it wants to hear that.
+
+    It does not tell that disks answer: a guest whose storage stalls is not helped by an end of its disks.
+    """
+    usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+    if not usec.isdecimal() or not int(usec) or pid not in ("", str(os.getpid())):
+        return
+    while True:
+        notify("WATCHDOG=1", environ)
+        await asyncio.sleep(int(usec) / 2e6)

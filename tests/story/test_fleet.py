@@ -17,6 +17,7 @@ import pytest
 from incbak.cli.configured import _Children
 from tests.kit.cli import Incbak, content, differing
 from tests.kit.live import eventually
+from tests.kit.need import need
 from tests.kit.serve import raw_image, serving
 
 SIZE = 4 << 20
@@ -338,7 +339,18 @@ def test_systemd_units_run_what_they_say(fleet: Fleet) -> None:
     fleet("schedule", "show", "systemd", "--to", units)
     assert {p.name for p in units.iterdir()} == {
         "incbak-backup.service", "incbak-backup.timer", "incbak-serve-web1.service", "incbak-watch-web2.service",
+        "incbak-serve-web1-nbd.socket", "incbak-serve-web1-monitor.socket",
     }  # fmt: skip
+    need("systemd-analyze")
+    ran = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *sorted(map(str, units.iterdir()))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    ours = [line for line in ran.stderr.splitlines() if "incbak" in line]
+    assert ours == []
     for path in units.iterdir():
         parser = configparser.ConfigParser(strict=False, interpolation=None)
         parser.read(path)

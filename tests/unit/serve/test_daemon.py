@@ -286,7 +286,8 @@ def test_stdio_as_two_pipes(tmp_path: Path, image: Path) -> None:
 
 
 def test_sockets_handed_over_by_systemd(tmp_path: Path, image: Path) -> None:
-    """``LISTEN_FDS`` with names: one for NBD, one for the monitor; readiness goes to ``NOTIFY_SOCKET``."""
+    """``LISTEN_FDS`` with names: one for NBD, one for the monitor; readiness and signs of life go to
+    ``NOTIFY_SOCKET``."""
     nbd, monitor, notify = tmp_path / "n", tmp_path / "q", tmp_path / "notify"
     listeners = []
     for path in (nbd, monitor):
@@ -305,6 +306,7 @@ def test_sockets_handed_over_by_systemd(tmp_path: Path, image: Path) -> None:
     )
     fds = [s.fileno() for s in listeners]
     environment = {**os.environ, "LISTEN_FDS": "2", "LISTEN_FDNAMES": "nbd:monitor", "NOTIFY_SOCKET": str(notify)}
+    environment["WATCHDOG_USEC"] = "100000"
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, *map(str, fds), *_command(tmp_path, f"vda={image}")[1:]],
         pass_fds=fds,
@@ -312,13 +314,16 @@ def test_sockets_handed_over_by_systemd(tmp_path: Path, image: Path) -> None:
         stdout=subprocess.PIPE,
     )
     assert told.recv(100).startswith(b"READY=1")
+    assert [told.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
     client = NbdClient.connect(NbdUri("vda", path=str(nbd)))
     assert client.size == SIZE
     client.close()
     qmp = Qmp(monitor)
     assert qmp("query-name") == {"name": "vm"}
     qmp("quit")
-    assert told.recv(100) == b"STOPPING=1"
+    while (word := told.recv(100)) == b"WATCHDOG=1":
+        pass
+    assert word == b"STOPPING=1"
     assert process.wait(DEADLINE) == 0
     qmp.close()
     for sock in (*listeners, told):
