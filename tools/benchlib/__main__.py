@@ -19,7 +19,7 @@ from benchlib.marks import mark
 from incbak import __version__
 from incbak.units import format_size, parse_size
 
-WORK = {"mark": mark, "serve": work.serve, "full": work.full, "second": work.second, "incremental": work.incremental,
+WORK = {"mark": mark, "serve": work.serve, "full": work.full, "encrypted": work.encrypted, "second": work.second, "incremental": work.incremental,
         "fallback": work.fallback, "restore": work.restore, "guest": guest}  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def main() -> None:
 def _measure(top: Path, chosen: list[str], runs: int, size: int) -> list[rows.Row]:
     disk = top / "disk.raw"
     data = 0
-    if set(chosen) & {"full", "second", "fallback", "restore"}:
+    if set(chosen) & {"full", "encrypted", "second", "fallback", "restore"}:
         data = make_disk(disk, size)
         print(f"the disk: {format_size(disk.stat().st_size)} with {format_size(data)} of files", file=sys.stderr)
     bench = rows.Bench(top, runs, disk, data)

@@ -150,6 +150,26 @@ def full(bench: Bench) -> list[Row]:
     return rows
 
 
+def encrypted(bench: Bench) -> list[Row]:
+    """The first full of a disk into an encrypted repository, beside a plain one, and restic, which always encrypts."""
+    passphrase = bench.directory / "passphrase"
+    passphrase.write_text("x\n")
+    passphrase.chmod(0o600)
+    secret = {"INCBAK_PASSWORD_FILE": str(passphrase)}
+
+    def new() -> None:
+        bench.forget()
+        emptied(bench.repo)()
+        bench.run("env", f"INCBAK_PASSWORD_FILE={passphrase}", *incbak("-q", "init", "--encrypt"))
+
+    command = incbak("-q", "full", bench.disk, "--name", "vm")
+    cases = [Case("incbak", command, new, env=secret), Case("incbak, plain", command, bench.forget)]
+    cases += [case for case in _rivals(bench, fresh=True) if case.name == "restic"]
+    rows = bench.compare("first full, encrypted", cases, {"restic": ">= 2"})
+    emptied(bench.repo)()
+    return rows
+
+
 def second(bench: Bench) -> list[Row]:
     """A second full with nothing changed."""
     bench.forget()
