@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -87,6 +88,24 @@ def _every_kind(incbak: Incbak, guest: Guest, disks: list[GuestDisk]) -> None:
     assert "its bitmaps outlast a restart" in looks["disk nvme-dev"]["text"]
     assert "incbak watch" in looks["disk ide-dev"]["hint"]
     assert "is left out: it is read-only" in looks["disk fixed-dev"]["text"]
+
+
+def test_the_variables_of_uefi_are_a_disk(incbak: Incbak) -> None:
+    """In flash: the code is read-only and left out, what the firmware stores is not."""
+    code, variables = incbak.root / "code.fd", incbak.root / "vars.fd"
+    shutil.copy("/usr/share/seabios/bios-256k.bin", code)
+    raw_image(variables, 256 << 10, random.Random(7).randbytes(100_000))
+    flash = [f"if=pflash,unit=0,format=raw,readonly=on,file={code}", f"if=pflash,unit=1,format=raw,file={variables}"]
+    arguments = ["-S", "-drive", flash[0], "-drive", flash[1]]
+    disks = [GuestDisk("vda", filled(incbak.root / "vda.raw", 8))]
+    with Guest(incbak.root / "guest", disks, arguments=arguments) as guest:
+        (made,) = incbak("--json", "full", f"qmp:{guest.monitor}", "--name", "vm").objects()
+        (again,) = incbak("--json", "incremental", f"qmp:{guest.monitor}", "--name", "vm").objects()
+        assert ours_in(guest) == []
+    assert [d["name"] for d in made["disks"]] == ["pflash1", "vda-dev"]
+    assert [(d["kind"], d["read"]) for d in again["disks"]] == [("incremental", 0)] * 2
+    assert any("pflash0" in note and "read-only" in note for note in made["notes"])
+    assert differing(incbak.restored(disk="pflash1"), content(variables)) == []
 
 
 def test_storage_daemon_and_qemu_make_the_same_backup(incbak: Incbak) -> None:
