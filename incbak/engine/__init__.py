@@ -20,9 +20,10 @@ Three things are called a snapshot, and only the last is a backup:
   overwrites it for the first time; when the backup ends, nothing is left. The guest pays one extra copy for each
   cluster that it writes before the backup has read it. This is what all engines here do.
 
-Reverting to a snapshot, or committing a chain into its base, changes clusters that no bitmap recorded. Where an engine
-can see that (another image under the device, another size, an inconsistent bitmap, a changed file), the disk is read
-whole; after doing it by hand to an image of ``incbak serve``, say ``incbak bitmap invalidate``.
+Reverting to a snapshot changes clusters that no bitmap recorded: QEMU refuses it while an image has bitmaps. What a
+commit into a qcow2 image writes, its bitmaps record. Where an engine can see more (another image under the device,
+another size, an inconsistent bitmap, a changed file), the disk is read whole; after changing an image of ``incbak
+serve`` by hand, say ``incbak bitmap invalidate``.
 
 A running QEMU is treated with care that its own modules tell: `qemu` (the order of a run), `qemu_filter` (the nodes of
 one disk, and what must not be done while the guest runs), `qemu_jobs`, `qemu_guard` and `guard` (a process of its own

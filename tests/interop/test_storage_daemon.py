@@ -76,6 +76,42 @@ def test_full_then_incrementals_from_bitmaps_in_the_image(image: Path, tmp_path:
     assert third.images == second.images
 
 
+def _qemu_img(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["qemu-img", *map(str, argv)], timeout=20, capture_output=True, text=True, check=False)
+
+
+def test_going_back_to_an_internal_snapshot(image: Path, tmp_path: Path) -> None:
+    """faults row 41: QEMU refuses it while there are bitmaps; without them the disk is read whole."""
+    chain = chain_of(str(image), tmp_path)
+    chain.full()
+    assert _qemu_img("snapshot", "-c", "before", image).returncode == 0
+    write(image, "write -P 3 1M 1M")
+    chain.incremental()
+    ran = _qemu_img("snapshot", "-a", "before", image)
+    assert (ran.returncode, "has active dirty bitmaps" in ran.stderr) == (1, True)
+    assert chain.incremental().copied == {"disk0": 0}
+    for name in bitmaps(image):
+        assert _qemu_img("bitmap", "--remove", image, name).returncode == 0
+    assert _qemu_img("snapshot", "-a", "before", image).returncode == 0
+    made = chain.incremental()
+    assert made.reasons == {"disk0": Reason.BITMAP_MISSING}
+    assert made.images["disk0"] == content(image)
+
+
+def test_an_overlay_that_is_committed_into_its_base(image: Path, tmp_path: Path) -> None:
+    """faults row 41: the base's own bitmap records what the commit writes."""
+    chain = chain_of(str(image), tmp_path)
+    chain.full()
+    top = tmp_path / "top.qcow2"
+    assert _qemu_img("create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", top).returncode == 0
+    write(top, "write -P 9 2M 128k", "write -P 8 6M 4k")
+    assert _qemu_img("commit", top).returncode == 0
+    made = chain.incremental()
+    assert made.reasons == {"disk0": None}
+    assert made.copied["disk0"] >= 3 * 65536
+    assert made.images["disk0"] == content(image)
+
+
 def test_a_backing_file_is_part_of_the_disk(tmp_path: Path) -> None:
     base = make(tmp_path / "base.qcow2")
     write(base, "write -P 5 0 1M")
