@@ -19,8 +19,17 @@ from benchlib.marks import mark
 from incbak import __version__
 from incbak.units import format_size, parse_size
 
-WORK = {"mark": mark, "serve": work.serve, "full": work.full, "encrypted": work.encrypted, "second": work.second, "incremental": work.incremental,
-        "fallback": work.fallback, "restore": work.restore, "guest": guest}  # fmt: skip
+WORK = {
+    "mark": mark,
+    "serve": work.serve,
+    "full": work.full,
+    "encrypted": work.encrypted,
+    "second": work.second,
+    "incremental": work.incremental,
+    "fallback": work.fallback,
+    "restore": work.restore,
+    "guest": guest,
+}
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ from incbak.restore.targets import FileTarget, Target
 from tests.unit.repo import scene
 
 ROT, SEALED, FORGED = "rot", "sealed", "forged"
+ENCRYPTED = 2
+"""The sample that is: whatever is changed in it, nothing passes for ours that is not."""
 _LARGEST = 1 << 44
 """Disks larger than this are restored to sparse files only: to zero them takes time, as it must."""
 _NEW = [5, 0, 3, 1, 1, 2, 9]
@@ -69,6 +71,7 @@ def _not_random(seed: int) -> None:
     rng = Random(seed)
     secrets.token_hex = lambda count=16: rng.randbytes(count or 16).hex()  # type: ignore[assignment]
     secrets.token_bytes = lambda count=16: rng.randbytes(count or 16)  # type: ignore[assignment]
+    os.urandom = rng.randbytes
 
 
 class RepoTarget(FuzzTarget):
@@ -82,9 +85,14 @@ class RepoTarget(FuzzTarget):
         _not_random(0)
         self.samples: list[Path] = []
         self.truth: dict[tuple[int, str], bytes] = {}
-        for contents in ([[1, 2, 3, 0, 3, 9, 12] * 6, [1, 2, 3, 0, 4, 9] * 7], [[0, 3, 1] * 400]):
+        passphrase = directory / "passphrase"
+        passphrase.write_bytes(scene.PASSPHRASE)
+        passphrase.chmod(0o600)
+        os.environ["INCBAK_PASSWORD_FILE"] = str(passphrase)
+        small = [[1, 2, 3, 0, 3, 9, 12] * 6, [1, 2, 3, 0, 4, 9] * 7]
+        for contents in (small, [[0, 3, 1] * 400], small):
             path = directory / f"sample{len(self.samples)}"
-            repo = scene.new(path)
+            repo = scene.new(path, encrypted=len(self.samples) == ENCRYPTED)
             for content in contents:
                 made = scene.back_up(repo, content)
                 self.truth[len(self.samples), made.id] = b"".join(map(scene.cluster, content))
@@ -99,9 +107,9 @@ class RepoTarget(FuzzTarget):
         self.runner = CliRunner()
 
     def make(self, rng: Random) -> bytes:
-        number = rng.choice((0, 0, 0, 1))
+        number = rng.choice((0, 0, 0, 1, ENCRYPTED))
         sample = self.samples[number]
-        made = Input(rng.choice((ROT, ROT, SEALED, SEALED, FORGED)), number)
+        made = Input(ROT if number == ENCRYPTED else rng.choice((ROT, ROT, SEALED, SEALED, FORGED)), number)
         if made.kind == FORGED:
             made.files = forge.forged(rng)
         elif made.kind == SEALED:
@@ -148,7 +156,7 @@ class RepoTarget(FuzzTarget):
 
     def _use(self, given: Input) -> None:
         try:
-            repo = Repository.open(self.work / "repo")
+            repo = scene.opened(self.work / "repo")
             records = repo.backups()
             repo.damage()
         except IncbakError:
@@ -170,9 +178,9 @@ class RepoTarget(FuzzTarget):
 
     def _prune(self, given: Input, repo: Repository, restored: list[Record]) -> None:
         """A backup that could be restored and is still listed can be restored."""
-        fresh = Repository.open(repo.storage.root)
+        fresh = scene.opened(repo.storage.root)
         self._refused(lambda: prune(fresh, Policy(last=1), None, Options(grace=0.0, repack_below=1.0)))
-        listed = Repository.open(repo.storage.root).storage.list("backups")
+        listed = scene.opened(repo.storage.root).storage.list("backups")
         for record in restored:
             if record.id in listed:
                 right = all(self._restore(given, fresh, record, d) for d in record.disks[:2])
