@@ -89,11 +89,10 @@ def _vm(vm: VmHistory, history: History) -> Markup:
               f"Bytes of {newest}, in their order; the scale is logarithmic."),
         *(_map_card(each) for each in vm.maps),
     ]  # fmt: skip
-    drill = vm.drill or "no drill is recorded"
     return el(
         "section",
         el("h2", vm.name),
-        el("p", f"Last backup {last.id[:8]}, {charts.kind_of(last)}, {age}. ", _sentence(drill)),
+        el("p", f"Last backup {last.id[:8]}, {charts.kind_of(last)}, {age}. ", _sentence(vm.drill)),
         el("div", *cards, class_="cards"),
         _list(vm, history),
     )
