@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError
-from incbak.repo.drills import drills_of, read_drills
+from incbak.repo.drills import Drills, drills_of, read_drills
 from incbak.repo.pins import read_pins
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
@@ -44,6 +44,7 @@ class VmHistory:
     records: tuple[Record, ...]
     maps: tuple[DiskMap, ...]
     drill: str
+    drill_failed: bool
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,7 @@ def collect(repo: Repository, where: str, now: datetime, pages: int = PAGES) -> 
         repository=repo.id,
         where=where,
         now=now.astimezone(UTC),
-        vms=tuple(
-            _vm(repo, name, of_one, share, drills_text(drills_of(drills, name), now.timestamp()))
-            for name, of_one in sorted(by_vm.items())
-        ),
+        vms=tuple(_vm(repo, of_one, share, drills_of(drills, name), now) for name, of_one in sorted(by_vm.items())),
         records=tuple(records),
         packs=len(packs),
         packs_size=sum(packs.values()),
@@ -94,9 +92,10 @@ def collect(repo: Repository, where: str, now: datetime, pages: int = PAGES) -> 
     )
 
 
-def _vm(repo: Repository, name: str, records: list[Record], pages: int, drill: str) -> VmHistory:
+def _vm(repo: Repository, records: list[Record], pages: int, drills: Drills, now: datetime) -> VmHistory:
     maps = tuple(disk_map(repo, records, disk.name, pages) for disk in records[-1].disks)
-    return VmHistory(name, tuple(records), maps, drill)
+    failed = drills.last is not None and not drills.last.good
+    return VmHistory(records[-1].vm, tuple(records), maps, drills_text(drills, now.timestamp()), failed)
 
 
 def disk_map(repo: Repository, records: Sequence[Record], name: str, pages: int) -> DiskMap:
