@@ -22,6 +22,7 @@
     +-- EngineError                     an engine refused or failed a QMP command
     +-- BackupError                     a backup could not be made
     +-- RestoreError                    a restore could not be made
+    +-- DrillError                      a restore was tried, and something was wrong
 
 Each carries ``code`` (a short word for scripts and logs), ``exit_code``, and a ``hint``: a sentence that
 says what to do next. The message is lower case, names the object and the cause, and has no full stop.
@@ -183,3 +184,9 @@ class RestoreError(IncbakError):
     """A restore could not be made; the target is not to be used."""
 
     code = "restore"
+
+
+class DrillError(IncbakError):
+    """A drill found something wrong, and no damage in the repository."""
+
+    code = "drill"

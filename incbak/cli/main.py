@@ -31,6 +31,7 @@ _COMMANDS = MappingProxyType(
         "restore": "restore:restore",
         "report": "report:report",
         "check": "repository:check",
+        "drill": "drill:drill_command",
         "prune": "prune:prune_command",
         "pin": "prune:pin",
         "unpin": "prune:unpin",

@@ -9,19 +9,21 @@ from pathlib import Path
 import click
 
 from incbak.bitmap.store import component, disown
-from incbak.cli.settings import Settings, common, settings
-from incbak.errors import DamagedError, UsageError
+from incbak.cli.settings import Settings, common, printable, settings
+from incbak.errors import DamagedError, IncompleteError, UsageError
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
 from incbak.restore.images import InPlaceTarget, Qcow2Target
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import DeviceTarget, Target, open_target
+from incbak.restore.vm import restore_vm
 from incbak.units import format_size
 
 
 @click.command(short_help="Write a disk as it was to a file, a device or an NBD export.")
 @click.argument("backup")
 @click.argument("target")
+@click.option("--all", "everything", is_flag=True, help="The whole VM, into TARGET, a directory.")
 @click.option("--disk", metavar="DISK", help="Which disk, when the backup has several.")
 @click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
@@ -34,6 +36,7 @@ from incbak.units import format_size
 def restore(
     backup: str,
     target: str,
+    everything: bool,
     disk: str | None,
     name: str | None,
     force: bool,
@@ -44,23 +47,59 @@ def restore(
     """Write a disk of BACKUP to TARGET: a raw file, a block device, or an NBD URI.
 
     BACKUP is an id, a unique prefix of one, or "latest". All that is read is verified, and all is synced before this
-    says that it is done. A directory as TARGET takes all disks, each as DISK.raw (or DISK.qcow2).
+    says that it is done. A directory as TARGET takes all disks, each as DISK.raw (or DISK.qcow2). With --all it is
+    made, and takes also what was attached and the VM's configuration (vm.json); one disk that fails does not stop the
+    others, and then this exits with 3.
 
     \b
     Examples:
       incbak -r /backup restore latest web1.raw
       incbak -r /backup restore 1f2e3d4c /dev/vg/web1 --disk vda
+      incbak -r /backup restore latest --all /srv/restored
     """
     here = settings()
     if in_place and form != "raw":
         raise UsageError("only raw images can be restored in place", hint="Leave out --format.")
+    if everything and (in_place or disk):
+        raise UsageError("--all makes new files of all disks", hint="Leave out --disk and --in-place.")
     how = _How(form, force, in_place, salvage)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     repo = here.open()
     record = repo.find(backup, name)
+    if everything:
+        _whole(here, repo, record, Path(target), how)
+        return
     done = [_one(here, repo, record, found, where, how) for found, where in _pairs(record, target, disk, form)]
+    _say_lost(record, done)
+
+
+def _say_lost(record: Record, done: list[Restored]) -> None:
     if lost := sum(e.length for each in done for e in each.damaged):
         raise DamagedError(f"{lost} bytes of backup {record.id[:8]} could not be read and are zeroes in the target")
+
+
+def _whole(here: Settings, repo: Repository, record: Record, directory: Path, how: _How) -> None:
+    """All of a VM. Raises `IncompleteError` when some of it failed, and what went wrong first when no disk is there."""
+    restored: list[Restored] = []
+
+    def one(disk: DiskRecord, where: str) -> None:
+        restored.append(_one(here, repo, record, disk, where, how))
+
+    done = restore_vm(record, directory, how.form, one, force=how.force)
+    for what, error in done.failed.items():
+        click.echo(printable(f"incbak: {what}: {error}"), err=True)
+    if here.json:
+        failed = {what: str(error) for what, error in done.failed.items()}
+        here.tell({"backup": record.id, "vm": record.vm, "directory": str(directory),
+                   "attachments": list(done.attachments), "failed": failed})  # fmt: skip
+    if done.failed and not done.files:
+        raise next(iter(done.failed.values()))
+    attached = f", {len(done.attachments)} attached files" if done.attachments else ""
+    here.say(printable(f"{record.vm}: {len(done.files)} of {len(record.disks)} disks{attached} are in {directory}"))
+    if done.failed:
+        what = f"not all of backup {record.id[:8]} is restored: {', '.join(done.failed)}"
+        raise IncompleteError(what, hint="What is there is whole. Why the rest failed is above.")
+    _say_lost(record, restored)
 
 
 @dataclass(frozen=True)

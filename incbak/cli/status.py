@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
@@ -17,13 +18,16 @@ from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.engine.detect import Source
 from incbak.errors import BackupError, DiskError, EngineError, UsageError
+from incbak.repo.drills import drills_of, read_drills
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
+from incbak.repo.verified import Verified
 from incbak.report.backups import table
+from incbak.report.proof import coverage_json, drill_column, drills_json, verified_column
 from incbak.units import format_duration, format_size, parse_duration
 
 
-@click.command(cls=Configured, short_help="Show what the next incremental of a VM would read.")
+@click.command(cls=Configured, short_help="Show whether a VM is protected, and what its next incremental would read.")
 @click.argument("source", metavar="SOURCE", required=False)
 @click.option("--all", "all_vms", is_flag=True, help="Every VM of the configuration.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, help="With --all: so many at once.  [default: 2]")
@@ -41,8 +45,9 @@ def status(
     disks: tuple[str, ...],
     monitor_wait: str,
 ) -> None:
-    """Show for each disk of SOURCE its last backup, the one that the next incremental builds on, and how much was
-    written since. Changes nothing.
+    """Show for each disk of SOURCE its last backup, the one that the next incremental builds on, how much was written
+    since, when a drill last proved that it can be restored, and within which time all data was verified. Changes
+    nothing.
 
     With --max-age it answers whether the disks are protected: also when the VM does not answer, from what is in the
     repository.
@@ -75,25 +80,25 @@ def status(
 def _rows(here: Settings, wanted: Source, *, tolerant: bool) -> list[dict[str, Any]]:
     """One object for each disk; if ``tolerant``, of an engine that does not answer what the repository knows."""
     try:
-        outcome, last = interruptible(_look(here.open(), wanted))
+        outcome, last, proof = interruptible(_look(here.open(), wanted))
     except (EngineError, DiskError) as e:
         if not (tolerant and wanted.name):
             raise
         click.echo(printable(f"incbak: {wanted.name}: {e}"), err=True)
         return _recorded(here, wanted.name)
-    return [_facts(outcome.vm, planned, last.get(planned.name)) for planned in outcome.planned]
+    return [_facts(outcome.vm, planned, last.get(planned.name)) | proof for planned in outcome.planned]
 
 
 def _recorded(here: Settings, vm: str) -> list[dict[str, Any]]:
     """The disks of the VM's newest backup. Raises `BackupError` when it has none."""
     with closing(here.open()) as repo:
-        backups = repo.backups(vm)
+        backups, proof = repo.backups(vm), _proof(repo, vm)
     if not backups:
         raise BackupError(f"there is no backup of {vm}", hint="Make one with: incbak full")
     last = {d.name: record for record in backups for d in record.disks}
     return [
         {"vm": vm, "disk": d.name, "size": d.size, **_last(last[d.name]), "base": None, "bitmap": None,
-         "persistent": None, "dirty": None, "reason": None}
+         "persistent": None, "dirty": None, "reason": None, **proof}
         for d in backups[-1].disks
     ]  # fmt: skip
 
@@ -103,21 +108,27 @@ def _print(here: Settings, rows: Sequence[Mapping[str, Any]], *, several: bool) 
         for row in rows:
             here.tell(dict(row))
         return
-    head = ["DISK", "SIZE", "LAST BACKUP", "AGE", "BASE", "NEXT READS"]
+    head = ["DISK", "SIZE", "LAST BACKUP", "AGE", "BASE", "NEXT READS", "DRILL", "VERIFIED"]
     lines = [[row["vm"], *_texts(row)] if several else _texts(row) for row in rows]
     here.say(table([["VM", *head] if several else head, *lines]))
 
 
-async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Record]]:
-    """The plan of an incremental, and the newest backup of each disk."""
+async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Record], dict[str, Any]]:
+    """The plan of an incremental, the newest backup of each disk, and what proves that the backups are good."""
     engine = await open_waiting(source, 0)
     try:
         options = Options(incremental=True, name=source.name, disks=source.disks, dry_run=True)
         outcome = await run(repo, engine, options)
-        return outcome, {d.name: record for record in repo.backups(outcome.vm) for d in record.disks}
+        last = {d.name: record for record in repo.backups(outcome.vm) for d in record.disks}
+        return outcome, last, _proof(repo, outcome.vm)
     finally:
         await engine.close()
         repo.close()
+
+
+def _proof(repo: Repository, vm: str) -> dict[str, Any]:
+    drills = drills_json(drills_of(read_drills(repo.storage), vm), time.time())
+    return {"drill": drills, "verified": coverage_json(Verified(repo.storage).coverage())}
 
 
 def _facts(vm: str, planned: Planned, last: Record | None) -> dict[str, Any]:
@@ -157,4 +168,6 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
         format_duration(row["age"]) if row["last"] else "",
         row["base"][:8] if row["base"] else "none",
         "no answer" if row["dirty"] is None else format_size(row["dirty"]) + why,
+        drill_column(row["drill"]),
+        verified_column(row["verified"]),
     ]

@@ -78,6 +78,10 @@ class Overlay:
             else:
                 yield from self.below.extents(start, stop - start)
 
+    def close(self) -> None:
+        """Let go of what was written."""
+        self._disk.close()
+
     def _parts(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """(start, end, whether it is here) of each stretch of the range."""
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK

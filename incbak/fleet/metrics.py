@@ -1,16 +1,17 @@
 """A VM's last run as a text file for Prometheus (node_exporter's textfile collector), replaced in one step.
 
-What is known of the last backup stays in the file when a later run fails.
+What is known of the last backup stays in the file when a later run fails; backups and drills leave each other's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
 from incbak import durable
+from incbak.repo.drills import Drills
 from incbak.repo.record import Record
 
 _RUN = {
@@ -25,24 +26,42 @@ _BACKUP = {
     "incbak_backup_stored_bytes": "What was new and is stored.",
     "incbak_backup_read_whole": "Whether the disk was read whole although an incremental was asked for.",
 }
+_DRILL = {
+    "incbak_drill_timestamp_seconds": "When the last drill that was good ended.",
+    "incbak_drill_run_timestamp_seconds": "When the last drill ended.",
+    "incbak_drill_run_exit_code": "How the last drill ended: 0 good, 13 the repository is damaged.",
+}
 _LIMIT = 1 << 20
 
 
 def write_metrics(path: Path, vm: str, exit_code: int, record: Record | None) -> None:
     """Raises `DurabilityError`. The file can be read by everybody, as node_exporter must."""
-    samples: dict[str, list[str]] = {name: [] for name in (*_RUN, *_BACKUP)}
-    samples["incbak_run_timestamp_seconds"].append(_sample({"vm": vm}, time.time()))
-    samples["incbak_run_exit_code"].append(_sample({"vm": vm}, exit_code))
-    if record:
-        for name, sample in _of_backup(record):
-            samples[name].append(sample)
-    else:
-        for name, sample in _kept(path):
-            samples[name].append(sample)
+    samples = [
+        ("incbak_run_timestamp_seconds", _sample({"vm": vm}, time.time())),
+        ("incbak_run_exit_code", _sample({"vm": vm}, exit_code)),
+    ]
+    _write(path, [*samples, *(_of_backup(record) if record else _kept(path, _BACKUP)), *_kept(path, _DRILL)])
+
+
+def write_drill_metrics(path: Path, vm: str, drills: Drills) -> None:
+    """As `write_metrics`, of the drills."""
+    samples = []
+    if good := drills.good:
+        samples.append(("incbak_drill_timestamp_seconds", _sample({"vm": vm}, good.at)))
+    if last := drills.last:
+        samples.append(("incbak_drill_run_timestamp_seconds", _sample({"vm": vm}, last.at)))
+        samples.append(("incbak_drill_run_exit_code", _sample({"vm": vm}, last.exit_code)))
+    _write(path, [*_kept(path, _RUN | _BACKUP), *samples])
+
+
+def _write(path: Path, samples: Iterable[tuple[str, str]]) -> None:
+    by_name: dict[str, list[str]] = {}
+    for name, sample in samples:
+        by_name.setdefault(name, []).append(sample)
     lines = []
-    for name, text in (_RUN | _BACKUP).items():
-        if samples[name]:
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", *(name + sample for sample in samples[name])]
+    for name, text in (_RUN | _BACKUP | _DRILL).items():
+        if name in by_name:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", *(name + sample for sample in by_name[name])]
     durable.write_new(path, ["\n".join([*lines, ""]).encode()], replace=True, mode=0o644)
 
 
@@ -60,15 +79,15 @@ def _of_backup(record: Record) -> Iterator[tuple[str, str]]:
         yield "incbak_backup_read_whole", _sample(labels | why, int(bool(disk.reason)))
 
 
-def _kept(path: Path) -> Iterator[tuple[str, str]]:
-    """The samples of the last backup in the file that is there."""
+def _kept(path: Path, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The samples of these names in the file that is there."""
     try:
         text = path.read_text(encoding="utf-8")[:_LIMIT]
     except (OSError, UnicodeDecodeError):
         return
     for line in text.splitlines():
         name, brace, rest = line.partition("{")
-        if brace and name in _BACKUP:
+        if brace and name in names:
             yield name, brace + rest
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError
+from incbak.repo.drills import Drills, drills_of, read_drills
 from incbak.repo.pins import read_pins
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
 from incbak.repo.tree import TreeReader, clusters_in, differing
 from incbak.repo.verified import Verified
-from incbak.report.proof import last_check_text
+from incbak.report.proof import drills_text, last_check_text
 
 CELLS = 256
 """Parts of a disk in its map."""
@@ -37,12 +38,13 @@ class DiskMap:
 
 @dataclass(frozen=True)
 class VmHistory:
-    """Records oldest first, never empty. ``drill``: the last one in words, empty if none is known."""
+    """Records oldest first, never empty. ``drill``: the last one in words."""
 
     name: str
     records: tuple[Record, ...]
     maps: tuple[DiskMap, ...]
-    drill: str = ""
+    drill: str
+    drill_failed: bool
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,12 @@ def collect(repo: Repository, where: str, now: datetime, pages: int = PAGES) -> 
     disks = sum(len(of_one[-1].disks) for of_one in by_vm.values())
     share = max(pages // max(disks, 1), _FEWEST)
     packs = repo.storage.list("packs")
+    drills = read_drills(repo.storage, now.timestamp)
     return History(
         repository=repo.id,
         where=where,
         now=now.astimezone(UTC),
-        vms=tuple(_vm(repo, name, of_one, share) for name, of_one in sorted(by_vm.items())),
+        vms=tuple(_vm(repo, of_one, share, drills_of(drills, name), now) for name, of_one in sorted(by_vm.items())),
         records=tuple(records),
         packs=len(packs),
         packs_size=sum(packs.values()),
@@ -89,9 +92,10 @@ def collect(repo: Repository, where: str, now: datetime, pages: int = PAGES) -> 
     )
 
 
-def _vm(repo: Repository, name: str, records: list[Record], pages: int) -> VmHistory:
+def _vm(repo: Repository, records: list[Record], pages: int, drills: Drills, now: datetime) -> VmHistory:
     maps = tuple(disk_map(repo, records, disk.name, pages) for disk in records[-1].disks)
-    return VmHistory(name, tuple(records), maps)
+    failed = drills.last is not None and not drills.last.good
+    return VmHistory(records[-1].vm, tuple(records), maps, drills_text(drills, now.timestamp()), failed)
 
 
 def disk_map(repo: Repository, records: Sequence[Record], name: str, pages: int) -> DiskMap:

@@ -89,11 +89,11 @@ def _vm(vm: VmHistory, history: History) -> Markup:
               f"Bytes of {newest}, in their order; the scale is logarithmic."),
         *(_map_card(each) for each in vm.maps),
     ]  # fmt: skip
-    drill = vm.drill or "no drill is recorded"
     return el(
         "section",
         el("h2", vm.name),
-        el("p", f"Last backup {last.id[:8]}, {charts.kind_of(last)}, {age}. ", _sentence(drill)),
+        el("p", f"Last backup {last.id[:8]}, {charts.kind_of(last)}, {age}."),
+        el("p", _sentence(vm.drill), class_="alarm") if vm.drill_failed else el("p", _sentence(vm.drill)),
         el("div", *cards, class_="cards"),
         _list(vm, history),
     )
@@ -111,7 +111,9 @@ def _map_card(found: DiskMap) -> Markup:
 
 def _list(vm: VmHistory, history: History) -> Markup:
     shown = vm.records[: -LISTED - 1 : -1]
-    head = el("tr", *(el("th", name) for name in ("Backup", "Finished", "Kind", "Read", "Stored", "Why, and notes")))
+    numbers = ("Read", "Stored")
+    names = ("Backup", "Finished", "Kind", *numbers, "Why, and notes")
+    head = el("tr", *(el("th", name, class_="number") if name in numbers else el("th", name) for name in names))
     rows = [el("tr", *_row(record, record.id in history.pins)) for record in shown]
     more = f" (the newest {LISTED} of {len(vm.records)})" if len(vm.records) > LISTED else ""
     return el("details", el("summary", f"Backups{more}"), el("div", el("table", head, *rows), class_="scroll"))

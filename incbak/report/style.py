@@ -59,5 +59,6 @@ summary { cursor: pointer; }
 table { border-collapse: collapse; font-size: .85rem; margin-top: 8px; min-width: 100%; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }
 td:not(:last-child) { white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td:last-child { min-width: 18em; overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 """

@@ -22,6 +22,15 @@ _INIT = """#!/bin/busybox sh
 while read -r module; do /bin/busybox insmod "/modules/$module"; done < /modules/list
 exec /usr/bin/python3 -I -S -c 'import sys; sys.path.insert(0, "/incbak"); import guest_program as p; p.Guest().serve()'
 """
+_MOUNTS = """#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /dev /mnt
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t devtmpfs dev /dev
+while read -r module; do /bin/busybox insmod "/modules/$module"; done < /modules/list
+/bin/busybox mount -t ext4 /dev/vda /mnt && /bin/busybox cat /mnt/greeting && echo x > /mnt/new && /bin/busybox sync &&
+    echo "vm login:"
+/bin/busybox sleep 1000
+"""
 
 
 def kernel() -> Path | None:
@@ -56,6 +65,20 @@ def build(target: Path) -> Path:
         archive.file(path, Path(path).read_bytes(), 0o755)
     for name in ("guest_program.py", "records.py"):
         archive.file(f"/incbak/{name}", (Path(__file__).parent / name).read_bytes())
+    archive.node("/dev/console", 5, 1)
+    target.write_bytes(archive.finish())
+    return target
+
+
+def build_mounting(target: Path) -> Path:
+    """One whose guest mounts the first disk (ext4), shows its file ``greeting``, writes to it, and says ``login:``."""
+    image, shell = kernel(), busybox()
+    assert image is not None, "no kernel"
+    assert shell is not None, "no busybox"
+    archive = _Archive()
+    archive.file("/init", _MOUNTS.encode(), 0o755)
+    archive.file("/bin/busybox", Path(shell).read_bytes(), 0o755)
+    _add_modules(archive, _modules_of(image))
     archive.node("/dev/console", 5, 1)
     target.write_bytes(archive.finish())
     return target

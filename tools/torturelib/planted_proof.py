@@ -86,4 +86,148 @@ _CHECKS = (
     ),
 )
 
-FAULTS = _CHECKS
+_STORY, _DRILLS_FILE = "tests/story/test_drill.py", "incbak/repo/drills.py"
+_DATA, _FSCK, _BOOT, _DRILL = (f"incbak/drill/{name}.py" for name in ("data", "fsck", "boot", "drill"))
+
+
+def _drill(name: str, *tests: str) -> tuple[str, ...]:
+    return unit(f"drill/test_{name}", *tests)
+
+
+_DRILLS = (
+    Fault(
+        "drill-root-not-compared",
+        _DATA,
+        "    elif (root := target.root().hex()) != disk.root:\n",
+        "    elif (root := target.root().hex()) is None:\n",
+        _drill("data", "test_a_restore_that_goes_wrong_is_noticed"),
+    ),
+    Fault(
+        "drill-damage-passed-over",
+        _DATA,
+        "    if done.damaged:\n",
+        "    if False:\n",
+        _drill("data", "test_damage_is_told_noted_and_stored_again"),
+    ),
+    Fault(
+        "drill-damage-not-noted",
+        _DRILL,
+        "        add_note(repo.storage, damaged, {record.id})\n",
+        "        pass\n",
+        _drill("data", "test_damage_is_told_noted_and_stored_again"),
+    ),
+    Fault(
+        "drill-sample-not-compared",
+        _DATA,
+        '    return "" if blob.digest_of(content) == digest else "it does not match its digest"\n',
+        '    return ""\n',
+        _drill("data", "test_a_sample_finds_what_it_reads"),
+    ),
+    Fault(
+        "drill-lacks-a-disk",
+        _DRILL,
+        "for note in record.notes if record.incomplete]",
+        "for note in record.notes if False]",
+        _drill("data", "test_an_incomplete_backup_is_no_good_drill"),
+    ),
+    Fault(
+        "drill-of-some-disks-counts",
+        _DRILL,
+        "    return made if options.disks else add_drill(",
+        "    return add_drill(",
+        _drill("data", "test_some_disks_are_no_drill_of_the_vm"),
+    ),
+    Fault(
+        "drill-believes-a-copy",
+        _DRILLS_FILE,
+        "drill.repository == here and ",
+        "",
+        unit("repo/test_drills", "test_nobody_has_tried_to_restore_a_copy"),
+    ),
+    Fault(
+        "drill-believes-the-future",
+        _DRILLS_FILE,
+        "0 < drill.at <= now",
+        "0 < drill.at",
+        unit("repo/test_drills", "test_the_future_counts_for_nothing"),
+    ),
+    Fault(
+        "drill-believes-garbage",
+        _DRILLS_FILE,
+        "    if blake3(body).hexdigest().encode() != checksum:\n",
+        "    if False:\n",
+        unit("repo/test_drills", "test_what_cannot_be_a_drill_is_passed_over_and_left_alone"),
+    ),
+    Fault(
+        "drill-last-good-one-goes",
+        _DRILLS_FILE,
+        "if name != last_good]",
+        "if name]",
+        unit("repo/test_drills", "test_old_ones_go_but_for_the_last_good_one"),
+    ),
+    Fault(
+        "drill-no-replay",
+        _FSCK,
+        '["e2fsck", "-p", scratch.path]',
+        '["e2fsck", "-n", scratch.path]',
+        _drill("fsck", "test_ext4_in_use_is_no_damage"),
+    ),
+    Fault(
+        "drill-damaged-file-system-is-good",
+        _FSCK,
+        'return Verdict(BAD, f"e2fsck -fn exits with {code}: {said}") if code else Verdict(GOOD)',
+        "return Verdict(GOOD)",
+        _drill("fsck", "test_ext4_with_damage"),
+    ),
+    Fault(
+        "drill-tools-as-root",
+        _FSCK,
+        "        user=NOBODY if root else None,\n",
+        "",
+        _drill("fsck", "test_tools_are_nobody"),
+    ),
+    Fault(
+        "drill-tools-without-end",
+        _FSCK,
+        "    timer.start()\n",
+        "",
+        _drill("fsck", "test_a_tool_that_does_not_end_is_ended"),
+    ),
+    Fault(
+        "drill-fills-the-disk",
+        "incbak/drill/contents.py",
+        "        if needs > self._left and self._directory.is_dir():\n",
+        "        if False:\n",
+        _drill("fsck", "test_what_there_is_no_room_for_is_not_checked"),
+    ),
+    Fault(
+        "drill-believes-a-table",
+        "incbak/drill/partitions.py",
+        " or count * each > _MOST_ENTRIES or at * sector + count * each > size:\n",
+        ":\n",
+        _drill("partitions", "test_a_gpt_whose_numbers_cannot_be"),
+    ),
+    Fault(
+        "drill-boots-with-a-network",
+        _BOOT,
+        '["-nic", "none", *wanted.arguments]',
+        "wanted.arguments",
+        _drill("boot", "test_a_guest_has_no_network_and_what_the_user_says_wins"),
+    ),
+    Fault(
+        "drill-boots-damage",
+        _DRILL,
+        "    if options.boot and not any(each.problems for each in found.proved):\n",
+        "    if options.boot:\n",
+        _drill("boot", "test_what_is_damaged_is_not_booted"),
+    ),
+    Fault(
+        "drill-leaves-qemu",
+        _BOOT,
+        "ctypes.CDLL(None).prctl(1, 9); ",
+        "",
+        (f"{_STORY}::test_qemu_ends_with_us",),
+    ),
+)
+
+FAULTS = (*_CHECKS, *_DRILLS)

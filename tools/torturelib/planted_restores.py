@@ -142,4 +142,32 @@ FAULTS = (
         "",
         _device("test_a_device_that_is_overwritten_loses_its_bitmaps"),
     ),
+    Fault(
+        "restore-all-follows-links",
+        "incbak/restore/vm.py",
+        "            if part.is_symlink():\n",
+        "            if False:\n",
+        unit("restore/test_vm", "test_no_link_is_followed"),
+    ),
+    Fault(
+        "restore-all-over-files",
+        "incbak/restore/vm.py",
+        "    if taken and not force:\n",
+        "    if False:\n",
+        unit("restore/test_vm", "test_what_is_there_is_left_alone_before_anything_is_written"),
+    ),
+    Fault(
+        "restore-all-names-as-paths",
+        "incbak/restore/vm.py",
+        "directory / ATTACHMENTS / component(name)",
+        "directory / ATTACHMENTS / name",
+        unit("restore/test_vm", "test_names_of_strangers_stay_inside"),
+    ),
+    Fault(
+        "restore-all-hides-a-failure",
+        "incbak/cli/restore.py",
+        "    if done.failed:\n        what = ",
+        "    if False:\n        what = ",
+        ("tests/story/test_restore_all.py::test_one_disk_that_fails_does_not_stop_the_others",),
+    ),
 )

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -245,54 +241,6 @@ def test_a_failure_leaves_the_old_report(incbak: Incbak, tmp_path: Path, point: 
     ran = incbak.run("report", "--html", file, env={"INCBAK_FAULT_AT": f"{point}:1:ENOSPC"})
     assert (ran.code, "No space left" in ran.err, file.read_bytes()) == (1, True, before)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["repo", "report.html"]
-
-
-LOOKS = {
-    "light": (1200, 1400, "1"),
-    "dark": (1200, 1400, "0"),
-    "phone": (500, 2600, "1"),
-}
-
-
-@pytest.mark.parametrize("look", LOOKS)
-def test_a_browser_draws_it(hundred: Path, tmp_path: Path, look: str) -> None:
-    """A picture is left in INCBAK_ARTEFACTS, if that is set, for somebody to look at."""
-    if shutil.which("chromium") is None:
-        pytest.skip("no machine gets a browser for the sake of a picture")
-    repo = Repository.open(hundred)
-    (tmp_path / "report.html").write_text(page(collect(repo, "/backup", NOW)))
-    name = "report.html"
-    if look == "phone":  # a browser's window cannot be as narrow as that
-        (tmp_path / "phone.html").write_text('<iframe src="report.html" width="390" height="2500"></iframe>')
-        name = "phone.html"
-    width, height, scheme = LOOKS[look]
-    out = Path(os.environ.get("INCBAK_ARTEFACTS") or tmp_path).resolve() / f"report-{look}.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               f"--user-data-dir={tmp_path}/chromium", f"--window-size={width},{height}",
-               f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={out}",
-               (tmp_path / name).as_uri()]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=90)
-    rows = _pixels(out)
-    assert len(set(rows)) > 20  # not one colour
-    corner = rows[0][:3]
-    assert (max(corner) < 60) is (look == "dark"), list(corner)
-
-
-def _pixels(png: Path) -> list[bytes]:
-    """The rows of a PNG of 8 bits a channel, as they are packed; the first begins with its corner."""
-    data, at, packed = png.read_bytes(), 8, b""
-    while at < len(data):
-        (length,) = struct.unpack_from(">I", data, at)
-        kind = data[at + 4 : at + 8]
-        if kind == b"IHDR":
-            width, _height, _depth, colour = struct.unpack_from(">IIBB", data, at + 8)
-            channels = {2: 3, 6: 4}[colour]
-        if kind == b"IDAT":
-            packed += data[at + 8 : at + 8 + length]
-        at += 12 + length
-    raw, stride = zlib.decompress(packed), width * channels + 1
-    return [raw[n + 1 : n + stride] for n in range(0, len(raw), stride)]
 
 
 def test_the_module_is_imported_when_it_is_needed() -> None:
