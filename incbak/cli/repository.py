@@ -29,8 +29,8 @@ def init(path: Path | None, cluster_size: str, encrypt: bool) -> None:
     """Make a repository in PATH (or where -r says), which must be missing or empty.
 
     With --encrypt nobody reads the backups without the passphrase: a command asks for it on a terminal, or takes it
-    from INCBAK_PASSWORD_FILE, INCBAK_PASSWORD_COMMAND or INCBAK_PASSWORD_FD. Who forgets it has lost the backups. Keep a
-    copy of the key elsewhere, too: incbak key export.
+    from INCBAK_PASSWORD_FILE, INCBAK_PASSWORD_COMMAND or INCBAK_PASSWORD_FD. Who forgets it has lost the backups. Keep
+    a copy of the key elsewhere, too: incbak key export.
 
     \b
     Example:

@@ -119,7 +119,7 @@ _DRILLS = (
     Fault(
         "drill-sample-not-compared",
         _DATA,
-        '    return "" if blob.digest_of(content) == digest else "it does not match its digest"\n',
+        '    return "" if seal.digest(content) == digest else "it does not match its digest"\n',
         '    return ""\n',
         _drill("data", "test_a_sample_finds_what_it_reads"),
     ),
