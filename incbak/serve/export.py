@@ -16,7 +16,7 @@ DIRTY = "qemu:dirty-bitmap:"
 _HOLE, _ZERO, _IS_DIRTY = 1, 2, 1
 _EXTENTS = 4096
 """Extents told at once."""
-_WINDOW = 1 << 17
+_WINDOW = 1 << 14
 """Bytes of packed bits looked at in one step."""
 PIECE = 256 << 20
 """Bytes that a trim or a write of zeroes changes inside the gate at once: so long may a transaction wait for it."""

@@ -25,11 +25,12 @@ from tests.unit.nbd.peers import DIRTY, PATIENCE, SIZE, DiskExport, Raw, hostile
 FLAGS = p.HAS_FLAGS | p.SEND_FLUSH | p.SEND_ZEROES
 
 
-@pytest.fixture
-def client(export: DiskExport) -> Iterator[NbdClient]:
-    """Connected to `export`, with both contexts."""
+@pytest.fixture(params=[p.Dialect.STRUCTURED, p.Dialect.EXTENDED])
+def client(export: DiskExport, request: pytest.FixtureRequest) -> Iterator[NbdClient]:
+    """Connected to `export`, with both contexts, in each dialect that has any."""
     with served(export) as (_server, connect):
-        made = NbdClient.connect(connect().sock, "disk", contexts=[p.ALLOCATION, DIRTY])
+        made = NbdClient.connect(connect().sock, "disk", contexts=[p.ALLOCATION, DIRTY], dialect=request.param)
+        assert made.dialect is request.param
         yield made
         made.close()
 
@@ -450,6 +451,9 @@ STATUSES: dict[str, Callable[[Raw], None]] = {
     ),
     "simple": _replies(lambda c: p.SIMPLE.pack(p.SIMPLE_MAGIC, 0, c)),
     "data": _replies(lambda c: chunk(c, p.CHUNK_DATA, _data(0, bytes(1000)))),
+    "extents of 64 bits": _replies(
+        lambda c: chunk(c, p.CHUNK_EXT_STATUS, p.U32.pack(1) * 2 + p.EXT_EXTENT.pack(1000, 0))
+    ),
     "17 MiB of extents": _replies(lambda c: chunk(c, p.CHUNK_STATUS, _extents(1, (5, 0)), length=17 << 20)),
 }
 
