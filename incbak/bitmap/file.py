@@ -228,6 +228,11 @@ class Bitmap:
             whole -= self.granularity - rest
         return whole
 
+    def packed(self, first: int, end: int) -> kernels.Bits:
+        """A private copy of some bytes of the packed bits."""
+        with self._lock:
+            return np.array(self._bits[first:end])
+
     def snapshot(self) -> kernels.Bits:
         """A private copy of the bits."""
         with self._lock:

@@ -58,6 +58,10 @@ class FaultyDisk(Disk):
         self.faults.strike("zero")
         self.inner.write_zeroes(offset, length, unmap=unmap)
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        self.faults.strike("zero")
+        return self.inner.zero_fast(offset, length, unmap=unmap)
+
     def trim(self, offset: int, length: int) -> None:
         self.faults.strike("trim")
         self.inner.trim(offset, length)

@@ -19,6 +19,7 @@ from incbak.extents import StatusExtent
 from incbak.fingerprint import Fingerprint
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
+_PUNCH = _PUNCH_HOLE | _KEEP_SIZE
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 _ZEROES = bytes(1 << 20)
 _SAMPLES, _SAMPLE = 16, 4096
@@ -109,7 +110,7 @@ class FileDisk(Disk):
                 done += os.pwrite(self.fd, rest[done:], offset + done)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        modes = (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE) if unmap else (_ZERO_RANGE,)
+        modes = (_PUNCH, _ZERO_RANGE) if unmap else (_ZERO_RANGE,)
         if length <= 0 or any(self._fallocate(mode, offset, length) for mode in modes):
             return
         end = offset + length
@@ -118,9 +119,14 @@ class FileDisk(Disk):
             self.write(_ZEROES[:piece], offset)
             offset += piece
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        """Of a device the kernel punches a hole fast or not at all, but zeroes a range also by writing."""
+        modes = ((_PUNCH,) if unmap else ()) + (() if self.is_block else (_ZERO_RANGE,))
+        return any(self._fallocate(mode, offset, length) for mode in modes)
+
     def trim(self, offset: int, length: int) -> None:
         if length > 0:
-            self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+            self._fallocate(_PUNCH, offset, length)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """False when the storage cannot; other errors raise."""

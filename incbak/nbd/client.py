@@ -7,18 +7,23 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from incbak.errors import NbdError, NbdProtocolError, NbdRequestError
 from incbak.nbd import protocol as p
 from incbak.nbd.dial import dial
 from incbak.nbd.greeting import Greeting, Offer, TlsWish
+from incbak.nbd.protocol import Dialect
 from incbak.nbd.uri import NbdUri, parse_uri
 from incbak.nbd.wire import close_hard
 
 _MAX_REPLY = 1 << 20
+_MAX_STATUS = p.MAX_EXTENTS * p.EXT_EXTENT.size + 8
 _MAX_REPLIES = 64
 """Error chunks that a server may send for one request."""
+_ANY_LENGTH = (1 << 63) - 1
+_STATUS_STEP = 1 << 31
+"""Bytes asked about at once where a length has 32 bits."""
 
 
 @dataclass
@@ -30,7 +35,10 @@ class _Request:
     filled: int = 0
     error: int = 0
     errors: int = 0
-    extents: dict[int, list[tuple[int, int]]] | None = None
+    contexts: frozenset[int] = frozenset()
+    """Whose status is asked for."""
+    extents: dict[int, bytes] = field(default_factory=dict)
+    """As they came, by context."""
 
 
 class NbdClient:
@@ -41,7 +49,7 @@ class NbdClient:
         self.size = self.flags = 0
         self.max_payload = p.MAX_PAYLOAD
         self.contexts: dict[str, int] = {}
-        self._structured = False
+        self.dialect = Dialect.SIMPLE
         self._cookie = self._reads = 0
         self._flying: dict[int, _Request] = {}
         self._failed: NbdRequestError | None = None
@@ -57,20 +65,22 @@ class NbdClient:
         contexts: Sequence[str] = (),
         timeout: float | None = 30.0,
         window: int = 16,
+        dialect: Dialect = Dialect.EXTENDED,
     ) -> NbdClient:
         """Connect to a URI (or take a connected socket, which is then owned) and negotiate within ``timeout`` seconds.
 
+        ``dialect`` is the best to ask for; the server decides.
         Raises `NbdError` when nobody answers, `NbdProtocolError` when the server breaks the rules or lacks the export,
         `UsageError` for an address or name that cannot be.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if isinstance(where, socket.socket):
-            greeting, name = Greeting(where, deadline), export or ""
+            greeting, name = Greeting(where, deadline, dialect=dialect), export or ""
         else:
             uri = parse_uri(where) if isinstance(where, str) else where
             name = uri.export if export is None else export
             tls = TlsWish.of(uri)
-            greeting = Greeting(dial(uri, timeout), deadline, tls)
+            greeting = Greeting(dial(uri, timeout), deadline, tls, dialect)
         try:
             offer = greeting.run(name, contexts)
         except BaseException:
@@ -82,7 +92,7 @@ class NbdClient:
 
     def _take(self, offer: Offer) -> None:
         self.size, self.flags, self.max_payload = offer.size, offer.flags, offer.max_payload
-        self.contexts, self._structured = offer.contexts, offer.structured
+        self.contexts, self.dialect = offer.contexts, offer.dialect
         self.sock.settimeout(None)
 
     @property
@@ -94,6 +104,11 @@ class NbdClient:
         """Whether the server advertises a transmission flag, such as ``SEND_ZEROES``."""
         return bool(self.flags & flag)
 
+    @property
+    def longest(self) -> int:
+        """Bytes that a request without data may be about: any number with extended headers, else below 4 GiB."""
+        return _ANY_LENGTH if self.dialect is Dialect.EXTENDED else (1 << 32) - 1
+
     # -- requests -------------------------------------------------------------------------------------------------
 
     def submit_write(self, buf: memoryview | bytes, offset: int, *, fua: bool = False) -> None:
@@ -104,7 +119,7 @@ class NbdClient:
         self._submit(_Request(p.WRITE, offset, len(buf)), p.CMD_FUA if fua else 0, buf)
 
     def submit_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
-        """Send a write of zeroes; ``length`` below 4 GiB."""
+        """Send a write of zeroes; ``length`` up to `longest`."""
         self._submit(_Request(p.ZEROES, offset, length), p.CMD_NO_HOLE if no_hole else 0)
 
     def submit_read_into(self, buf: memoryview, offset: int) -> None:
@@ -160,13 +175,18 @@ class NbdClient:
         if context not in self.contexts:
             raise NbdProtocolError(f"the server has no meta context {context!r}")
         self.drain()
-        request = _Request(p.STATUS, offset, length, extents={})
-        self._submit(request, 0)
+        number = self.contexts[context]
+        if len(self.contexts) > 1 and self.dialect is Dialect.EXTENDED and self.can(p.STATUS_PAYLOAD):
+            request = _Request(p.STATUS, offset, length, contexts=frozenset([number]))
+            self._submit(request, 0, p.U64.pack(length) + p.U32.pack(number))
+        else:
+            request = _Request(p.STATUS, offset, length, contexts=frozenset(self.contexts.values()))
+            self._submit(request, 0)
         self.drain()
-        extents = (request.extents or {}).get(self.contexts[context], [])
+        form = p.EXT_EXTENT if self.dialect is Dialect.EXTENDED else p.EXTENT
         found, left = [], length
-        for size, flags in extents:
-            if not size or not left:
+        for size, flags in form.iter_unpack(request.extents.get(number, b"")):
+            if not size or not left or flags >> 32:
                 raise NbdProtocolError("the server's block status has an extent that cannot be")
             found.append((min(size, left), flags))
             left -= min(size, left)
@@ -177,15 +197,16 @@ class NbdClient:
     def extents(self, context: str) -> Iterator[tuple[int, int, int]]:
         """(offset, length, flags) over the whole disk, adjacent equal ones not joined."""
         offset = 0
+        step = self.size if self.dialect is Dialect.EXTENDED else _STATUS_STEP
         while offset < self.size:
-            for length, flags in self.block_status(offset, min(self.size - offset, 1 << 31), context):
+            for length, flags in self.block_status(offset, min(self.size - offset, step), context):
                 yield offset, length, flags
                 offset += length
 
     def close(self) -> None:
         """Say goodbye and close; idempotent."""
         try:
-            self._send(p.REQUEST.pack(p.REQUEST_MAGIC, 0, p.DISC, 0, 0, 0))
+            self._send(self._head(_Request(p.DISC, 0, 0), 0, None))
         except NbdError:
             pass
         close_hard(self.sock)
@@ -201,15 +222,26 @@ class NbdClient:
             raise NbdRequestError(f"request past the end of the export ({self.size} bytes)", errno=22)
         if payload is not None and len(payload) > self.max_payload:
             raise NbdRequestError(f"a write of {len(payload)} bytes is over the server's maximum", errno=22)
+        if request.length > self.longest:
+            raise NbdRequestError(
+                f"a request over {request.length} bytes is more than the server can be told", errno=22
+            )
         while len(self._flying) >= self.window or (payload is not None and self._reads):
             self._take_reply()
         if self._failed:
             self.drain()
         self._cookie += 1
-        head = p.REQUEST.pack(p.REQUEST_MAGIC, flags, request.command, self._cookie, request.offset, request.length)
         self._flying[self._cookie] = request
         self._reads += request.into is not None
-        self._send(head, payload)
+        self._send(self._head(request, flags, payload), payload)
+
+    def _head(self, request: _Request, flags: int, payload: memoryview | bytes | None) -> bytes:
+        if self.dialect is not Dialect.EXTENDED:
+            what = (flags, request.command, self._cookie, request.offset, request.length)
+            return p.REQUEST.pack(p.REQUEST_MAGIC, *what)
+        length = request.length if payload is None else len(payload)
+        flags |= 0 if payload is None else p.CMD_PAYLOAD
+        return p.EXT_REQUEST.pack(p.EXT_REQUEST_MAGIC, flags, request.command, self._cookie, request.offset, length)
 
     def _send(self, head: bytes, payload: memoryview | bytes | None = None) -> None:
         try:
@@ -239,31 +271,43 @@ class NbdClient:
         return bytes(buf)
 
     def _take_reply(self) -> None:
-        head = self._recv_bytes(16)
+        if self.dialect is Dialect.EXTENDED:
+            magic, flags, kind, cookie, offset, length = p.EXT_CHUNK.unpack(self._recv_bytes(p.EXT_CHUNK.size))
+            if magic != p.EXT_CHUNK_MAGIC:
+                raise NbdProtocolError("the server's reply has a wrong magic number")
+            request = self._flying.get(cookie)
+            if request and request.offset != offset:
+                raise NbdProtocolError("the server's reply names another offset than the request")
+            self._take_chunk(flags, kind, cookie, length)
+            return
+        head = self._recv_bytes(p.SIMPLE.size)
         (magic,) = p.U32.unpack_from(head)
         if magic == p.SIMPLE_MAGIC:
             _magic, error, cookie = p.SIMPLE.unpack(head)
-            request = self._flying.get(cookie)
-            if request is None or (self._structured and request.command in (p.READ, p.STATUS) and not error):
-                raise NbdProtocolError("the server answered a request that it was not asked")
-            if request.into is not None and not error:
-                self._recv(request.into)
-                request.filled = request.length
-            request.error = request.error or error
-            self._conclude(cookie, request)
-        elif magic == p.CHUNK_MAGIC and self._structured:
-            self._take_chunk(head + self._recv_bytes(4))
+            self._take_simple(error, cookie)
+        elif magic == p.CHUNK_MAGIC and self.dialect:
+            _magic, *rest = p.CHUNK.unpack(head + self._recv_bytes(p.CHUNK.size - len(head)))
+            self._take_chunk(*rest)
         else:
             raise NbdProtocolError("the server's reply has a wrong magic number")
 
-    def _take_chunk(self, head: bytes) -> None:
-        _magic, flags, kind, cookie, length = p.CHUNK.unpack(head)
+    def _take_simple(self, error: int, cookie: int) -> None:
+        request = self._flying.get(cookie)
+        if request is None or (self.dialect and request.command in (p.READ, p.STATUS) and not error):
+            raise NbdProtocolError("the server answered a request that it was not asked")
+        if request.into is not None and not error:
+            self._recv(request.into)
+            request.filled = request.length
+        request.error = request.error or error
+        self._conclude(cookie, request)
+
+    def _take_chunk(self, flags: int, kind: int, cookie: int, length: int) -> None:
         request = self._flying.get(cookie)
         if request is None:
             raise NbdProtocolError("the server answered a request that it was not asked")
         if kind == p.CHUNK_DATA and request.into is not None:
             self._take_data(request, length)
-        elif length > _MAX_REPLY:
+        elif length > (_MAX_STATUS if request.contexts else _MAX_REPLY):
             raise NbdProtocolError("the server's reply is too long")
         else:
             self._take_small(request, kind, self._recv_bytes(length) if length else b"", bool(flags & p.CHUNK_DONE))
@@ -288,12 +332,8 @@ class NbdClient:
                     raise NbdProtocolError("the server sent a hole that was not asked for")
                 request.into[at : at + count] = bytes(count)
                 request.filled += count
-            elif kind == p.CHUNK_STATUS and request.extents is not None:
-                (context,) = p.U32.unpack_from(body)
-                known = context in self.contexts.values() and context not in request.extents
-                if not known or (len(body) - 4) % 8:
-                    raise NbdProtocolError("the server's block status is malformed")
-                request.extents[context] = list(p.EXTENT.iter_unpack(body[4:]))
+            elif kind in (p.CHUNK_STATUS, p.CHUNK_EXT_STATUS) and request.contexts:
+                self._take_status(request, kind, body)
             elif kind & 1 << 15 and request.errors < _MAX_REPLIES:
                 request.errors += 1
                 request.error = request.error or p.U32.unpack_from(body)[0] or 5
@@ -301,6 +341,17 @@ class NbdClient:
                 raise NbdProtocolError(f"the server sent a chunk of type {kind} that cannot be")
         except struct.error as e:
             raise NbdProtocolError("the server's reply is cut short") from e
+
+    def _take_status(self, request: _Request, kind: int, body: bytes) -> None:
+        extended = kind == p.CHUNK_EXT_STATUS
+        (context,), extents = p.U32.unpack_from(body), body[8 if extended else 4 :]
+        fits = extended == (self.dialect is Dialect.EXTENDED)
+        if extended:
+            fits &= p.U32.unpack_from(body, 4)[0] * p.EXT_EXTENT.size == len(extents)
+        known = context in request.contexts and context not in request.extents
+        if not known or not fits or len(extents) % p.EXTENT.size:
+            raise NbdProtocolError("the server's block status is malformed")
+        request.extents[context] = extents
 
     def _conclude(self, cookie: int, request: _Request) -> None:
         del self._flying[cookie]

@@ -14,12 +14,14 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from incbak.errors import NbdProtocolError
 from incbak.nbd import protocol as p
 from incbak.nbd.export import Device
 from incbak.nbd.handshake import Agreed
+from incbak.nbd.protocol import Dialect
+from incbak.nbd.replies import Replies, Tag
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, device: Device, agreed: Agreed) -> None:
         self.sock, self.device = sock, device
-        self.structured = agreed.structured
+        self.dialect, self.replies = agreed.dialect, Replies(agreed.dialect)
         self.contexts = agreed.contexts
         self.size, self.read_only = device.size, device.read_only
         self._send_lock = threading.Lock()
@@ -103,11 +105,14 @@ class Connection:
         buf = bytearray(BUFFER)
         view = memoryview(buf)
         start = end = 0
-        recv_into, unpack = self.sock.recv_into, p.REQUEST.unpack_from
+        recv_into, extended = self.sock.recv_into, self.dialect is Dialect.EXTENDED
+        form, wanted = (p.EXT_REQUEST, p.EXT_REQUEST_MAGIC) if extended else (p.REQUEST, p.REQUEST_MAGIC)
+        unpack, head, special = form.unpack_from, form.size, 0xFFFF ^ (p.CMD_PAYLOAD if extended else 0)
         device_write, may_block, size = self.device.write, self.device.may_block, self.size
-        out, pack_into, writable = self._out, p.SIMPLE.pack_into, not self.read_only
+        out, pack_into, pack_chunk_into = self._out, p.SIMPLE.pack_into, p.EXT_CHUNK.pack_into
+        writable = not self.read_only
         while not self._dead:
-            if end - start < 28:
+            if end - start < head:
                 if self._out_len:
                     self._flush_out()
                 if start:
@@ -121,30 +126,42 @@ class Connection:
                 end += got
                 continue
             magic, flags, command, cookie, offset, length = unpack(buf, start)
-            start += 28
-            if magic != p.REQUEST_MAGIC:
+            start += head
+            if magic != wanted:
                 raise NbdProtocolError("a request has a wrong magic number")
-            if command == p.WRITE:
+            if command == p.WRITE or (extended and flags & p.CMD_PAYLOAD):  # QEMU 10 writes without the flag
                 if length > p.MAX_PAYLOAD:
-                    raise NbdProtocolError(f"a write of {length} bytes is over the advertised maximum")
+                    raise NbdProtocolError(f"a payload of {length} bytes is over the advertised maximum")
                 if end - start >= length:
                     payload = view[start : start + length]
                     start += length
                 else:
                     payload = self._payload(view[start:end], length)
                     start = end = 0
-                if not flags and writable and length and offset + length <= size and not may_block(offset, length):
+                if command != p.WRITE:
+                    self._with_payload(command, flags, (cookie, offset), payload)
+                elif (
+                    not flags & special
+                    and writable
+                    and length
+                    and offset + length <= size
+                    and not may_block(offset, length)
+                ):
                     try:
                         device_write(payload, offset)
                     except OSError as e:
-                        self._answer(cookie, p.wire_error(e.errno))
+                        self._answer((cookie, offset), p.wire_error(e.errno))
                         continue
                     at = self._out_len
                     if at > _NEARLY_FULL:
                         self._flush_out()
                         at = 0
-                    pack_into(out, at, p.SIMPLE_MAGIC, 0, cookie)
-                    self._out_len = at + 16
+                    if extended:
+                        pack_chunk_into(out, at, p.EXT_CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_NONE, cookie, offset, 0)
+                        self._out_len = at + 32
+                    else:
+                        pack_into(out, at, p.SIMPLE_MAGIC, 0, cookie)
+                        self._out_len = at + 16
                 else:
                     self._slow_write(flags, cookie, offset, payload)
             elif command == p.DISC:
@@ -173,9 +190,9 @@ class Connection:
 
     def _slow_write(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
         """A write that is refused, or has a flag, or may wait; the payload is off the wire already."""
-        length = len(payload)
-        if (error := p.refuse(p.WRITE, flags, offset, length, self.size, self.read_only, False)) or not length:
-            self._answer(cookie, error)
+        tag, length = (cookie, offset), len(payload)
+        if (error := self._refuse(p.WRITE, flags, offset, length)) or not length:
+            self._answer(tag, error)
             return
         data = memoryview(bytes(payload))
 
@@ -184,22 +201,40 @@ class Connection:
             if flags & p.CMD_FUA:
                 self.device.flush()
 
-        self._work(cookie, task, size=length)
+        self._work(tag, task, size=length)
+
+    def _with_payload(self, command: int, flags: int, tag: Tag, payload: memoryview) -> None:
+        """What is no write and has a payload all the same: a block status of some contexts, or refused."""
+        if command == p.DISC:
+            raise NbdProtocolError("the client's farewell has a payload")
+        asked = p.status_payload(payload, [number for number, _name in self.contexts])
+        length, wanted = asked or (0, [])
+        if error := self._refuse(command, flags, tag[1], length):  # also where nothing can be asked
+            self._answer(tag, error, command)
+            return
+        contexts = [context for context in self.contexts if context[0] in wanted]
+        self._work(tag, lambda: self._status(tag, flags, length, contexts), command=p.STATUS, answers=True)
+
+    def _refuse(self, command: int, flags: int, offset: int, length: int) -> int:
+        contexts = bool(self.contexts)
+        return p.refuse(command, flags, offset, length, self.size, self.read_only, contexts, self.dialect)
 
     def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        error = p.refuse(command, flags, offset, length, self.size, self.read_only, bool(self.contexts))
+        tag = cookie, offset
+        error = self._refuse(command, flags, offset, length)
         if error:
-            self._answer(cookie, error, command)
+            self._answer(tag, error, command)
         elif command == p.READ:
             self._read(cookie, offset, length)
         elif command == p.STATUS:
-            self._work(cookie, lambda: self._status(cookie, flags, offset, length), answers=True)
+            work = lambda: self._status(tag, flags, length, self.contexts)  # noqa: E731
+            self._work(tag, work, command=command, answers=True)
         elif command == p.FLUSH:
-            self._work(cookie, self.device.flush)
+            self._work(tag, self.device.flush)
         elif not length:
-            self._answer(cookie, 0)
+            self._answer(tag, 0)
         else:
-            self._work(cookie, lambda: self._change(command, flags, offset, length))
+            self._work(tag, lambda: self._change(command, flags, offset, length))
 
     def _change(self, command: int, flags: int, offset: int, length: int) -> None:
         if command == p.TRIM:
@@ -213,53 +248,43 @@ class Connection:
             self.device.flush()
 
     def _read(self, cookie: int, offset: int, length: int) -> None:
+        tag = cookie, offset
         if not length:
-            self._answer(cookie, 0, p.READ)
+            self._answer(tag, 0, p.READ)
             return
-        head = 28 if self.structured else 16
+        head = self.replies.data_head
         if length <= INLINE:
             if self._out_len + head + length > BUFFER:
                 self._flush_out()
             at = self._out_len + head
             try:
                 if self.device.read_nowait(self._out_view[at : at + length], offset):
-                    self._pack_head(self._out, self._out_len, cookie, offset, length)
+                    self.replies.pack_data_head(self._out, self._out_len, cookie, offset, length)
                     self._out_len = at + length
                     return
             except OSError as e:
-                self._answer(cookie, p.wire_error(e.errno), p.READ)
+                self._answer(tag, p.wire_error(e.errno), p.READ)
                 return
-        self._work(cookie, lambda: self._slow_read(cookie, offset, length), size=length, answers=True)
+        self._work(tag, lambda: self._slow_read(tag, length), command=p.READ, size=length, answers=True)
 
-    def _pack_head(self, out: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
-        if self.structured:
-            p.CHUNK.pack_into(out, at, p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_DATA, cookie, length + 8)
-            p.U64.pack_into(out, at + 20, offset)
-        else:
-            p.SIMPLE.pack_into(out, at, p.SIMPLE_MAGIC, 0, cookie)
-
-    def _slow_read(self, cookie: int, offset: int, length: int) -> None:
-        head = 28 if self.structured else 16
+    def _slow_read(self, tag: Tag, length: int) -> None:
+        head = self.replies.data_head
         buf = bytearray(head + length)
-        self.device.read_into(memoryview(buf)[head:], offset)
-        self._pack_head(buf, 0, cookie, offset, length)
+        self.device.read_into(memoryview(buf)[head:], tag[1])
+        self.replies.pack_data_head(buf, 0, *tag, length)
         self._send(buf)
 
-    def _status(self, cookie: int, flags: int, offset: int, length: int) -> None:
+    def _status(self, tag: Tag, flags: int, length: int, contexts: Sequence[tuple[int, str]]) -> None:
         replies = []
-        for number, context in self.contexts:
-            extents = self.device.status(offset, length, context)[: 1 if flags & p.CMD_REQ_ONE else _STATUS_EXTENTS]
-            body = bytearray(p.U32.pack(number))
-            for size, state in extents:
-                body += p.EXTENT.pack(min(size, length), state)
-            last = number == self.contexts[-1][0]
-            head = p.CHUNK.pack(p.CHUNK_MAGIC, p.CHUNK_DONE if last else 0, p.CHUNK_STATUS, cookie, len(body))
-            replies.append(head + body)
+        for number, context in contexts:
+            extents = self.device.status(tag[1], length, context)[: 1 if flags & p.CMD_REQ_ONE else _STATUS_EXTENTS]
+            cut = [(min(size, length), state) for size, state in extents]
+            replies.append(self.replies.status(tag, number, cut, last=number == contexts[-1][0]))
         self._send(b"".join(replies))
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def _work(self, cookie: int, action: Task, *, size: int = 0, answers: bool = False) -> None:
+    def _work(self, tag: Tag, action: Task, *, command: int = p.WRITE, size: int = 0, answers: bool = False) -> None:
         """Let a worker do it, holding ``size`` bytes; it answers, unless the action ``answers`` itself."""
         if self._out_len:
             self._flush_out()
@@ -269,11 +294,11 @@ class Connection:
             try:
                 action()
                 if not answers:
-                    self._send(p.SIMPLE.pack(p.SIMPLE_MAGIC, 0, cookie))
+                    self._send(self.replies.done(tag, command))
             except (ConnectionError, BlockingIOError):
                 self._drop()
             except OSError as e:
-                self._send_error(cookie, p.wire_error(e.errno), answers)
+                self._send_error(tag, p.wire_error(e.errno), command)
             except Exception:
                 log.exception("NBD connection ended by an error of our own")
                 self._drop()
@@ -290,17 +315,11 @@ class Connection:
         while task := self._tasks.get():
             task()
 
-    def _send_error(self, cookie: int, error: int, structured: bool) -> None:
+    def _send_error(self, tag: Tag, error: int, command: int) -> None:
         try:
-            self._send(self._error_reply(cookie, error, structured))
+            self._send(self.replies.error(tag, error, command))
         except OSError:
             self._drop()
-
-    def _error_reply(self, cookie: int, error: int, structured: bool) -> bytes:
-        if structured and self.structured:
-            body = p.U32.pack(error) + p.U16.pack(0)
-            return p.CHUNK.pack(p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_ERROR, cookie, len(body)) + body
-        return p.SIMPLE.pack(p.SIMPLE_MAGIC, error, cookie)
 
     def _drop(self) -> None:
         self._dead = True
@@ -311,15 +330,11 @@ class Connection:
 
     # -- replies --------------------------------------------------------------------------------------------------
 
-    def _answer(self, cookie: int, error: int, command: int = p.WRITE) -> None:
+    def _answer(self, tag: Tag, error: int, command: int = p.WRITE) -> None:
         """Add a reply to those that wait to be sent."""
         if self._out_len > _NEARLY_FULL:
             self._flush_out()
-        chunked = command in (p.READ, p.STATUS)
-        if error or not (chunked and self.structured):
-            reply = self._error_reply(cookie, error, chunked)
-        else:
-            reply = p.CHUNK.pack(p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_NONE, cookie, 0)
+        reply = self.replies.error(tag, error, command) if error else self.replies.done(tag, command)
         self._out[self._out_len : self._out_len + len(reply)] = reply
         self._out_len += len(reply)
 

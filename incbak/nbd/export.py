@@ -52,7 +52,9 @@ class Device(Protocol):
 
 
 class Export(Protocol):
-    """A named disk that clients can ask for. Names are keys, never paths."""
+    """A named disk that clients can ask for. Names are keys, never paths; under a key that is not its name it is found,
+    not listed.
+    """
 
     @property
     def name(self) -> str:

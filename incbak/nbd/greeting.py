@@ -11,6 +11,7 @@ from pathlib import Path
 
 from incbak.errors import NbdError, NbdProtocolError, UsageError
 from incbak.nbd import protocol as p
+from incbak.nbd.protocol import Dialect
 from incbak.nbd.tls import Tunnel, client_context, refuse_early_bytes
 from incbak.nbd.uri import NbdUri
 from incbak.nbd.wire import ClosedError, Wire, close_hard
@@ -31,7 +32,7 @@ class Offer:
     flags: int = 0
     max_payload: int = p.MAX_PAYLOAD
     contexts: dict[str, int] = field(default_factory=dict)
-    structured: bool = False
+    dialect: Dialect = Dialect.SIMPLE
 
 
 @dataclass
@@ -52,10 +53,18 @@ class TlsWish:
 
 
 class Greeting:
-    """One connection's negotiation; afterwards `sock` is the one to speak on. With ``tls`` nothing goes without it."""
+    """One connection's negotiation; afterwards `sock` is the one to speak on. With ``tls`` nothing goes without it;
+    ``dialect`` is the best to ask for.
+    """
 
-    def __init__(self, sock: socket.socket, deadline: float | None, tls: TlsWish | None = None) -> None:
-        self.sock, self._deadline, self._tls = sock, deadline, tls
+    def __init__(
+        self,
+        sock: socket.socket,
+        deadline: float | None,
+        tls: TlsWish | None = None,
+        dialect: Dialect = Dialect.EXTENDED,
+    ) -> None:
+        self.sock, self._deadline, self._tls, self._dialect = sock, deadline, tls, dialect
         self._tunnel: Tunnel | None = None
         self._offer = Offer()
 
@@ -88,14 +97,14 @@ class Greeting:
         if self._tls:
             wire = self._start_tls(wire, self._tls, fixed, p.printable(encoded.decode()))
         if fixed:
-            self._offer.structured = self._ask(wire, p.OPT_STRUCTURED, b"")[0][0] == p.REP_ACK
-            if contexts and self._offer.structured:
+            self._offer.dialect = self._best_dialect(wire)
+            if contexts and self._offer.dialect:
                 self._set_contexts(wire, encoded, contexts)
             go = p.U32.pack(len(encoded)) + encoded + p.U16.pack(1) + p.U16.pack(p.INFO_BLOCK_SIZE)
             replies = self._ask(wire, p.OPT_GO, go)
         else:
             replies = [(p.ERR_UNSUP, b"")]
-        if replies[-1][0] == p.ERR_UNSUP:
+        if replies[-1][0] == p.ERR_UNSUP and self._offer.dialect is not Dialect.EXTENDED:  # they go with GO only
             self._export_name(wire, encoded, bool(flags & p.FLAG_NO_ZEROES))
         elif replies[-1][0] == p.ERR_TLS_REQD:
             raise NbdProtocolError("the server wants TLS", hint="Write nbds://HOST/EXPORT?tls-certificates=DIR.")
@@ -104,6 +113,13 @@ class Greeting:
             raise NbdProtocolError(f"the server refuses export {name!r}: {_why(replies[-1])}")
         else:
             self._take_info([data for kind, data in replies if kind == p.REP_INFO])
+
+    def _best_dialect(self, wire: Wire) -> Dialect:
+        """Of what the server has: extended headers, structured replies, neither."""
+        for option, dialect in ((p.OPT_EXTENDED, Dialect.EXTENDED), (p.OPT_STRUCTURED, Dialect.STRUCTURED)):
+            if dialect <= self._dialect and self._ask(wire, option, b"")[0][0] == p.REP_ACK:
+                return dialect
+        return Dialect.SIMPLE
 
     def _start_tls(self, wire: Wire, tls: TlsWish, fixed: bool, name: str) -> Wire:
         """Never goes on without TLS where TLS was asked for."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from incbak.errors import NbdProtocolError
 from incbak.nbd import protocol as p
 from incbak.nbd.export import Export
+from incbak.nbd.protocol import Dialect
 from incbak.nbd.tls import Tunnel, refuse_early_bytes
 from incbak.nbd.wire import Wire
 
@@ -30,14 +31,16 @@ class Agreed:
     """What negotiation ended with."""
 
     export: Export
-    structured: bool
+    dialect: Dialect
     contexts: list[tuple[int, str]] = field(default_factory=list)
 
 
-def transmission_flags(export: Export) -> int:
-    """What the export can do."""
-    flags = p.HAS_FLAGS | p.SEND_FLUSH | p.SEND_FUA | p.SEND_DF | p.SEND_CACHE
+def transmission_flags(export: Export, dialect: Dialect, *, status_payload: bool = False) -> int:
+    """What the export can do, of what a client can ask for in ``dialect``."""
+    flags = p.HAS_FLAGS | p.SEND_FLUSH | p.SEND_FUA | p.SEND_CACHE
     flags |= p.READ_ONLY if export.read_only else p.SEND_TRIM | p.SEND_ZEROES | p.SEND_FAST_ZERO
+    flags |= p.SEND_DF if dialect else 0
+    flags |= p.STATUS_PAYLOAD if dialect is Dialect.EXTENDED and status_payload else 0
     return flags | (p.MULTI_CONN if export.multi_conn else 0)
 
 
@@ -61,7 +64,7 @@ class Negotiation:
         self.exports = exports
         self.tls, self.must = tls, must
         self._tunnel: Tunnel | None = None
-        self.structured = self.no_zeroes = False
+        self.dialect, self.no_zeroes = Dialect.SIMPLE, False
         self.chosen: tuple[str, list[tuple[int, str]]] = ("", [])
 
     def run(self) -> Agreed | None:
@@ -104,9 +107,8 @@ class Negotiation:
             return agreed is not None and option == p.OPT_GO, agreed
         if option == p.OPT_LIST:
             self._list(option, data)
-        elif option == p.OPT_STRUCTURED:
-            self.structured = self.structured or not data
-            self._reply(option, p.ERR_INVALID if data else p.REP_ACK)
+        elif option in (p.OPT_STRUCTURED, p.OPT_EXTENDED):
+            self._set_dialect(option, data)
         elif option in (p.OPT_LIST_META, p.OPT_SET_META):
             self._meta(option, data)
         elif option == p.OPT_STARTTLS and self.tls:
@@ -114,6 +116,16 @@ class Negotiation:
         else:
             self._reply(option, p.ERR_UNSUP)
         return False, None
+
+    def _set_dialect(self, option: int, data: bytes) -> None:
+        """Structured replies, or extended headers, which nothing leads back from."""
+        if data:
+            self._reply(option, p.ERR_INVALID)
+        elif option == p.OPT_STRUCTURED and self.dialect is Dialect.EXTENDED:
+            self._reply(option, p.ERR_EXTENDED_REQD)
+        else:
+            self.dialect = Dialect.STRUCTURED if option == p.OPT_STRUCTURED else Dialect.EXTENDED
+            self._reply(option, p.REP_ACK)
 
     def _start_tls(self, data: bytes, context: ssl.SSLContext) -> None:
         if data or self._tunnel:
@@ -127,7 +139,7 @@ class Negotiation:
         tunnel.start()
         self.sock = tunnel.inner
         self.wire = Wire(tunnel.inner, self.deadline)
-        self.structured, self.chosen = False, ("", [])
+        self.dialect, self.chosen = Dialect.SIMPLE, ("", [])
 
     def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
         self.wire.send(p.OPTION_REPLY.pack(p.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
@@ -140,11 +152,12 @@ class Negotiation:
     def _export_name(self, data: bytes) -> Agreed:
         name = data.decode(errors="replace")
         export = self._find(name)
-        if export is None:
-            raise NbdProtocolError(f"no export {p.printable(name)}")
+        if export is None or self.dialect is Dialect.EXTENDED:  # has no answer but the export
+            raise NbdProtocolError(f"no export {p.printable(name)}, or extended headers with the old way in")
         padding = b"" if self.no_zeroes else bytes(124)
-        self.wire.send(p.U64.pack(export.size) + p.U16.pack(transmission_flags(export)) + padding)
-        return Agreed(export, self.structured, self._contexts(name))
+        flags = transmission_flags(export, self.dialect)
+        self.wire.send(p.U64.pack(export.size) + p.U16.pack(flags) + padding)
+        return Agreed(export, self.dialect, self._contexts(name))
 
     def _contexts(self, name: str) -> list[tuple[int, str]]:
         """The contexts that were set, if they were set for this export."""
@@ -154,7 +167,9 @@ class Negotiation:
         if data:
             self._reply(option, p.ERR_INVALID)
             return
-        for export in self.exports.values():
+        for key, export in self.exports.items():
+            if key != export.name:  # another way to one that is listed
+                continue
             name = export.name.encode()
             self._reply(option, p.REP_SERVER, p.U32.pack(len(name)) + name + export.description.encode())
         self._reply(option, p.REP_ACK)
@@ -173,12 +188,14 @@ class Negotiation:
         if export is None:
             self._reply(option, p.ERR_UNKNOWN, f"no export {p.printable(name)}".encode())
             return None
-        self._describe(option, export, requests)
+        contexts = self._contexts(name)
+        flags = transmission_flags(export, self.dialect, status_payload=bool(contexts) or option == p.OPT_INFO)
+        self._describe(option, export, flags, requests)
         self._reply(option, p.REP_ACK)
-        return Agreed(export, self.structured, self._contexts(name))
+        return Agreed(export, self.dialect, contexts)
 
-    def _describe(self, option: int, export: Export, requests: set[int]) -> None:
-        info = [p.U16.pack(p.INFO_EXPORT) + p.U64.pack(export.size) + p.U16.pack(transmission_flags(export))]
+    def _describe(self, option: int, export: Export, flags: int, requests: set[int]) -> None:
+        info = [p.U16.pack(p.INFO_EXPORT) + p.U64.pack(export.size) + p.U16.pack(flags)]
         info.append(p.U16.pack(p.INFO_BLOCK_SIZE) + p.U32.pack(1) + p.U32.pack(4096) + p.U32.pack(p.MAX_PAYLOAD))
         if p.INFO_NAME in requests:
             info.append(p.U16.pack(p.INFO_NAME) + export.name.encode())
@@ -198,7 +215,7 @@ class Negotiation:
             self._reply(option, p.ERR_INVALID)
             return
         export = self._find(name)
-        if not self.structured or export is None:
+        if not self.dialect or export is None:
             self._reply(option, p.ERR_INVALID if export else p.ERR_UNKNOWN)
             return
         offered = list(export.contexts())

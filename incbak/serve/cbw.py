@@ -142,16 +142,18 @@ class CopyBeforeWrite:
         probe = memoryview(bytearray(1))
         return not self.disk.read_nowait(probe, offset)
 
-    def before_write(self, offset: int, length: int) -> None:
-        """Return once old content of the range is safe, or the copy is broken.
+    def before_write(self, offset: int, length: int, spent: float = 0.0) -> None:
+        """Return once old content of the range is safe, or the copy is broken; ``spent`` seconds went before.
 
         Raises `OSError` when the policy is ``break-guest-write`` and the content cannot be saved.
         """
         if not self.wants(offset, length):
             return
         first, last = offset >> self._shift, (offset + length - 1) >> self._shift
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self._timeout - spent
         try:
+            if length > CHUNK:
+                self._pass_holes(first, last)
             while run := self._claim_for_guest(first, last, deadline):
                 self._save(run)
                 first = run.end
@@ -166,6 +168,8 @@ class CopyBeforeWrite:
         """A claim, with room for its content; ``None`` when nothing is left to save. Raises `OSError`: no room."""
         with self._changed:
             while not self._broken and (cluster := self._next(self._todo, first, last + 1)) is not None:
+                if time.monotonic() > deadline:
+                    raise self._late()
                 if self._claim_on(cluster) is None:
                     run = self._claim(cluster, last + 1, CHUNK, saved=False)
                     if self._held.reserve(run.count << self._shift):
@@ -174,8 +178,41 @@ class CopyBeforeWrite:
                     if self._held.error:
                         raise self._held.error
                 if not self._changed.wait(deadline - time.monotonic()):
-                    raise OSError(errno.ETIMEDOUT, f"old content was not saved within {self._timeout:g} s")
+                    raise self._late()
             return None
+
+    def _late(self) -> OSError:
+        return OSError(errno.ETIMEDOUT, f"old content was not saved within {self._timeout:g} s")
+
+    def _pass_holes(self, first: int, last: int) -> None:
+        """What is a hole on the disk need not be read, however long it is: it is safe as it is, being zeroes."""
+        while run := self._claim_unsaved(first, last):
+            start, end = run.first << self._shift, min(run.end << self._shift, self.disk.size)
+            holes: list[StatusExtent] = []
+            try:
+                holes = [e for e in self.disk.extents(start, end - start) if e.zero]
+            finally:
+                with self._changed:
+                    for hole in holes:
+                        self._clear_whole(hole.offset, hole.offset + hole.length)
+                    self._claims.remove(run)
+                    self._changed.notify_all()
+            first = run.end
+
+    def _claim_unsaved(self, first: int, last: int) -> Run | None:
+        """All from the first cluster that has to be saved and nobody reads."""
+        with self._changed:
+            while not self._broken and (cluster := self._next(self._todo, first, last + 1)) is not None:
+                if (claim := self._claim_on(cluster)) is None:
+                    return self._claim(cluster, last + 1, (last + 1) << self._shift, saved=False)
+                first = claim.end
+            return None
+
+    def _clear_whole(self, start: int, end: int) -> None:
+        first = -(-start >> self._shift)
+        last = (self.clusters if end == self.disk.size else end >> self._shift) - 1
+        if first <= last:
+            kernels.clear_range(self._todo, first, last)
 
     def _save(self, run: Run) -> None:
         """Read the old content of a claimed run and hold it: only then may the guest overwrite it."""

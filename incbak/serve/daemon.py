@@ -114,7 +114,10 @@ class Daemon:
             raise UsageError(f"disk {twice} is given twice", hint="Give each disk a name of its own.")
         for name, path in self.options.disks:
             tracked = open_tracked(self.vm, name, path, self.options.state_dir, read_only=self.options.read_only)
-            self._exports[name] = DiskExport(tracked)
+            for export in (DiskExport(tracked), DiskExport(tracked, read_only=True)):
+                self._exports[export.name] = export
+        if len(names) == 1:
+            self._exports[""] = self._exports[names[0]]
 
     def _listen(self, monitor: Monitor) -> None:
         options = self.options
@@ -129,12 +132,12 @@ class Daemon:
         if options.tcp:
             host, port = self._server.listen_tcp(*options.tcp)
             tls = UriTls() if options.tls else None
-            self._places += [str(NbdUri(name, host=host, port=port, tls=tls)) for name in self._exports]
+            self._places += [str(NbdUri(name, host=host, port=port, tls=tls)) for name, _path in options.disks]
         if options.stdio:
             threading.Thread(target=self._serve_stdio, args=(stdio_socket(),), daemon=True).start()
         elif options.nbd_socket and all(name == systemd.MONITOR for name, _sock in handed):
             path = self._server.listen_unix(options.nbd_socket)
-            self._places += [str(NbdUri(name, path=str(path))) for name in self._exports]
+            self._places += [str(NbdUri(name, path=str(path))) for name, _path in options.disks]
 
     def _serve_stdio(self, sock: object) -> None:
         try:
@@ -145,7 +148,7 @@ class Daemon:
     def _say_ready(self) -> None:
         if not self.options.stdio:
             self.options.say("ready: " + " ".join(sorted(self._places, key=lambda p: p.startswith("monitor="))))
-        systemd.notify(f"READY=1\nSTATUS=serving {len(self._exports)} disks of {self.vm.name}")
+        systemd.notify(f"READY=1\nSTATUS=serving {len(self.options.disks)} disks of {self.vm.name}")
 
     # -- ending ---------------------------------------------------------------------------------------------------
 

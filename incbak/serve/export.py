@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-
-import numpy as np
+import time
+from collections.abc import Callable, Iterator
 
 from incbak.bitmap import bits as kernels
 from incbak.bitmap.file import State
@@ -17,6 +16,13 @@ DIRTY = "qemu:dirty-bitmap:"
 _HOLE, _ZERO, _IS_DIRTY = 1, 2, 1
 _EXTENTS = 4096
 """Extents told at once."""
+_WINDOW = 1 << 14
+"""Bytes of packed bits looked at in one step."""
+PIECE = 256 << 20
+"""Bytes that a trim or a write of zeroes changes inside the gate at once: so long may a transaction wait for it."""
+CACHE_LIMIT = 1 << 30
+"""Bytes that one request prefetches."""
+READ_ONLY_SUFFIX = ":ro"
 
 
 class DiskExport:
@@ -24,11 +30,12 @@ class DiskExport:
 
     multi_conn = True
 
-    def __init__(self, tracked: TrackedDisk) -> None:
+    def __init__(self, tracked: TrackedDisk, *, read_only: bool = False) -> None:
+        """With ``read_only`` it is another export of the disk, by the name of ``vda:ro``, that takes no writes."""
         self.tracked = tracked
-        self.name = tracked.name
-        self.description = f"disk {tracked.name}"
-        self.size, self.read_only = tracked.size, tracked.read_only
+        self.name = tracked.name + (READ_ONLY_SUFFIX if read_only else "")
+        self.description = f"disk {tracked.name}" + (", read-only" if read_only else "")
+        self.size, self.read_only = tracked.size, tracked.read_only or read_only
 
     def contexts(self) -> list[str]:
         """``base:allocation`` and one context per valid bitmap."""
@@ -37,15 +44,15 @@ class DiskExport:
 
     def open(self) -> TrackedDevice:
         """One connection's way in."""
-        return TrackedDevice(self.tracked)
+        return TrackedDevice(self.tracked, read_only=self.read_only)
 
 
 class TrackedDevice:
     """One connection: owns a slot of the disk's gate. See `incbak.nbd.export.Device`."""
 
-    def __init__(self, tracked: TrackedDisk) -> None:
+    def __init__(self, tracked: TrackedDisk, *, read_only: bool) -> None:
         self.tracked = tracked
-        self.size, self.read_only = tracked.size, tracked.read_only
+        self.size, self.read_only = tracked.size, read_only
         disk = tracked.disk
         self.read_into, self.read_nowait, self.flush = disk.read_into, disk.read_nowait, disk.flush
         self._disk = disk
@@ -75,23 +82,39 @@ class TrackedDevice:
                 self._disk.write(buf, offset)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
-        """Recorded as any write; ``fast`` is refused, since no file system promises it."""
-        if fast:
-            raise OSError(errno.EOPNOTSUPP, "fast zeroes are not on offer")
-        with self.tracked.gate.joined():
-            self.tracked.before_write(offset, length)
-            self._disk.write_zeroes(offset, length, unmap=unmap)
+        """Recorded as any write; ``fast``: as the storage can, or not at all."""
+
+        def change(at: int, part: int) -> None:
+            if not fast:
+                self._disk.write_zeroes(at, part, unmap=unmap)
+            elif not self._disk.zero_fast(at, part, unmap=unmap):
+                raise OSError(errno.EOPNOTSUPP, "the storage has no fast zeroes")
+
+        self._in_pieces(offset, length, change)
 
     def trim(self, offset: int, length: int) -> None:
         """Recorded as any write."""
-        with self.tracked.gate.joined():
-            self.tracked.before_write(offset, length)
-            self._disk.trim(offset, length)
+        self._in_pieces(offset, length, self._disk.trim)
+
+    def _in_pieces(self, offset: int, length: int, change: Callable[[int, int], None]) -> None:
+        """However long it is, nobody waits for more than a piece of it at the gate."""
+        end, spent = offset + length, 0.0
+        if length > PIECE:
+            with self.tracked.gate.joined():
+                self.tracked.announce(offset, length)
+        while offset < end:
+            part = min(PIECE, end - offset)
+            with self.tracked.gate.joined():
+                began = time.monotonic()
+                self.tracked.before_write(offset, part, spent)
+                spent += time.monotonic() - began
+                change(offset, part)
+            offset += part
 
     def cache(self, offset: int, length: int) -> None:
-        """Read, and drop what was read."""
+        """Read, and drop what was read: at most `CACHE_LIMIT`, for it is a hint."""
         buffer = memoryview(bytearray(min(length, 1 << 20)))
-        end = offset + length
+        end = offset + min(length, CACHE_LIMIT)
         while offset < end:
             part = buffer[: end - offset]
             self._disk.read_into(part, offset)
@@ -115,22 +138,36 @@ class TrackedDevice:
 
 
 def dirty_status(bitmap: AnyBitmap, offset: int, length: int) -> list[tuple[int, int]]:
-    """The range in dirty (1) and clean (0) stretches, at most so many at once."""
-    granularity = bitmap.granularity
-    first, last = offset // granularity, (offset + length - 1) // granularity
-    base = first & ~7
-    window: kernels.Bits = np.array(bitmap.snapshot()[first >> 3 : (last >> 3) + 1])
+    """The range in dirty (1) and clean (0) stretches, at most so many at once; in bounded memory at any length."""
+    granularity, end = bitmap.granularity, offset + length
     found: list[tuple[int, int]] = []
-    at, end = offset, offset + length
-    for run, count in kernels.runs(window, last + 1 - base)[: _EXTENTS // 2].tolist():
-        start = max((base + run) * granularity, offset)
-        stop = min((base + run + count) * granularity, end)
-        if stop <= at:
-            continue
-        if start > at:
-            found.append((start - at, 0))
+    told = offset
+    for start, stop in _dirty_stretches(bitmap, offset // granularity, -(-end // granularity)):
+        start, stop = max(start * granularity, offset), min(stop * granularity, end)
+        if start > told:
+            found.append((start - told, 0))
         found.append((stop - start, _IS_DIRTY))
-        at = stop
-    if at < end and len(found) < _EXTENTS - 1:
-        found.append((end - at, 0))
+        told = stop
+        if len(found) >= _EXTENTS - 1:
+            return found
+    if told < end:
+        found.append((end - told, 0))
     return found
+
+
+def _dirty_stretches(bitmap: AnyBitmap, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Of the clusters from ``first`` to before ``end``, runs that are dirty: (first, end), none adjacent."""
+    begin = stop = first
+    for low in range(first >> 3, kernels.bytes_for(end), _WINDOW):
+        base, window = low << 3, bitmap.packed(low, low + _WINDOW)
+        for run, count in kernels.runs(window, min(len(window) << 3, end - base)).tolist():
+            start, upto = max(base + run, first), base + run + count
+            if upto <= first:
+                continue
+            if start != stop:
+                if stop > begin:
+                    yield begin, stop
+                begin = start
+            stop = upto
+    if stop > begin:
+        yield begin, stop

@@ -56,6 +56,11 @@ class MemoryBitmap:
         short = self.granularity - rest if rest and self.is_dirty(self.size - 1, 1) else 0
         return kernels.count(self._bits) * self.granularity - short
 
+    def packed(self, first: int, end: int) -> kernels.Bits:
+        """A private copy of some bytes of the packed bits."""
+        with self._lock:
+            return np.array(self._bits[first:end])
+
     def snapshot(self) -> kernels.Bits:
         """A private copy of the bits."""
         with self._lock:

@@ -104,24 +104,34 @@ class TrackedDisk:
             c.may_wait(offset, length) for c in self._copies
         )
 
-    def before_write(self, offset: int, length: int) -> None:
+    def before_write(self, offset: int, length: int, spent: float = 0.0) -> None:
         """Record and save all that a write of ``length`` > 0 bytes at ``offset`` asks for.
 
-        Raises `OSError` when the write must not go out. The caller is inside the gate, and writes afterwards.
+        Raises `OSError` when the write must not go out. The caller is inside the gate, and writes afterwards. A write
+        that comes in pieces says how many seconds it has ``spent`` here: the bound on saving is for all of it.
         """
         if self.settled.holds(offset, length):
             return
         for bitmap in self._recording:
             self._record(bitmap, offset, length)
         for copy in self._copies:
-            copy.before_write(offset, length)
+            copy.before_write(offset, length, spent)
         self.settled.settle(offset, length)
 
-    def _record(self, bitmap: AnyBitmap, offset: int, length: int) -> None:
+    def announce(self, offset: int, length: int) -> None:
+        """A write of that range will come in pieces: its regions are made durable by one sync, not by one for each.
+
+        Nothing is recorded by it. Raises as `before_write`; the caller is inside the gate.
+        """
+        for bitmap in self._recording:
+            self._record(bitmap, offset, length, mark=False)
+
+    def _record(self, bitmap: AnyBitmap, offset: int, length: int, *, mark: bool = True) -> None:
         """Bits before write. What cannot be recorded makes the bitmap durably invalid, or fails the write."""
         try:
             bitmap.touch(offset, length)
-            bitmap.set_bits(offset, length)
+            if mark:
+                bitmap.set_bits(offset, length)
         except (BitmapError, DurabilityError, OSError) as e:
             if bitmap.state is not State.INVALID:
                 log.error("disk %s: write refused: bitmap %s: %s", self.name, bitmap.name, e)

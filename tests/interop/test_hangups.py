@@ -41,20 +41,29 @@ EXPORT = p.U64.pack(SIZE) + p.U16.pack(p.HAS_FLAGS)
 INFO = reply(p.OPT_GO, p.REP_INFO, p.U16.pack(p.INFO_EXPORT) + EXPORT) + reply(p.OPT_GO, p.REP_ACK)
 DATA = bytes(range(LENGTH))
 CHUNK = p.CHUNK.pack(p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_DATA, COOKIE, LENGTH + 8) + p.U64.pack(0) + DATA
+EXTENDED = p.EXT_CHUNK.pack(p.EXT_CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_DATA, COOKIE, 0, LENGTH + 8) + p.U64.pack(0) + DATA
 SIMPLE = p.SIMPLE.pack(p.SIMPLE_MAGIC, 0, COOKIE) + DATA
 
 Part = tuple[int, bytes]
 """Bytes to receive, then bytes to send."""
 DIALECTS: dict[str, list[Part]] = {
+    "extended headers": [
+        (0, greeting(p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES)),
+        (4 + 16, reply(p.OPT_EXTENDED, p.REP_ACK)),
+        (16 + 4 + 4 + 4, INFO),
+        (32, EXTENDED),
+    ],
     "fixed newstyle": [
         (0, greeting(p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES)),
-        (4 + 16, reply(p.OPT_STRUCTURED, p.REP_ACK)),
+        (4 + 16, reply(p.OPT_EXTENDED, p.ERR_UNSUP)),
+        (16, reply(p.OPT_STRUCTURED, p.REP_ACK)),
         (16 + 4 + 4 + 4, INFO),
         (28, CHUNK),
     ],
     "fixed newstyle, by name": [
         (0, greeting(p.FLAG_FIXED_NEWSTYLE)),
-        (4 + 16, reply(p.OPT_STRUCTURED, p.ERR_UNSUP)),
+        (4 + 16, reply(p.OPT_EXTENDED, p.ERR_UNSUP)),
+        (16, reply(p.OPT_STRUCTURED, p.ERR_UNSUP)),
         (16 + 4 + 4 + 4, reply(p.OPT_GO, p.ERR_UNSUP)),
         (16 + 4, EXPORT + bytes(124)),
         (28, SIMPLE),

@@ -114,7 +114,7 @@ def test_nbdinfo_reads_the_description(disk: Served) -> None:
     assert not export["is_read_only"]
     assert (export["block_size_minimum"], export["block_size_maximum"]) == (1, p.MAX_PAYLOAD)
     listed = json.loads(run("nbdinfo", "--list", "--json", f"nbd+unix:///?socket={disk.serve.nbd}"))
-    assert [e["export-name"] for e in listed["exports"]] == [f"vd{letter}" for letter in "abcdefgh"]
+    assert [e["export-name"] for e in listed["exports"]][::2] == [f"vd{letter}" for letter in "abcdefgh"]
 
 
 def test_nbdinfo_reads_the_allocation(disk: Served) -> None:
@@ -233,7 +233,7 @@ h.set_export_name(disk)
 h.connect_unix(socket)
 names = []
 h.opt_list(lambda name, text: names.append(name))
-assert disk in names and len(names) == 8, names
+assert disk in names and disk + ":ro" in names and len(names) == 16, names
 found = []
 h.add_meta_context("base:allocation")
 h.add_meta_context(context)
@@ -256,8 +256,8 @@ h.pwrite(data, 123, nbd.CMD_FLAG_FUA)
 assert h.pread(len(data), 123, nbd.CMD_FLAG_DF) == data
 h.zero(1000, 200, nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FUA)
 assert h.pread(1000, 200) == bytes(1000)
-for refused in (lambda: h.pwrite(b"xx", size - 1), lambda: h.pread(2, size - 1), lambda: h.trim(1, size),
-                lambda: h.zero(1, 0, nbd.CMD_FLAG_FAST_ZERO)):
+h.zero(100, 1000, nbd.CMD_FLAG_FAST_ZERO)
+for refused in (lambda: h.pwrite(b"xx", size - 1), lambda: h.pread(2, size - 1), lambda: h.trim(1, size)):
     try:
         refused()
         raise SystemExit("a request that cannot be was accepted")

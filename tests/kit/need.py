@@ -16,6 +16,7 @@ _GROUP = {
     "nbdinfo": "nbd",
     "nbdcopy": "nbd",
     "nbdsh": "nbd",
+    "nbdfuse": "nbd",
     "nbdkit": "nbd",
     "fio": "fio",
 }

@@ -28,15 +28,20 @@ requests = st.tuples(
 
 
 @settings(derandomize=True, deadline=None, max_examples=80)
-@given(st.lists(requests, max_size=25), st.booleans())
-def test_an_export_is_a_byte_array(plan: list[tuple[str, int, int, int, int]], nowait: bool) -> None:
+@given(st.lists(requests, max_size=25), st.booleans(), st.sampled_from([p.Dialect.STRUCTURED, p.Dialect.EXTENDED]))
+def test_an_export_is_a_byte_array(
+    plan: list[tuple[str, int, int, int, int]], nowait: bool, dialect: p.Dialect
+) -> None:
     """faults rows 60, 61, 63: odd offsets and lengths, nothing, and past the end; each reply is of its request."""
     export = DiskExport(MemoryDisk(SIZE))
     export.may_block = lambda offset, length: not nowait and bool((offset + length) % 2)
     model = bytearray(SIZE)
     with ExitStack() as stack:
         _server, connect = stack.enter_context(served(export))
-        clients = [NbdClient.connect(connect().sock, "disk", contexts=[p.ALLOCATION]) for _ in range(2)]
+        clients = [
+            NbdClient.connect(connect().sock, "disk", contexts=[p.ALLOCATION], dialect=which)
+            for which in (dialect, p.Dialect.EXTENDED)
+        ]
         for what, offset, length, fill, which in plan:
             client, length = clients[which], min(length, SIZE - offset)
             data = bytes([fill]) * length

@@ -79,7 +79,12 @@ def suite(place: Place) -> Iterator[Row]:
         (
             "list-exports-qemu-nbd",
             "interop/list-exports.c",
-            (*ours, f"-DSERVER_PARAMS={params}TMPFILE", '-DEXPORTS="disk"', '-DDESCRIPTIONS="disk disk"'),
+            (
+                *ours,
+                f"-DSERVER_PARAMS={params}TMPFILE",
+                '-DEXPORTS="disk", "disk:ro"',
+                '-DDESCRIPTIONS="disk disk", "disk disk, read-only"',
+            ),
         ),
         (
             "socket-activation-qemu-nbd",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from random import Random
 
 from fuzzlib import mutate
@@ -12,6 +13,7 @@ from fuzzlib.case import FuzzTarget, demand
 from incbak.errors import IncbakError
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
+from incbak.nbd.protocol import Dialect
 
 SIZE = 200_003
 _ROOM = 100_000
@@ -91,15 +93,18 @@ def _tiles(client: NbdClient, context: str) -> None:
 
 def answers(rng: Random) -> list[bytes]:
     """What a good server says to that client, with numbers that it should not say."""
-    structured = rng.random() < 0.85
+    dialect = rng.choice((*Dialect, Dialect.STRUCTURED, Dialect.EXTENDED))
     pieces = [p.NBD_MAGIC + p.OPTION_MAGIC + p.U16.pack(rng.choice((1, 3, 3, 3)))]
-    pieces.append(_reply(p.OPT_STRUCTURED, p.REP_ACK if structured else p.ERR_UNSUP))
-    if structured:
+    pieces.append(_reply(p.OPT_EXTENDED, p.REP_ACK if dialect is Dialect.EXTENDED else p.ERR_UNSUP))
+    if dialect is not Dialect.EXTENDED:
+        pieces.append(_reply(p.OPT_STRUCTURED, p.REP_ACK if dialect else p.ERR_UNSUP))
+    if dialect:
         for number, context in enumerate(CONTEXTS, 1):
             pieces.append(_reply(p.OPT_SET_META, p.REP_META, p.U32.pack(number) + context.encode()))
         pieces.append(_reply(p.OPT_SET_META, p.REP_ACK))
+    chooses = dialect is Dialect.EXTENDED and rng.random() < 0.5
     size = SIZE if rng.random() < 0.85 else mutate.number(rng, 64)
-    flags = 0x5FF if rng.random() < 0.9 else mutate.number(rng, 16)
+    flags = (0x15FF if chooses else 0x5FF) if rng.random() < 0.9 else mutate.number(rng, 16)
     export = p.U16.pack(p.INFO_EXPORT) + p.U64.pack(size) + p.U16.pack(flags)
     maximum = p.MAX_PAYLOAD if rng.random() < 0.8 else mutate.number(rng, 32)
     blocks = p.U16.pack(p.INFO_BLOCK_SIZE) + p.U32.pack(1) + p.U32.pack(4096) + p.U32.pack(maximum)
@@ -107,43 +112,74 @@ def answers(rng: Random) -> list[bytes]:
         pieces += [_reply(p.OPT_GO, p.ERR_UNSUP), p.U64.pack(size) + p.U16.pack(flags) + bytes(124)]
     else:
         pieces += [_reply(p.OPT_GO, p.REP_INFO, i) for i in (export, blocks)] + [_reply(p.OPT_GO, p.REP_ACK)]
-    pieces += _transmission(rng, structured)
+    pieces += _transmission(rng, dialect, chooses)
     return pieces
 
 
-def _transmission(rng: Random, structured: bool) -> list[bytes]:
+def _transmission(rng: Random, dialect: Dialect, chooses: bool) -> list[bytes]:
     asked = [("read", 0, 4096), ("status", 1, 0), ("status", 2, 0), ("done", 0, 0), ("done", 0, 0),
              ("read", 100, 65536), ("read", 65636, 4464), ("done", 0, 0), ("done", 0, 0)]  # fmt: skip
-    asked = asked if structured else [a for a in asked if a[0] != "status"]
+    asked = asked if dialect else [a for a in asked if a[0] != "status"]
     pieces: list[bytes] = []
     for cookie, (kind, at, length) in enumerate(asked, 1):
+        # what was asked for, by offset, as replies with extended headers repeat it
+        offset = {"status": 512, "done": {4: 1}.get(cookie, 0)}.get(kind, at)
+        chunk = _Chunks(dialect, cookie, offset)
         if kind == "done" or rng.random() < 0.05:
             error = 0 if rng.random() < 0.9 else mutate.number(rng, 32)
-            pieces.append(p.SIMPLE.pack(p.SIMPLE_MAGIC, error, cookie))
+            pieces.append(chunk.end(error))
         elif kind == "status":
-            pieces += _status(rng, cookie, at)
-        elif structured:
-            pieces += _data(rng, cookie, at, length)
+            pieces += _status(rng, chunk, (at,) if chooses else (1, 2))
+        elif dialect:
+            pieces += _data(rng, chunk, at, length)
         else:
             pieces.append(p.SIMPLE.pack(p.SIMPLE_MAGIC, 0, cookie) + bytes(length))
     return pieces
 
 
-def _chunk(kind: int, cookie: int, body: bytes, *, done: bool) -> bytes:
-    return p.CHUNK.pack(p.CHUNK_MAGIC, int(done), kind, cookie, len(body)) + body
+@dataclass
+class _Chunks:
+    """The replies to one request."""
+
+    dialect: Dialect
+    cookie: int
+    offset: int
+
+    def __call__(self, kind: int, body: bytes, *, done: bool) -> bytes:
+        if self.dialect is not Dialect.EXTENDED:
+            return p.CHUNK.pack(p.CHUNK_MAGIC, int(done), kind, self.cookie, len(body)) + body
+        head = (p.EXT_CHUNK_MAGIC, int(done), kind, self.cookie, self.offset, len(body))
+        return p.EXT_CHUNK.pack(*head) + body
+
+    def end(self, error: int) -> bytes:
+        """A reply without data."""
+        if self.dialect is not Dialect.EXTENDED:
+            return p.SIMPLE.pack(p.SIMPLE_MAGIC, error, self.cookie)
+        body = p.U32.pack(error) + p.U16.pack(0) if error else b""
+        return self(p.CHUNK_ERROR if error else p.CHUNK_NONE, body, done=True)
 
 
-def _status(rng: Random, cookie: int, context: int) -> list[bytes]:
+def _status(rng: Random, chunk: _Chunks, contexts: tuple[int, ...]) -> list[bytes]:
     count = rng.choice((1, 1, 4, 100))
-    sizes = [100_000 // count if rng.random() < 0.9 else mutate.number(rng, 32) for _ in range(count)]
+    extended = chunk.dialect is Dialect.EXTENDED
+    sizes = [
+        100_000 // count if rng.random() < 0.9 else mutate.number(rng, 64 if extended else 32) for _ in range(count)
+    ]
     pieces = []
-    for number in (1, 2):
-        body = p.U32.pack(number) + b"".join(p.EXTENT.pack(n, mutate.number(rng, 2)) for n in sizes)
-        pieces.append(_chunk(p.CHUNK_STATUS, cookie, body, done=number == 2))
+    for number in contexts:
+        if extended:
+            said = count if rng.random() < 0.95 else mutate.number(rng, 32)
+            flags = [mutate.number(rng, 2 if rng.random() < 0.98 else 64) for _ in sizes]
+            body = b"".join(p.EXT_EXTENT.pack(n, f) for n, f in zip(sizes, flags, strict=True))
+            body = p.U32.pack(number) + p.U32.pack(said) + body
+        else:
+            body = p.U32.pack(number) + b"".join(p.EXTENT.pack(n, mutate.number(rng, 2)) for n in sizes)
+        kind = p.CHUNK_EXT_STATUS if extended == (rng.random() < 0.98) else p.CHUNK_STATUS
+        pieces.append(chunk(kind, body, done=number == contexts[-1]))
     return pieces
 
 
-def _data(rng: Random, cookie: int, offset: int, length: int) -> list[bytes]:
+def _data(rng: Random, chunk: _Chunks, offset: int, length: int) -> list[bytes]:
     pieces, at = [], 0
     while at < length:
         count = min(rng.choice((512, 4096, length)), length - at)
@@ -151,15 +187,15 @@ def _data(rng: Random, cookie: int, offset: int, length: int) -> list[bytes]:
         done = at + count == length and rng.random() < 0.9
         if rng.random() < 0.3:
             size = count if rng.random() < 0.9 else mutate.number(rng, 32)
-            pieces.append(_chunk(p.CHUNK_HOLE, cookie, p.U64.pack(where) + p.U32.pack(size), done=done))
+            pieces.append(chunk(p.CHUNK_HOLE, p.U64.pack(where) + p.U32.pack(size), done=done))
         else:
-            pieces.append(_chunk(p.CHUNK_DATA, cookie, p.U64.pack(where) + b"d" * count, done=done))
+            pieces.append(chunk(p.CHUNK_DATA, p.U64.pack(where) + b"d" * count, done=done))
         if rng.random() < 0.03:
             kind = rng.choice((p.CHUNK_ERROR, p.CHUNK_ERROR_OFFSET, p.CHUNK_NONE, mutate.number(rng, 16)))
-            pieces.append(_chunk(kind, cookie, p.U32.pack(mutate.number(rng, 32)) + p.U16.pack(0), done=False))
+            pieces.append(chunk(kind, p.U32.pack(mutate.number(rng, 32)) + p.U16.pack(0), done=False))
         at += count
         if at == length and not done:
-            pieces.append(_chunk(p.CHUNK_NONE, cookie, b"", done=True))
+            pieces.append(chunk(p.CHUNK_NONE, b"", done=True))
     return pieces
 
 

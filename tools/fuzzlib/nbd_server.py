@@ -14,6 +14,7 @@ from incbak.disk.memory import MemoryDisk
 from incbak.nbd import connection
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
+from incbak.nbd.protocol import Dialect
 from incbak.nbd.server import NbdServer
 from tests.unit.nbd.peers import DIRTY, DiskExport, string
 
@@ -24,7 +25,7 @@ _HANDSHAKE = 0.5
 _REPLIES = 64 << 20
 _COMMANDS = (p.READ, p.WRITE, p.FLUSH, p.TRIM, p.CACHE, p.ZEROES, p.STATUS)
 _OPTIONS = (p.OPT_ABORT, p.OPT_LIST, p.OPT_STARTTLS, p.OPT_INFO, p.OPT_GO, p.OPT_STRUCTURED, p.OPT_LIST_META,
-            p.OPT_SET_META, p.OPT_EXPORT_NAME)  # fmt: skip
+            p.OPT_SET_META, p.OPT_EXPORT_NAME, p.OPT_EXTENDED)  # fmt: skip
 
 
 class ServerTarget(FuzzTarget):
@@ -108,19 +109,21 @@ def talk(sock: socket.socket, mode: int, data: bytes) -> None:
 def session(rng: Random) -> list[bytes]:
     """The messages of a client that keeps to the protocol, with numbers and names that it should not use."""
     pieces = [p.U32.pack(rng.choice((3, 3, 3, 1)) if rng.random() < 0.97 else mutate.number(rng, 32))]
-    structured = rng.random() < 0.7
-    if structured:
-        pieces.append(_option(p.OPT_STRUCTURED, b""))
+    dialect = rng.choice((Dialect.SIMPLE, Dialect.STRUCTURED, Dialect.EXTENDED, Dialect.EXTENDED))
+    if dialect:
+        pieces.append(_option(p.OPT_EXTENDED if dialect is Dialect.EXTENDED else p.OPT_STRUCTURED, b""))
     for _ in range(rng.choice((0, 0, 1, 3))):
         pieces.append(_random_option(rng))
-    if structured and rng.random() < 0.8:
+    if dialect and rng.random() < 0.8:
         pieces.append(_option(p.OPT_SET_META, string("disk") + p.U32.pack(2) + string(p.ALLOCATION) + string(DIRTY)))
     name = "disk" if rng.random() < 0.9 else rng.choice(("", "empty", "nobody"))
     go = string(name) + p.U16.pack(1) + p.U16.pack(p.INFO_BLOCK_SIZE)
     pieces.append(_option(p.OPT_EXPORT_NAME, name.encode()) if rng.random() < 0.1 else _option(p.OPT_GO, go))
-    pieces += [_request(rng, cookie) for cookie in range(rng.choice((1, 5, 20, 100)))]
+    request = _ext_request if dialect is Dialect.EXTENDED else _request
+    pieces += [request(rng, cookie) for cookie in range(rng.choice((1, 5, 20, 100)))]
     if rng.random() < 0.5:
-        pieces.append(p.REQUEST.pack(p.REQUEST_MAGIC, 0, p.DISC, 0, 0, 0))
+        extended = p.EXT_REQUEST.pack(p.EXT_REQUEST_MAGIC, 0, p.DISC, 0, 0, 0)
+        pieces.append(extended if dialect is Dialect.EXTENDED else p.REQUEST.pack(p.REQUEST_MAGIC, 0, p.DISC, 0, 0, 0))
     return pieces
 
 
@@ -139,6 +142,24 @@ def _random_option(rng: Random) -> bytes:
     ))  # fmt: skip
     option = rng.choice(_OPTIONS) if rng.random() < 0.9 else mutate.number(rng, 32)
     return _option(option, body, None if rng.random() < 0.9 else mutate.number(rng, 32))
+
+
+def _ext_request(rng: Random, cookie: int) -> bytes:
+    """As `_request`, with lengths of 64 bits, and payloads where there should be none."""
+    _magic, flags, command, cookie, offset, length = p.REQUEST.unpack_from(whole := _request(rng, cookie))
+    payload = whole[p.REQUEST.size :]
+    if command == p.STATUS and rng.random() < 0.6:
+        count = rng.choice((1, 1, 2, 3))
+        contexts = [rng.choice((1, 2)) if rng.random() < 0.9 else mutate.number(rng, 32) for _ in range(count)]
+        payload = p.U64.pack(length or SIZE) + b"".join(map(p.U32.pack, contexts)) + b"x" * rng.choice((0, 0, 0, 1))
+    elif command != p.WRITE and rng.random() < 0.05:
+        payload = rng.randbytes(rng.choice((1, 12, 5000)))
+    elif command != p.WRITE and rng.random() < 0.2:
+        length = mutate.number(rng, 64)
+    if payload:
+        flags |= p.CMD_PAYLOAD if rng.random() < 0.95 else 0
+        length = len(payload) if rng.random() < 0.97 else mutate.number(rng, 64)
+    return p.EXT_REQUEST.pack(p.EXT_REQUEST_MAGIC, flags, command, cookie, offset, length) + payload
 
 
 def _request(rng: Random, cookie: int) -> bytes:

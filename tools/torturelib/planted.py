@@ -64,6 +64,7 @@ def table() -> list[Fault]:
         planted_files,
         planted_keys,
         planted_nbd,
+        planted_nbd_long,
         planted_proof,
         planted_prune,
         planted_report,
@@ -73,7 +74,7 @@ def table() -> list[Fault]:
     )
 
     tables = (
-        *(planted_bitmaps, planted_nbd, planted_serve, planted_backups),
+        *(planted_bitmaps, planted_nbd, planted_nbd_long, planted_serve, planted_backups),
         *(planted_restores, planted_watch, planted_prune, planted_proof, planted_files, planted_report),
         planted_keys,
     )

@@ -43,7 +43,7 @@ FAULTS = [
     Fault(
         "tls-remembers-what-came-before",
         _SERVER,
-        '        self.structured, self.chosen = False, ("", [])\n',
+        '        self.dialect, self.chosen = Dialect.SIMPLE, ("", [])\n',
         "",
         _tls("test_what_was_agreed_on_before_tls_is_forgotten"),
     ),

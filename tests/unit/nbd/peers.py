@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from incbak.disk.base import Disk
@@ -88,7 +88,7 @@ class Raw:
     """A client that sends what it is told to."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+        self.sock, self.extended = sock, False
         sock.settimeout(PATIENCE)
 
     def send(self, data: bytes) -> None:
@@ -142,10 +142,13 @@ class Raw:
             return [(replies[-1][0], "")]
         return [(p.U32.unpack_from(body)[0], body[4:].decode()) for _kind, body in replies[:-1]]
 
-    def go(self, *contexts: str, structured: bool = False, name: str = "disk") -> Raw:
+    def go(self, *contexts: str, structured: bool = False, extended: bool = False, name: str = "disk") -> Raw:
         """Through the handshake."""
         self.greet()
-        if structured or contexts:
+        self.extended = extended
+        if extended:
+            assert self.ask(p.OPT_EXTENDED) == p.REP_ACK
+        elif structured or contexts:
             assert self.ask(p.OPT_STRUCTURED) == p.REP_ACK
         if contexts:
             assert len(self.meta(p.OPT_SET_META, *contexts, name=name)) == len(contexts)
@@ -157,13 +160,24 @@ class Raw:
     def request(
         self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, cookie: int = 7, payload: bytes = b""
     ) -> None:
-        self.send(p.REQUEST.pack(p.REQUEST_MAGIC, flags, command, cookie, offset, length) + payload)
+        if self.extended:
+            flags |= p.CMD_PAYLOAD if payload else 0
+            length = len(payload) or length
+            self.send(p.EXT_REQUEST.pack(p.EXT_REQUEST_MAGIC, flags, command, cookie, offset, length) + payload)
+        else:
+            self.send(p.REQUEST.pack(p.REQUEST_MAGIC, flags, command, cookie, offset, length) + payload)
 
     def simple(self) -> tuple[int, int]:
         """(error, cookie) of a simple reply."""
         magic, error, cookie = p.SIMPLE.unpack(self.recv(16))
         assert magic == p.SIMPLE_MAGIC
         return error, cookie
+
+    def ext_chunk(self, offset: int) -> tuple[int, int, int, bytes]:
+        """(flags, type, cookie, body) of an extended reply to a request at ``offset``."""
+        magic, flags, kind, cookie, told, length = p.EXT_CHUNK.unpack(self.recv(32))
+        assert (magic, told) == (p.EXT_CHUNK_MAGIC, offset)
+        return flags, kind, cookie, self.recv(length)
 
     def chunk(self) -> tuple[int, int, int, bytes]:
         """(flags, type, cookie, body) of a structured reply chunk."""
@@ -174,6 +188,11 @@ class Raw:
     def error(self, *args: int, **more: int | bytes) -> int:
         """Send a request and return the error of its simple reply."""
         self.request(*args, **more)  # type: ignore[arg-type]
+        if self.extended:
+            flags, kind, cookie, body = self.ext_chunk(int([*args, 0][1]))
+            assert (flags, cookie) == (p.CHUNK_DONE, more.get("cookie", 7))
+            assert kind == p.CHUNK_NONE or (kind, len(body)) == (p.CHUNK_ERROR, 6)
+            return p.U32.unpack_from(body)[0] if body else 0
         error, cookie = self.simple()
         assert cookie == more.get("cookie", 7)
         return error
@@ -193,10 +212,11 @@ def string(text: str) -> bytes:
 
 @contextmanager
 def served(
-    *exports: DiskExport, connections: int = 100, timeout: float = 10.0
+    *exports: DiskExport, connections: int = 100, timeout: float = 10.0, alias: Mapping[str, DiskExport] | None = None
 ) -> Iterator[tuple[NbdServer, Callable[[], Raw]]]:
     """A server, and a way to connect to it without a listener."""
-    server = NbdServer(lambda: {e.name: e for e in exports}, max_connections=connections, handshake_timeout=timeout)
+    named = {**{e.name: e for e in exports}, **(alias or {})}
+    server = NbdServer(lambda: named, max_connections=connections, handshake_timeout=timeout)
     opened: list[socket.socket] = []
 
     def connect() -> Raw:

@@ -25,11 +25,12 @@ from tests.unit.nbd.peers import DIRTY, PATIENCE, SIZE, DiskExport, Raw, hostile
 FLAGS = p.HAS_FLAGS | p.SEND_FLUSH | p.SEND_ZEROES
 
 
-@pytest.fixture
-def client(export: DiskExport) -> Iterator[NbdClient]:
-    """Connected to `export`, with both contexts."""
+@pytest.fixture(params=[p.Dialect.STRUCTURED, p.Dialect.EXTENDED])
+def client(export: DiskExport, request: pytest.FixtureRequest) -> Iterator[NbdClient]:
+    """Connected to `export`, with both contexts, in each dialect that has any."""
     with served(export) as (_server, connect):
-        made = NbdClient.connect(connect().sock, "disk", contexts=[p.ALLOCATION, DIRTY])
+        made = NbdClient.connect(connect().sock, "disk", contexts=[p.ALLOCATION, DIRTY], dialect=request.param)
+        assert made.dialect is request.param
         yield made
         made.close()
 
@@ -175,20 +176,29 @@ def _greet(raw: Raw) -> None:
     raw.recv(4)
 
 
-def negotiate(raw: Raw, *, size: int = SIZE, structured: bool = True, contexts: Sequence[tuple[int, str]] = ()) -> None:
+def negotiate(
+    raw: Raw,
+    *,
+    size: int = SIZE,
+    structured: bool = True,
+    extended: bool = False,
+    contexts: Sequence[tuple[int, str]] = (),
+    flags: int = FLAGS,
+) -> None:
     """An honest handshake."""
     _greet(raw)
     while True:
         option, _data = _option(raw)
-        if option == p.OPT_STRUCTURED:
-            _reply(raw, option, p.REP_ACK if structured else p.ERR_UNSUP)
+        if option in (p.OPT_STRUCTURED, p.OPT_EXTENDED):
+            has = extended if option == p.OPT_EXTENDED else structured
+            _reply(raw, option, p.REP_ACK if has else p.ERR_UNSUP)
         elif option == p.OPT_SET_META:
             for number, context in contexts:
                 _reply(raw, option, p.REP_META, p.U32.pack(number) + context.encode())
             _reply(raw, option, p.REP_ACK)
         else:
             assert option == p.OPT_GO
-            _reply(raw, option, p.REP_INFO, p.U16.pack(0) + p.U64.pack(size) + p.U16.pack(FLAGS))
+            _reply(raw, option, p.REP_INFO, p.U16.pack(0) + p.U64.pack(size) + p.U16.pack(flags))
             _reply(raw, option, p.REP_ACK)
             return
 
@@ -248,9 +258,9 @@ HANDSHAKES: dict[str, tuple[Callable[[Raw], None], str]] = {
     "oldstyle": (lambda raw: raw.send(p.NBD_MAGIC + p.U64.pack(0x00420281861253) + bytes(200)), "does not speak"),
     "hangs up at once": (lambda _raw: None, "closed|went away"),
     "hangs up in GO": (_hang_up_in_go, "closed|went away"),
-    "wrong reply magic": (_raw_reply(p.OPTION_REPLY.pack(1, 8, p.REP_ACK, 0)), "malformed reply"),
+    "wrong reply magic": (_raw_reply(p.OPTION_REPLY.pack(1, 11, p.REP_ACK, 0)), "malformed reply"),
     "reply to another option": (_raw_reply(p.OPTION_REPLY.pack(p.OPTION_REPLY_MAGIC, 3, p.REP_ACK, 0)), "malformed"),
-    "reply of 4 GiB": (_raw_reply(p.OPTION_REPLY.pack(p.OPTION_REPLY_MAGIC, 8, 4, 0xFFFFFFFF)), "malformed reply"),
+    "reply of 4 GiB": (_raw_reply(p.OPTION_REPLY.pack(p.OPTION_REPLY_MAGIC, 11, 4, 0xFFFFFFFF)), "malformed reply"),
     "replies without end": (_long_names, "too many replies"),
     "no description": (_answer_go(), "does not describe"),
     "short description": (_answer_go(p.U16.pack(0) + p.U64.pack(5)), "does not describe"),
@@ -317,7 +327,7 @@ def test_the_old_way_in() -> None:
     def script(raw: Raw) -> None:
         raw.send(p.NBD_MAGIC + p.OPTION_MAGIC + p.U16.pack(1))
         raw.recv(4)
-        for _ in range(2):
+        for _ in range(3):
             option, _ = _option(raw)
             _reply(raw, option, p.ERR_UNSUP)
         assert _option(raw) == (p.OPT_EXPORT_NAME, b"disk")
@@ -441,7 +451,10 @@ STATUSES: dict[str, Callable[[Raw], None]] = {
     ),
     "simple": _replies(lambda c: p.SIMPLE.pack(p.SIMPLE_MAGIC, 0, c)),
     "data": _replies(lambda c: chunk(c, p.CHUNK_DATA, _data(0, bytes(1000)))),
-    "2 MiB of extents": _replies(lambda c: chunk(c, p.CHUNK_STATUS, _extents(1, (5, 0)), length=2 << 20)),
+    "extents of 64 bits": _replies(
+        lambda c: chunk(c, p.CHUNK_EXT_STATUS, p.U32.pack(1) * 2 + p.EXT_EXTENT.pack(1000, 0))
+    ),
+    "17 MiB of extents": _replies(lambda c: chunk(c, p.CHUNK_STATUS, _extents(1, (5, 0)), length=17 << 20)),
 }
 
 

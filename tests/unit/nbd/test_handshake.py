@@ -11,6 +11,7 @@ import pytest
 from incbak.nbd import handshake
 from incbak.nbd import protocol as p
 from incbak.nbd.handshake import transmission_flags
+from incbak.nbd.protocol import Dialect
 from tests.kit.serve import wait_until
 from tests.unit.nbd.peers import DIRTY, PATIENCE, SIZE, DiskExport, Raw, served, string
 
@@ -23,7 +24,7 @@ def test_go(raw: Raw, export: DiskExport) -> None:
     assert export.opened == 0
     assert raw.option(p.OPT_GO, string("disk") + bytes(2)) == replies
     infos = {p.U16.unpack_from(body)[0]: body[2:] for kind, body in replies if kind == p.REP_INFO}
-    assert infos[p.INFO_EXPORT] == p.U64.pack(SIZE) + p.U16.pack(transmission_flags(export))
+    assert infos[p.INFO_EXPORT] == p.U64.pack(SIZE) + p.U16.pack(transmission_flags(export, Dialect.SIMPLE))
     assert infos[p.INFO_BLOCK_SIZE] == p.U32.pack(1) + p.U32.pack(4096) + p.U32.pack(p.MAX_PAYLOAD)
     assert raw.alive()
     assert export.opened == 1
@@ -40,11 +41,16 @@ def test_what_is_asked_for_is_told(raw: Raw) -> None:
 
 
 def test_flags(export: DiskExport) -> None:
-    flags = transmission_flags(export)
+    """DF is for those who read chunks, a block status of some contexts for those who have extended headers."""
+    flags = transmission_flags(export, Dialect.SIMPLE, status_payload=True)
     writable = p.SEND_TRIM | p.SEND_ZEROES | p.SEND_FAST_ZERO
-    assert flags == p.HAS_FLAGS | p.SEND_FLUSH | p.SEND_FUA | p.SEND_DF | p.SEND_CACHE | p.MULTI_CONN | writable
+    assert flags == p.HAS_FLAGS | p.SEND_FLUSH | p.SEND_FUA | p.SEND_CACHE | p.MULTI_CONN | writable
+    assert transmission_flags(export, Dialect.STRUCTURED, status_payload=True) == flags | p.SEND_DF
+    assert transmission_flags(export, Dialect.EXTENDED) == flags | p.SEND_DF
+    extended = transmission_flags(export, Dialect.EXTENDED, status_payload=True)
+    assert extended == flags | p.SEND_DF | p.STATUS_PAYLOAD
     export.read_only, export.multi_conn = True, False
-    assert transmission_flags(export) == flags & ~writable & ~p.MULTI_CONN | p.READ_ONLY
+    assert transmission_flags(export, Dialect.SIMPLE) == flags & ~writable & ~p.MULTI_CONN | p.READ_ONLY
 
 
 def test_list() -> None:
@@ -53,12 +59,23 @@ def test_list() -> None:
     assert replies == [(p.REP_SERVER, string(n) + b"a disk") for n in ("disk", "zwei ü")] + [(p.REP_ACK, b"")]
 
 
+def test_another_way_to_an_export_is_found_and_not_listed(export: DiskExport) -> None:
+    other = DiskExport(name="other")
+    with served(export, other, alias={"": export}) as (_server, connect):
+        raw = connect().greet()
+        assert raw.option(p.OPT_LIST) == [(p.REP_SERVER, string(n) + b"a disk") for n in ("disk", "other")] + [
+            (p.REP_ACK, b"")
+        ]
+        asked = p.U16.pack(1) + p.U16.pack(p.INFO_NAME)
+        assert (p.REP_INFO, p.U16.pack(p.INFO_NAME) + b"disk") in raw.option(p.OPT_INFO, string("") + asked)
+
+
 @pytest.mark.parametrize("zeroes", [True, False])
 def test_export_name(raw: Raw, export: DiskExport, zeroes: bool) -> None:
     """The old way in; 124 zeroes follow unless both sides do without."""
     raw.greet(p.FLAG_FIXED_NEWSTYLE | (0 if zeroes else p.FLAG_NO_ZEROES))
     raw.send(p.OPTION.pack(p.OPTION_MAGIC, p.OPT_EXPORT_NAME, 4) + b"disk")
-    assert raw.recv(10) == p.U64.pack(SIZE) + p.U16.pack(transmission_flags(export))
+    assert raw.recv(10) == p.U64.pack(SIZE) + p.U16.pack(transmission_flags(export, Dialect.SIMPLE))
     if zeroes:
         assert raw.recv(124) == bytes(124)
     assert raw.alive()
@@ -76,7 +93,7 @@ def test_abort(raw: Raw, export: DiskExport) -> None:
     assert export.opened == 0
 
 
-@pytest.mark.parametrize("option", [4, p.OPT_STARTTLS, 11, 12, 0x7FFFFFFF])
+@pytest.mark.parametrize("option", [4, p.OPT_STARTTLS, 12, 0x7FFFFFFF])
 def test_an_unknown_option_is_answered_and_the_next_one_works(raw: Raw, option: int) -> None:
     """faults row 64: its data is taken off the wire."""
     raw.greet()

@@ -277,14 +277,15 @@ def test_bytes_before_the_handshake_end_the_connection(served: Served, more: byt
     assert raw.hung_up()
 
 
-def test_what_was_agreed_on_before_tls_is_forgotten(certs: Path) -> None:
+@pytest.mark.parametrize("option", [p.OPT_STRUCTURED, p.OPT_EXTENDED])
+def test_what_was_agreed_on_before_tls_is_forgotten(certs: Path, option: int) -> None:
     """On a Unix socket TLS may come late; then nothing counts of what came before it."""
     export = DiskExport()
     server = NbdServer(lambda: {"disk": export}, tls=server_context(certs, verify_peer=False))
     ours, theirs = socket.socketpair()
     server.start_connection(theirs)
     raw = Raw(ours).greet()
-    assert raw.ask(p.OPT_STRUCTURED) == p.REP_ACK
+    assert raw.ask(option) == p.REP_ACK
     assert raw.meta(p.OPT_SET_META, p.ALLOCATION) == [(1, p.ALLOCATION)]
     assert raw.ask(p.OPT_STARTTLS) == p.REP_ACK
     inside = Raw(client_context(certs, hostname="localhost").wrap_socket(raw.sock, server_hostname="localhost"))

@@ -18,6 +18,7 @@ from incbak.bitmap import bits as kernels
 from incbak.disk.base import Disk
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.memory import MemoryDisk
+from incbak.serve import cbw
 from incbak.serve.cbw import BrokenError, CopyBeforeWrite, OnCbwError, Run
 from incbak.serve.regrain import all_bits
 from incbak.serve.scratch import Budget, Scratch
@@ -97,11 +98,31 @@ _STEP = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(todo=st.sets(st.integers(0, CLUSTERS - 1)), steps=st.lists(_STEP, max_size=40), memory=st.sampled_from([1, 8]))
+@given(
+    todo=st.sets(st.integers(0, CLUSTERS - 1)),
+    steps=st.lists(_STEP, max_size=40),
+    memory=st.sampled_from([1, 8]),
+    chunk=st.sampled_from([cbw.CHUNK, GRAIN]),
+)
 def test_what_is_handed_out_is_the_content_at_begin(
+    tmp_path_factory: pytest.TempPathFactory,
+    todo: set[int],
+    steps: list[tuple[str, object, int]],
+    memory: int,
+    chunk: int,
+) -> None:
+    """I1: any mix of guest writes and steps of the job; the job may hold a claim while the guest writes elsewhere.
+
+    Writes longer than a chunk pass the holes first.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cbw, "CHUNK", chunk)
+        _handed_out_is_the_content_at_begin(tmp_path_factory, todo, steps, memory)
+
+
+def _handed_out_is_the_content_at_begin(
     tmp_path_factory: pytest.TempPathFactory, todo: set[int], steps: list[tuple[str, object, int]], memory: int
 ) -> None:
-    """I1: any mix of guest writes and steps of the job; the job may hold a claim while the guest writes elsewhere."""
     disk = _filled()
     before = bytes(disk.data)
     packed = np.zeros(kernels.bytes_for(CLUSTERS), dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,8 @@ from incbak.cli.serve import serve as serve_command
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.locks import lock_image
 from incbak.disk.memory import MemoryDisk
-from incbak.errors import IncbakError, UsageError
+from incbak.errors import IncbakError, NbdRequestError, UsageError
+from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
 from incbak.serve.daemon import Daemon, ServeOptions
@@ -402,9 +404,10 @@ def test_a_live_socket_of_another_server_is_not_taken_away(tmp_path: Path, image
 
 def test_read_only_refuses_writes_and_persistent_bitmaps(tmp_path: Path, image: Path) -> None:
     with serving(tmp_path, {"vda": image}, "--read-only") as serve:
-        client = serve.connect("vda")
-        assert client.read_only
-        client.close()
+        for name in ("vda", "vda:ro", ""):
+            client = serve.connect(name)
+            assert client.read_only
+            client.close()
         qmp = serve.qmp()
         with pytest.raises(Exception, match="Operation not supported"):
             qmp("block-dirty-bitmap-add", node="vda", name="b", persistent=True)
@@ -412,6 +415,30 @@ def test_read_only_refuses_writes_and_persistent_bitmaps(tmp_path: Path, image: 
         before = image.stat().st_mtime_ns
         assert serve.stop() == 0
         assert image.stat().st_mtime_ns == before
+
+
+def test_the_read_only_export_of_a_writable_disk(tmp_path: Path, image: Path) -> None:
+    """It refuses every kind of change itself, whatever its client believes; and it is no other disk: it sees writes."""
+    with serving(tmp_path, {"vda": image}) as serve:
+        writer, reader = serve.connect("vda"), serve.connect("vda:ro")
+        assert (reader.read_only, reader.size) == (True, writer.size)
+        assert reader.can(p.MULTI_CONN)
+        assert not reader.can(p.SEND_TRIM | p.SEND_ZEROES | p.SEND_FAST_ZERO)
+        writer.write(b"seen", 4096)
+        for change in (
+            lambda: reader.write(b"x", 0),
+            lambda: reader.write(b"x", 0, fua=True),
+            lambda: reader.write_zeroes(0, 4096),
+            lambda: reader.trim(0, 4096),
+        ):
+            with pytest.raises(NbdRequestError) as caught:
+                change()
+            assert caught.value.errno == errno.EPERM
+        reader.flush()
+        assert reader.read(4096, 4) == b"seen"
+        writer.close()
+        reader.close()
+        assert serve.stop() == 0
 
 
 def test_connections_are_capped(tmp_path: Path, image: Path) -> None:
