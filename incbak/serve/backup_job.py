@@ -34,6 +34,7 @@ from incbak.errors import IncbakError, NbdError
 from incbak.serve.cbw import CHUNK, CopyBeforeWrite, OnCbwError, Run
 from incbak.serve.file_target import FileTarget
 from incbak.serve.gate import DrainTimeoutError
+from incbak.serve.group import JobGroup
 from incbak.serve.jobs import CancelledError, Emit, Job, JobOptions
 from incbak.serve.memory_bitmap import AnyBitmap, MemoryBitmap
 from incbak.serve.regrain import all_bits, regrain
@@ -81,8 +82,9 @@ class BackupJob(Job):
         spec: BackupSpec,
         emit: Emit,
         gone: Callable[[Job], None],
+        group: JobGroup | None = None,
     ) -> None:
-        super().__init__(options, emit, gone)
+        super().__init__(options, emit, gone, group)
         self.tracked, self.target, self.spec = tracked, target, spec
         wanted = spec.bitmap.granularity if spec.bitmap else DEFAULT_CLUSTER
         self.granularity = min(max(wanted, FINEST), COARSEST)

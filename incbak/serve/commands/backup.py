@@ -10,6 +10,7 @@ from incbak.serve.backup_job import BackupJob, BackupSpec, BitmapMode
 from incbak.serve.cbw import OnCbwError
 from incbak.serve.commands.registry import Args, command
 from incbak.serve.file_target import FileTarget
+from incbak.serve.group import JobGroup
 from incbak.serve.jobs import JobOptions
 from incbak.serve.memory_bitmap import AnyBitmap
 from incbak.serve.schema import BOOL, INT, STR, Enum, Fields, Opt, QmpError
@@ -41,6 +42,8 @@ DRIVE: Fields = {**BLOCKDEV, "format": Opt(STR), "mode": Opt(Enum("existing", "a
 class Backup(Action):
     """Fix a point in time of a disk, and begin to copy it."""
 
+    grouped = True
+
     def __init__(self, vm: Vm, args: Args) -> None:
         self.vm, self.args = vm, args
         self.tracked = vm.device(args["device"])
@@ -54,15 +57,17 @@ class Backup(Action):
             raise QmpError(f"Job ID '{options.id}' already in use")
         target = self._target()
         try:
-            self._prepare(options, target, spec)
+            self._prepare(options, target, spec, transaction.group)
         except BaseException:
             self._give_back(target)
             raise
 
-    def _prepare(self, options: JobOptions, target: Target | FileTarget, spec: BackupSpec) -> None:
+    def _prepare(
+        self, options: JobOptions, target: Target | FileTarget, spec: BackupSpec, group: JobGroup | None
+    ) -> None:
         if target.size != self.tracked.size:
             raise QmpError("Source and target image have different sizes")
-        self.job = BackupJob(options, self.tracked, target, spec, self.vm.emit, self.vm.jobs.forget)
+        self.job = BackupJob(options, self.tracked, target, spec, self.vm.emit, self.vm.jobs.forget, group)
         self.vm.jobs.reserve(self.job)
         try:
             target.take(options.id)

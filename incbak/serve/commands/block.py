@@ -94,9 +94,12 @@ _TRANSACTION: Fields = {
 @command("transaction", _TRANSACTION)
 def transaction(vm: Vm, args: Args) -> object:
     """All of it at one instant, or nothing."""
-    if args.get("properties", {}).get("completion-mode") == "grouped":
-        raise QmpError("Parameter 'completion-mode' does not support 'grouped'")
-    Transaction(vm).run([_action(vm, a["type"], a["data"]) for a in args["actions"]])
+    grouped = args.get("properties", {}).get("completion-mode") == "grouped"
+    actions = [_action(vm, a["type"], a["data"]) for a in args["actions"]]
+    for given, action in zip(args["actions"], actions, strict=True):
+        if grouped and not action.grouped:
+            raise QmpError(f"Action '{given['type']}' does not support Transaction property completion-mode = grouped")
+    Transaction(vm, grouped=grouped).run(actions)
     return None
 
 
