@@ -148,6 +148,17 @@ class FileDisk(Disk):
                 raise
             self._flushes_done = self._flushes_begun
 
+    def resize(self, size: int) -> None:
+        self.check_resize(size)
+        if not self.is_block:
+            os.ftruncate(self.fd, size)
+        self.size = size
+
+    def check_resize(self, size: int) -> None:
+        """A device is resized by whoever provides it; what it has now is all that can be asked for."""
+        if self.is_block and (found := os.lseek(self.fd, 0, os.SEEK_END)) != size:
+            raise OSError(errno.EINVAL, f"device {self.name} has {found} bytes")
+
     def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:
         end = offset + length
         if self.is_block and length:

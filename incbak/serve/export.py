@@ -28,7 +28,12 @@ class DiskExport:
         self.tracked = tracked
         self.name = tracked.name
         self.description = f"disk {tracked.name}"
-        self.size, self.read_only = tracked.size, tracked.read_only
+        self.read_only = tracked.read_only
+
+    @property
+    def size(self) -> int:
+        """As it is now; a connection keeps the size that it began with."""
+        return self.tracked.size
 
     def contexts(self) -> list[str]:
         """``base:allocation`` and one context per valid bitmap."""
@@ -99,6 +104,8 @@ class TrackedDevice:
 
     def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
         """(length, flags) from ``offset``: a prefix of the range at least one extent long."""
+        if offset + length > self.tracked.size:
+            raise OSError(errno.EINVAL, f"disk {self.tracked.name} has {self.tracked.size} bytes now")
         if context == ALLOCATION:
             return list(self._allocation(offset, length))
         with self.tracked.reading:

@@ -35,12 +35,12 @@ class Engine:
     guest: NbdClient
     peers: dict[str, Peer] = field(default_factory=dict)
 
-    def target(self, node: str, faults: Faults | None = None) -> Peer:
+    def target(self, node: str, faults: Faults | None = None, size: int = SIZE) -> Peer:
         """A target ``node``, or a new one in place of it."""
         if node in self.peers:
             self.qmp("blockdev-del", node_name=node)
             self.peers.pop(node).stop()
-        disk = MemoryDisk(SIZE, name=node)
+        disk = MemoryDisk(size, name=node)
         peer = Peer(self.directory / f"{node}.sock", FaultyDisk(disk, faults) if faults else disk)
         self.qmp("blockdev-add", **{k.replace("-", "_"): v for k, v in peer.blockdev(node).items()})
         self.peers[node] = peer
@@ -52,6 +52,19 @@ class Engine:
             return self.qmp(command, **arguments)
         except QmpFailed as e:
             return str(e)
+
+    def resize(self, size: int) -> Any:
+        """Another size for ``drive0``; QEMU does so only while nobody can see it over NBD."""
+        export = {"type": "nbd", "id": "drive0", "node_name": "drive0", "name": "drive0", "writable": True}
+        self.guest.close()
+        if self.name == "qemu":
+            self.qmp("block-export-del", id="drive0", mode="hard")
+            wait_until(lambda: all(e["id"] != "drive0" for e in self.qmp("query-block-exports")), "it is gone")
+        reply = self.ask("block_resize", node_name="drive0", size=size)
+        if self.name == "qemu":
+            self.qmp("block-export-add", **export)
+        self.guest = self.connect("drive0")
+        return reply
 
     def backup(self, **arguments: Any) -> Any:
         """``blockdev-backup``; QEMU with one worker, so that it copies in order as we do."""
@@ -142,6 +155,7 @@ def both(ours_in: Path, theirs_in: Path) -> Iterator[tuple[Engine, Engine]]:
     with ours(ours_in) as a, theirs(theirs_in) as b:
         yield a, b
         for engine in (a, b):
+            engine.guest.close()
             for peer in engine.peers.values():
                 peer.stop()
 

@@ -10,7 +10,8 @@ from incbak.nbd.uri import NbdUri, UriTls
 from incbak.serve.commands import backup, bitmaps
 from incbak.serve.commands.registry import Args, command
 from incbak.serve.memory_bitmap import AnyBitmap
-from incbak.serve.schema import BOOL, STR, Enum, Fields, List, Opt, QmpError, Union
+from incbak.serve.resize import resize
+from incbak.serve.schema import BOOL, INT, STR, Enum, Fields, List, Opt, QmpError, Union
 from incbak.serve.schema import Struct as Object
 from incbak.serve.targets import Target
 from incbak.serve.tracker import TrackedDisk
@@ -71,6 +72,17 @@ def blockdev_del(vm: Vm, args: Args) -> object:
     if vm.targets[name].user is not None:
         raise QmpError(f"Node '{name}' is busy: block device is in use by block job: backup")
     vm.targets.pop(name).close()
+    return None
+
+
+@command("block_resize", {"device": Opt(STR), "node-name": Opt(STR), "size": INT})
+def block_resize(vm: Vm, args: Args) -> object:
+    """Give a disk another size, by either of its names, which are the same."""
+    device, node = args.get("device", ""), args.get("node-name", "")
+    found = vm.disks.get(device) or vm.disks.get(node)
+    if found is None:
+        raise QmpError(f"Cannot find device='{device}' nor node-name='{node}'")
+    resize(found, args["size"])
     return None
 
 
