@@ -48,9 +48,9 @@ class DiskExport:
 class TrackedDevice:
     """One connection: owns a slot of the disk's gate. See `incbak.nbd.export.Device`."""
 
-    def __init__(self, tracked: TrackedDisk) -> None:
+    def __init__(self, tracked: TrackedDisk, *, read_only: bool = False) -> None:
         self.tracked = tracked
-        self.size, self.read_only = tracked.size, tracked.read_only
+        self.size, self.read_only = tracked.size, read_only or tracked.read_only
         disk = tracked.disk
         self.read_into, self.read_nowait, self.flush = disk.read_into, disk.read_nowait, disk.flush
         self._disk = disk

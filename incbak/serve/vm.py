@@ -8,6 +8,7 @@ from pathlib import Path
 
 from incbak.bitmap.file import State
 from incbak.reasons import Reason
+from incbak.serve.exports import ExportTable
 from incbak.serve.jobs import Job, JobTable
 from incbak.serve.memory_bitmap import AnyBitmap
 from incbak.serve.schema import QmpError
@@ -28,6 +29,8 @@ class Vm:
         self.credentials: dict[str, Path] = {}
         """Directories of certificates for targets."""
         self.jobs = JobTable()
+        self.exports = ExportTable(self.emit)
+        """What a monitor has added; the disks are exported without."""
         self.budget = Budget(scratch_dir, scratch_limit)
         self.shutdown_reason: str | None = None
         self.shutdown_wanted = threading.Event()

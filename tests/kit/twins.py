@@ -163,5 +163,9 @@ def both(ours_in: Path, theirs_in: Path) -> Iterator[tuple[Engine, Engine]]:
 def alike(engines: tuple[Engine, Engine], act: Callable[[Engine], Any]) -> Any:
     """What ``act`` gives on both, which has to be the same."""
     found = [act(engine) for engine in engines]
-    assert found[0] == found[1]
-    return found[0]
+    ours, theirs = found
+    if isinstance(ours, list) and isinstance(theirs, list):
+        for number, (our, their) in enumerate(zip(ours, theirs, strict=False)):
+            assert our == their, f"[{number}]: {our!r} is not QEMU's {their!r}"
+    assert ours == theirs, f"{ours!r} is not QEMU's {theirs!r}"
+    return ours
