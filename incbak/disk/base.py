@@ -26,7 +26,7 @@ class Disk(ABC):
         """Fill ``buf``; never short: a disk that ends early raises ``EIO``."""
 
     def read_nowait(self, buf: memoryview, offset: int) -> bool:
-        """Fill ``buf`` if that needs no wait for the storage; false means it does and ``buf`` is undefined."""
+        """Fill ``buf`` if that needs no wait for the storage; false means it does, or fails; ``buf`` is undefined."""
         self.read_into(buf, offset)
         return True
 

@@ -93,12 +93,9 @@ class FileDisk(Disk):
             return False
         try:
             return os.preadv(self.fd, [buf], offset, os.RWF_NOWAIT) == len(buf)
-        except BlockingIOError:
-            return False
-        except OSError as e:
-            if e.errno not in _UNSUPPORTED:
-                raise
-            self._nowait = False
+        except OSError as e:  # another error than "would wait" is met again, and told, by the read that waits
+            if e.errno in _UNSUPPORTED:
+                self._nowait = False
             return False
 
     def write(self, buf: memoryview | bytes, offset: int) -> None:

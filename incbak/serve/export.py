@@ -52,7 +52,7 @@ class TrackedDevice:
         self.tracked = tracked
         self.size, self.read_only = tracked.size, read_only or tracked.read_only
         disk = tracked.disk
-        self.read_into, self.read_nowait, self.flush = disk.read_into, disk.read_nowait, disk.flush
+        self.read_nowait = disk.read_nowait
         self._disk = disk
         self._slot = tracked.gate.slot()
 
@@ -68,30 +68,58 @@ class TrackedDevice:
     def write(self, buf: memoryview, offset: int) -> None:
         """Record, save, write, in this order."""
         slot = self._slot
-        if slot.acquire(False):
-            try:
-                self.tracked.before_write(offset, len(buf))
-                self._disk.write(buf, offset)
-            finally:
-                slot.release()
-        else:
-            with self.tracked.gate.joined():
-                self.tracked.before_write(offset, len(buf))
-                self._disk.write(buf, offset)
+        try:
+            if slot.acquire(False):
+                try:
+                    self.tracked.before_write(offset, len(buf))
+                    self._disk.write(buf, offset)
+                finally:
+                    slot.release()
+            else:
+                with self.tracked.gate.joined():
+                    self.tracked.before_write(offset, len(buf))
+                    self._disk.write(buf, offset)
+        except OSError as e:
+            self.tracked.on_error("write", e)
+            raise
+
+    def read_into(self, buf: memoryview, offset: int) -> None:
+        """What could not be read without waiting."""
+        try:
+            self._disk.read_into(buf, offset)
+        except OSError as e:
+            self.tracked.on_error("read", e)
+            raise
+
+    def flush(self) -> None:
+        """Covers the writes of all connections."""
+        try:
+            self._disk.flush()
+        except OSError as e:
+            self.tracked.on_error("write", e)
+            raise
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
         """Recorded as any write; ``fast`` is refused, since no file system promises it."""
         if fast:
             raise OSError(errno.EOPNOTSUPP, "fast zeroes are not on offer")
-        with self.tracked.gate.joined():
-            self.tracked.before_write(offset, length)
-            self._disk.write_zeroes(offset, length, unmap=unmap)
+        try:
+            with self.tracked.gate.joined():
+                self.tracked.before_write(offset, length)
+                self._disk.write_zeroes(offset, length, unmap=unmap)
+        except OSError as e:
+            self.tracked.on_error("write", e)
+            raise
 
     def trim(self, offset: int, length: int) -> None:
         """Recorded as any write."""
-        with self.tracked.gate.joined():
-            self.tracked.before_write(offset, length)
-            self._disk.trim(offset, length)
+        try:
+            with self.tracked.gate.joined():
+                self.tracked.before_write(offset, length)
+                self._disk.trim(offset, length)
+        except OSError as e:
+            self.tracked.on_error("write", e)
+            raise
 
     def cache(self, offset: int, length: int) -> None:
         """Read, and drop what was read."""
@@ -99,7 +127,7 @@ class TrackedDevice:
         end = offset + length
         while offset < end:
             part = buffer[: end - offset]
-            self._disk.read_into(part, offset)
+            self.read_into(part, offset)
             offset += len(part)
 
     def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from enum import StrEnum
 
 from incbak.errors import NbdError, NbdRequestError
 from incbak.serve.group import JobGroup
+from incbak.serve.on_error import RETRY, Action, OnError
 from incbak.serve.schema import QmpError
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Job(ABC):
         self.status = Status.CREATED
         self.done = self.total = 0
         self.error: str | None = None
-        self.detail = ""
+        self.detail, self.io_status = "", "ok"
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._goes_on = threading.Event()
@@ -142,8 +143,9 @@ class Job(ABC):
 
     def abandon(self) -> None:
         """Another job of the group has failed: end as if cancelled, without a word about states."""
-        self._stop.set()
-        self._goes_on.set()
+        with self._lock:
+            self._stop.set()
+            self._goes_on.set()
         self.interrupt()
 
     @property
@@ -170,6 +172,7 @@ class Job(ABC):
             if not self.paused:
                 raise QmpError("Can't resume a job that was not paused")
             self.require("resume")
+            self.io_status = "ok"
             self._goes_on.set()
 
     def complete(self) -> None:
@@ -207,6 +210,21 @@ class Job(ABC):
             self._rest()
         if self._stop.wait(delay) if delay > 0 else self._stop.is_set():
             raise CancelledError
+
+    def mend(self, operation: str, policy: OnError, error: Exception) -> None:
+        """Something failed: return when it may be tried again. Raises ``error`` where it may not, `CancelledError`."""
+        code = code_of(error)
+        action = policy.action(code)
+        if action is Action.REPORT:
+            raise error
+        log.warning("job %s: %s: %s", self.id, action, error)
+        with self._lock:
+            if not self._stop.is_set():
+                self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": operation, "action": str(action)})
+            if action is Action.STOP and not self._stop.is_set():
+                self.io_status = "nospace" if code == errno.ENOSPC else "failed"
+                self._goes_on.clear()
+        self.pause_point(0.0 if action is Action.STOP else RETRY)
 
     def _rest(self) -> None:
         self._turn(Status.PAUSED)
@@ -302,7 +320,7 @@ class Job(ABC):
     def block_job_info(self) -> dict[str, object]:
         """A BlockJobInfo."""
         info: dict[str, object] = {"device": self.id, "type": self.type, "status": str(self.status)}
-        info |= {"len": self.total, "offset": self.done, "speed": self.speed, "io-status": "ok"}
+        info |= {"len": self.total, "offset": self.done, "speed": self.speed, "io-status": self.io_status}
         info |= {"busy": self.status is Status.RUNNING, "paused": self.paused, "ready": False}
         info |= {"auto-finalize": self.options.auto_finalize, "auto-dismiss": self.options.auto_dismiss}
         return info | self._error_info()

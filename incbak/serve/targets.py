@@ -76,6 +76,13 @@ class Target:
         for start in range(0, length, len(_ZEROES)):
             self.write(memoryview(_ZEROES)[: length - start], offset + start)
 
+    def confirm(self) -> None:
+        """Everything sent has been answered. Raises `NbdError`; then it may be sent again, as if it had not been."""
+        try:
+            self._client.drain()
+        finally:
+            self._client.refused.clear()
+
     def flush(self) -> None:
         """Everything sent has been answered, and is durable there if the server can tell. Raises `NbdError`."""
         self._client.drain()

@@ -6,7 +6,7 @@ import errno
 import logging
 import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from incbak.bitmap.file import State
 from incbak.bitmap.store import BitmapStore
@@ -70,6 +70,8 @@ class TrackedDisk:
         self.bitmaps: dict[str, AnyBitmap] = {}
         self.busy: dict[str, str] = {}
         """Bitmaps that a job uses, with the job's id."""
+        self.on_error: Callable[[str, OSError], None] = lambda operation, error: None
+        """Told of each guest's request that fails."""
         self.reading = threading.Lock()
         """Held while a bitmap that may be removed is read, and while a removed one is closed."""
         self.settled = SettledMap(self.size, ())

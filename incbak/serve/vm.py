@@ -9,6 +9,7 @@ from pathlib import Path
 from incbak.bitmap.file import State
 from incbak.reasons import Reason
 from incbak.serve.exports import ExportTable
+from incbak.serve.io_errors import IoErrors
 from incbak.serve.jobs import Job, JobTable
 from incbak.serve.memory_bitmap import AnyBitmap
 from incbak.serve.schema import QmpError
@@ -39,6 +40,7 @@ class Vm:
     def add_disk(self, disk: TrackedDisk) -> None:
         """One more disk, before anybody is served."""
         self.disks[disk.name] = disk
+        disk.on_error = IoErrors(disk.name, self.emit).tell
         self.lost.setdefault(disk.name, {})
 
     # -- events ---------------------------------------------------------------------------------------------------

@@ -264,6 +264,40 @@ def test_a_failing_target_is_told_as_in_qemu(engines: tuple[Engine, Engine], nth
     alike(engines, run)
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("policy", ["stop", "enospc", "ignore", "auto", "report"])
+def test_error_policies_are_told_as_in_qemu(engines: tuple[Engine, Engine], policy: str, code: int) -> None:
+    """A target that refuses one write: rest and be resumed, try again, or fail; and where the bitmap is then."""
+
+    def run(engine: Engine) -> list[Any]:
+        engine.clear()
+        engine.write(FIRST, 0x55)
+        disk = engine.target("t0", Faults(fail={"write": (2, code)}, once=True)).disk
+        told = [engine.backup(sync="incremental", bitmap="b", on_target_error=policy)]
+        if policy == "stop" or (policy in ("enospc", "auto") and code == errno.ENOSPC):
+            wait_until(lambda: engine.status() == "paused", "the job rests")
+            told += [[(j["paused"], j["io-status"]) for j in engine.qmp("query-block-jobs")]]
+            told += [engine.ask("block-job-pause", device="j"), engine.ask("block-job-cancel", device="j")]
+            told += [engine.ask("block-job-resume", device="j")]
+        wait_until(lambda: not engine.jobs(), "the job is gone")
+        events = _told_once(engine.events())
+        for event, data in events:
+            if event == "BLOCK_JOB_COMPLETED":
+                data.pop("offset")
+        return [*told, events, engine.bitmap(), engine.digest(), "error" in str(told) or disk.read(0, GRAIN)]
+
+    alike(engines, run)
+
+
+def _told_once(events: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Without a rest that QEMU tells twice: once of its own, once as it was asked."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for each in events:
+        if each not in found[-2:]:
+            found.append(each)
+    return found
+
+
 @pytest.mark.parametrize("sync", ["full", "top", "incremental"])
 def test_drive_backup_is_told_as_in_qemu(engines: tuple[Engine, Engine], sync: str) -> None:
     """To a new file, then into it again where it exists; the files are alike."""

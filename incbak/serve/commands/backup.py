@@ -13,6 +13,7 @@ from incbak.serve.file_target import FileTarget
 from incbak.serve.group import JobGroup
 from incbak.serve.jobs import JobOptions
 from incbak.serve.memory_bitmap import AnyBitmap
+from incbak.serve.on_error import OnError
 from incbak.serve.schema import BOOL, INT, STR, Enum, Fields, Opt, QmpError
 from incbak.serve.targets import Target
 from incbak.serve.transaction import Action, Transaction
@@ -20,7 +21,7 @@ from incbak.serve.vm import Vm, check_usable
 
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
-_ON_ERROR = Enum("report", "ignore", "enospc", "stop", "auto")
+_ON_ERROR = Enum(*OnError)
 BLOCKDEV: Fields = {
     "job-id": Opt(STR),
     "device": STR,
@@ -102,9 +103,6 @@ class Backup(Action):
             raise QmpError("Parameter 'speed' expects a non-negative value")
         if args.get("compress", False):
             raise QmpError(f"Compression is not supported for this drive {args['target']}")
-        for policy in ("on-source-error", "on-target-error"):
-            if args.get(policy, "report") not in ("report", "auto"):
-                raise QmpError(f"Parameter '{policy}' does not support '{args[policy]}'")
         return JobOptions(name, args.get("auto-finalize", True), args.get("auto-dismiss", True), args.get("speed", 0))
 
     def _spec(self, transaction: Transaction) -> BackupSpec:
@@ -126,7 +124,15 @@ class Backup(Action):
         policy = OnCbwError(self.args.get("on-cbw-error", "break-snapshot"))
         whole = sync not in ("bitmap", "incremental")
         chosen = BitmapMode(mode) if mode else BitmapMode.NEVER
-        return BackupSpec(bitmap, chosen, whole=whole, on_write=sync == "none", on_cbw_error=policy)
+        return BackupSpec(
+            bitmap,
+            chosen,
+            whole=whole,
+            on_write=sync == "none",
+            on_cbw_error=policy,
+            on_source_error=OnError(self.args.get("on-source-error", "report")),
+            on_target_error=OnError(self.args.get("on-target-error", "report")),
+        )
 
     def _bitmap(self, transaction: Transaction, name: str, mode: str | None) -> AnyBitmap:
         if transaction.find(self.tracked, name) is None and name not in self.vm.lost[self.tracked.name]:
