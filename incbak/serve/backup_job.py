@@ -32,7 +32,6 @@ import numpy as np
 from incbak.bitmap import bits as kernels
 from incbak.errors import IncbakError, NbdError
 from incbak.serve.cbw import CHUNK, CopyBeforeWrite, OnCbwError, Run
-from incbak.serve.file_target import FileTarget
 from incbak.serve.gate import DrainTimeoutError
 from incbak.serve.group import JobGroup
 from incbak.serve.jobs import CancelledError, Emit, Job, JobOptions
@@ -40,7 +39,7 @@ from incbak.serve.memory_bitmap import AnyBitmap, MemoryBitmap
 from incbak.serve.on_error import OnError
 from incbak.serve.regrain import all_bits, regrain
 from incbak.serve.scratch import Budget, Scratch
-from incbak.serve.targets import Target
+from incbak.serve.targets import JobTarget
 from incbak.serve.tracker import TrackedDisk
 
 log = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ class BackupJob(Job):
         self,
         options: JobOptions,
         tracked: TrackedDisk,
-        target: Target | FileTarget,
+        target: JobTarget,
         spec: BackupSpec,
         emit: Emit,
         gone: Callable[[Job], None],

@@ -46,19 +46,27 @@ class DiskExport:
 
 
 class TrackedDevice:
-    """One connection: owns a slot of the disk's gate. See `incbak.nbd.export.Device`."""
+    """One connection: owns a slot of the disk's gate. See `incbak.nbd.export.Device`.
 
-    def __init__(self, tracked: TrackedDisk, *, read_only: bool = False) -> None:
+    With ``job`` it is that of the job that has the disk as its target, else raises `OSError` while there is one.
+    """
+
+    def __init__(self, tracked: TrackedDisk, *, read_only: bool = False, job: bool = False) -> None:
         self.tracked = tracked
         self.size, self.read_only = tracked.size, read_only or tracked.read_only
         disk = tracked.disk
         self.read_nowait = disk.read_nowait
         self._disk = disk
+        self._guest = not job and not self.read_only
+        if self._guest:
+            tracked.let_in()
         self._slot = tracked.gate.slot()
 
     def close(self) -> None:
         """The connection is gone."""
         self.tracked.gate.forget(self._slot)
+        if self._guest:
+            self.tracked.let_out()
 
     def may_block(self, offset: int, length: int) -> bool:
         """Whether a write there first has to make a region durable, or to save old content."""

@@ -57,7 +57,7 @@ def _check(tracked: TrackedDisk, size: int) -> None:
         raise QmpError(f"offset({size}) exceeds maximum({LIMIT})")
     if tracked.read_only:
         raise QmpError("Block node is read-only")
-    if tracked.copied:
+    if tracked.copied or tracked.written_by is not None:
         raise QmpError(f"Node '{tracked.name}' is busy: block device is in use by block job: backup")
     for name in tracked.busy:
         check_usable(tracked, tracked.bitmaps[name])

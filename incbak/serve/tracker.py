@@ -15,6 +15,7 @@ from incbak.errors import BitmapError, DurabilityError
 from incbak.serve.cbw import CopyBeforeWrite
 from incbak.serve.gate import Gate
 from incbak.serve.memory_bitmap import AnyBitmap, MemoryBitmap
+from incbak.serve.schema import QmpError
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +76,42 @@ class TrackedDisk:
         self.reading = threading.Lock()
         """Held while a bitmap that may be removed is read, and while a removed one is closed."""
         self.settled = SettledMap(self.size, ())
+        self.writers = 0
+        """Guests that are connected and may write."""
+        self.written_by: str | None = None
+        """The job that has this disk as its target; then there are no such guests."""
         self._recording: tuple[AnyBitmap, ...] = ()
         self._shadows: tuple[AnyBitmap, ...] = ()
         self._copies: tuple[CopyBeforeWrite, ...] = ()
         self._lock = threading.Lock()
+
+    # -- who may write --------------------------------------------------------------------------------------------
+
+    def let_in(self) -> None:
+        """A guest that may write has come. Raises `OSError` while the disk is the target of a job."""
+        with self._lock:
+            if self.written_by is not None:
+                raise OSError(errno.EBUSY, f"job {self.written_by} writes to disk {self.name}")
+            self.writers += 1
+
+    def let_out(self) -> None:
+        """It is gone."""
+        with self._lock:
+            self.writers -= 1
+
+    def take(self, job: str) -> None:
+        """Keep guests out, for ``job`` writes here. Raises `QmpError` when some are in, or another job does so."""
+        with self._lock:
+            if self.written_by is not None:
+                raise QmpError(f"Node '{self.name}' is busy: block device is in use by block job: backup")
+            if self.writers:
+                raise QmpError(f"Node '{self.name}' is busy: NBD clients that may write: {self.writers}")
+            self.written_by = job
+
+    def release(self) -> None:
+        """Let guests in again."""
+        with self._lock:
+            self.written_by = None
 
     # -- while drained --------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from incbak.bitmap.file import State
 from incbak.reasons import Reason
+from incbak.serve.disk_target import DiskTarget
 from incbak.serve.exports import ExportTable
 from incbak.serve.io_errors import IoErrors
 from incbak.serve.jobs import Job, JobTable
@@ -75,10 +76,10 @@ class Vm:
             raise QmpError(f"Node '{name}' not found")
         return self.disks[name]
 
-    def target(self, name: str) -> Target:
-        """The target node ``name``."""
+    def target(self, name: str) -> Target | DiskTarget:
+        """The target node ``name``: that of another server, or another disk."""
         if name in self.disks:
-            raise QmpError(f"Node '{name}' is a disk of this VM: targets are NBD nodes")
+            return DiskTarget(self.disks[name])
         if name not in self.targets:
             raise QmpError(f"Cannot find device='{name}' nor node-name='{name}'")
         return self.targets[name]
