@@ -65,6 +65,7 @@ def table() -> list[Fault]:
         planted_nbd,
         planted_proof,
         planted_prune,
+        planted_qmp,
         planted_report,
         planted_restores,
         planted_serve,
@@ -72,7 +73,7 @@ def table() -> list[Fault]:
     )
 
     tables = (
-        *(planted_bitmaps, planted_nbd, planted_serve, planted_backups),
+        *(planted_bitmaps, planted_nbd, planted_serve, planted_qmp, planted_backups),
         *(planted_restores, planted_watch, planted_prune, planted_proof, planted_files, planted_report),
     )
     faults = [fault for each in tables for fault in each.FAULTS]
