@@ -104,18 +104,22 @@ def test_the_size_is_durable_before_the_answer(machine: Machine, faults: Faults)
 
 def test_a_write_in_flight_is_waited_for(machine: Machine, faults: Faults) -> None:
     """Not even one that another thread has begun is cut in two."""
-    faults.stall["write"] = threading.Event()
-    writing = threading.Thread(target=machine.guest["vda"].write, args=(memoryview(b"y" * GRAIN), 15 * GRAIN))
-    writing.start()
-    wait_until(lambda: faults.seen["write"] == 2, "the write is under way")
+    stall = faults.stall["write"] = threading.Event()
+    content = memoryview(b"y" * GRAIN)
+    writing = threading.Thread(target=machine.guest["vda"].write, args=(content, 15 * GRAIN))
     resizing = threading.Thread(target=machine, args=("block_resize", {"device": "vda", "size": CUT}))
-    resizing.start()
-    wait_until(lambda: machine.tracked["vda"].gate._draining, "the resize waits")
-    assert machine.disks["vda"].size == SIZE
-    faults.stall.pop("write").set()
-    for thread in (writing, resizing):
-        thread.join(30)
-    assert machine.disks["vda"].size == CUT
+    disk, gate = machine.disks["vda"], machine.tracked["vda"].gate
+    try:
+        writing.start()
+        wait_until(lambda: faults.seen["write"] == 2, "the write is under way")
+        resizing.start()
+        wait_until(lambda: gate._draining or disk.size == CUT, "the resize waits")
+        assert disk.size == SIZE
+    finally:
+        stall.set()
+        for thread in (writing, resizing):
+            thread.join(30)
+    assert disk.size == CUT
 
 
 @pytest.mark.parametrize("coarse", [False, True])
