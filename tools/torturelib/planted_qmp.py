@@ -216,7 +216,7 @@ _WRITTEN = (
         _IMAGE,
         "            status = child.wait(_END_SECONDS)\n",
         "            status = 0\n",
-        unit("serve/test_targets", "test_a_job_that_fails_leaves_no_process"),
+        unit("serve/test_targets", "test_the_child_has_ended_when_the_target_is_let_go"),
     ),
     Fault(
         "target-uri-connection-kept",

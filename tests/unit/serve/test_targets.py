@@ -131,6 +131,26 @@ def test_a_job_that_fails_leaves_no_process(tmp_path: Path, images: Path) -> Non
 
 
 @pytest.mark.qemu
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_child_has_ended_when_the_target_is_let_go(images: Path, taken: bool) -> None:
+    """Not a moment later: whoever hears that the job is over may open the image."""
+    target = ImageTarget(images / "out.qcow2", SIZE, existing=False)
+    child = target._child
+    assert child is not None
+    if taken:
+        target.take("j")
+        target.begin()
+        target.write(memoryview(b"x" * GRAIN), 0)
+        target.flush()
+        target.release()
+    else:
+        target.close()
+        target.withdraw()
+    assert child.returncode == 0
+    assert [p.name for p in images.iterdir()] == (["out.qcow2"] if taken else [])
+
+
+@pytest.mark.qemu
 def test_an_image_in_use_is_left_alone(tmp_path: Path, images: Path) -> None:
     """Also the disk itself."""
     out = images / "out.raw"
