@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -25,7 +26,7 @@ class Disk(ABC):
         """Fill ``buf``; never short: a disk that ends early raises ``EIO``."""
 
     def read_nowait(self, buf: memoryview, offset: int) -> bool:
-        """Fill ``buf`` if that needs no wait for the storage; false means it does and ``buf`` is undefined."""
+        """Fill ``buf`` if that needs no wait for the storage; false means it does, or fails; ``buf`` is undefined."""
         self.read_into(buf, offset)
         return True
 
@@ -48,6 +49,17 @@ class Disk(ABC):
     @abstractmethod
     def flush(self) -> None:
         """All writes that had completed are durable. The first failure is final: every later flush fails too."""
+
+    def resize(self, size: int) -> None:
+        """``size`` bytes from now on: what is cut off is gone, what is added reads as zeroes. Nobody writes meanwhile.
+
+        Raises `OSError` where the size cannot be had; then it is as before.
+        """
+        self.check_resize(size)
+
+    def check_resize(self, size: int) -> None:
+        """Raises `OSError` where it is plain that `resize` would."""
+        raise OSError(errno.EOPNOTSUPP, f"{self.name} cannot be resized")
 
     @abstractmethod
     def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:

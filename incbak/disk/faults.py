@@ -35,7 +35,7 @@ class Faults:
 
 
 class FaultyDisk(Disk):
-    """``inner`` with ``faults``; kinds are ``read``, ``write``, ``zero``, ``trim`` and ``flush``."""
+    """``inner`` with ``faults``; kinds are ``read``, ``write``, ``zero``, ``trim``, ``flush`` and ``resize``."""
 
     def __init__(self, inner: Disk, faults: Faults) -> None:
         self.inner, self.faults = inner, faults
@@ -69,6 +69,14 @@ class FaultyDisk(Disk):
     def flush(self) -> None:
         self.faults.strike("flush")
         self.inner.flush()
+
+    def resize(self, size: int) -> None:
+        self.faults.strike("resize")
+        self.inner.resize(size)
+        self.size = size
+
+    def check_resize(self, size: int) -> None:
+        self.inner.check_resize(size)
 
     def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:
         return self.inner.extents(offset, length)

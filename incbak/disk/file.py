@@ -94,12 +94,9 @@ class FileDisk(Disk):
             return False
         try:
             return os.preadv(self.fd, [buf], offset, os.RWF_NOWAIT) == len(buf)
-        except BlockingIOError:
-            return False
-        except OSError as e:
-            if e.errno not in _UNSUPPORTED:
-                raise
-            self._nowait = False
+        except OSError as e:  # another error than "would wait" is met again, and told, by the read that waits
+            if e.errno in _UNSUPPORTED:
+                self._nowait = False
             return False
 
     def write(self, buf: memoryview | bytes, offset: int) -> None:
@@ -153,6 +150,17 @@ class FileDisk(Disk):
                 self._flush_error = e
                 raise
             self._flushes_done = self._flushes_begun
+
+    def resize(self, size: int) -> None:
+        self.check_resize(size)
+        if not self.is_block:
+            os.ftruncate(self.fd, size)
+        self.size = size
+
+    def check_resize(self, size: int) -> None:
+        """A device is resized by whoever provides it; what it has now is all that can be asked for."""
+        if self.is_block and (found := os.lseek(self.fd, 0, os.SEEK_END)) != size:
+            raise OSError(errno.EINVAL, f"device {self.name} has {found} bytes")
 
     def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:
         end = offset + length

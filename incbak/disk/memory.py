@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 from blake3 import blake3
@@ -22,6 +23,8 @@ class MemoryDisk(Disk):
         self._generation = 0
 
     def read_into(self, buf: memoryview, offset: int) -> None:
+        if offset + len(buf) > self.size:
+            raise OSError(errno.EIO, f"image {self.name} ends at {self.size}")
         buf[:] = memoryview(self.data)[offset : offset + len(buf)]
 
     def write(self, buf: memoryview | bytes, offset: int) -> None:
@@ -36,6 +39,13 @@ class MemoryDisk(Disk):
         self.write_zeroes(offset, length, unmap=True)
 
     def flush(self) -> None:
+        pass
+
+    def resize(self, size: int) -> None:
+        self.data = self.data[:size].ljust(size, b"\0")
+        self.size = size
+
+    def check_resize(self, size: int) -> None:
         pass
 
     def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:

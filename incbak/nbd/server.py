@@ -46,6 +46,7 @@ class NbdServer:
         self._listeners: list[socket.socket] = []
         self._paths: list[Path] = []
         self._connections: dict[socket.socket, threading.Thread] = {}
+        self._using: dict[socket.socket, Export] = {}
         self._lock = threading.Lock()
         self._stopping = False
 
@@ -121,6 +122,8 @@ class NbdServer:
                 agreed = negotiation.run()
                 if agreed is None:
                     return
+                with self._lock:
+                    self._using[sock] = agreed.export
                 device = agreed.export.open()
                 try:
                     Connection(negotiation.sock, device, agreed).run()
@@ -137,6 +140,15 @@ class NbdServer:
         close_hard(sock)
         with self._lock:
             self._connections.pop(sock, None)
+            self._using.pop(sock, None)
+
+    def disconnect(self, export: Export) -> None:
+        """Cut the clients of an export off; requests that run are finished. Who opens it later is not meant."""
+        with self._lock:
+            using = [sock for sock, used in self._using.items() if used is export]
+        for sock in using:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def connections(self) -> int:
         """How many clients there are."""

@@ -4,7 +4,7 @@
 
     NBD connections (threads) --> export --> tracker --> gate, bitmaps, copy-before-write --> disk
     QMP clients (asyncio, main thread) --> monitor --> commands (one worker thread) --> vm --> transaction, jobs
-    jobs (a thread each) --> disk | scratch --> NBD target | raw file
+    jobs (a thread each) --> disk | scratch --> NBD target | raw file | qemu-nbd --> qcow2 file | another disk
 
 **A write**, in this order; each step is there for one of the invariants:
 
@@ -23,6 +23,7 @@ comes, goes or is cleared, which happens only while the disk is drained.
 write, zero, trim      beside each other and beside reads and flushes; never beside a commit of a transaction
 read, flush            beside everything (a flush covers the writes that have been answered)
 transaction            alone among commands; prepares beside the guest, applies with the guest drained
+resize                 alone among commands, never beside a job of that disk; changes the size with it drained
 job loop               beside the guest; a write to the very run that the job is reading waits for that read
 monitor command        one at a time, in the order of arrival, whatever the number of clients
 =====================  =======================================================================================

@@ -32,13 +32,14 @@ import numpy as np
 from incbak.bitmap import bits as kernels
 from incbak.errors import IncbakError, NbdError
 from incbak.serve.cbw import CHUNK, CopyBeforeWrite, OnCbwError, Run
-from incbak.serve.file_target import FileTarget
 from incbak.serve.gate import DrainTimeoutError
+from incbak.serve.group import JobGroup
 from incbak.serve.jobs import CancelledError, Emit, Job, JobOptions
 from incbak.serve.memory_bitmap import AnyBitmap, MemoryBitmap
+from incbak.serve.on_error import OnError
 from incbak.serve.regrain import all_bits, regrain
 from incbak.serve.scratch import Budget, Scratch
-from incbak.serve.targets import Target
+from incbak.serve.targets import JobTarget
 from incbak.serve.tracker import TrackedDisk
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class BackupSpec:
     whole: bool = True
     on_write: bool = False
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    on_source_error: OnError = OnError.REPORT
+    on_target_error: OnError = OnError.REPORT
 
 
 class BackupJob(Job):
@@ -77,12 +80,13 @@ class BackupJob(Job):
         self,
         options: JobOptions,
         tracked: TrackedDisk,
-        target: Target | FileTarget,
+        target: JobTarget,
         spec: BackupSpec,
         emit: Emit,
         gone: Callable[[Job], None],
+        group: JobGroup | None = None,
     ) -> None:
-        super().__init__(options, emit, gone)
+        super().__init__(options, emit, gone, group)
         self.tracked, self.target, self.spec = tracked, target, spec
         wanted = spec.bitmap.granularity if spec.bitmap else DEFAULT_CLUSTER
         self.granularity = min(max(wanted, FINEST), COARSEST)
@@ -171,8 +175,7 @@ class BackupJob(Job):
                 continue
             run = self._next(cursor)
             if run is not None:
-                self._transfer(run, buffer)
-                cursor = run.end
+                cursor = run.end if self._transfer(run, buffer) else run.first
             elif not self.spec.on_write and not copy.left():
                 break
 
@@ -185,24 +188,44 @@ class BackupJob(Job):
             return run
         return self._copy.next_run(cursor, _HOLE_LIMIT)
 
-    def _transfer(self, run: Run, buffer: memoryview) -> None:
-        """Take one run (or its beginning), let the guest have it, and send it."""
+    def _transfer(self, run: Run, buffer: memoryview) -> bool:
+        """Take one run (or its beginning), let the guest have it, and send it. False: read it again."""
         assert self._copy
         offset = run.first * self.granularity
-        holes = 0 if run.saved else self._holes(run)
-        self._copy.shrink(run, holes or min(run.count, max(CHUNK // self.granularity, 1)))
-        length = min(run.count * self.granularity, self.tracked.size - offset)
-        data = buffer[:length]
-        if not holes:
-            self._copy.read_into(run, data)
+        try:
+            holes = 0 if run.saved else self._holes(run)
+            self._copy.shrink(run, holes or min(run.count, max(CHUNK // self.granularity, 1)))
+            length = min(run.count * self.granularity, self.tracked.size - offset)
+            data = buffer[:length]
+            if not holes:
+                self._copy.read_into(run, data)
+        except OSError as e:
+            self._copy.put_back(run)
+            self.mend("read", self.spec.on_source_error, e)
+            return False
         self._sending = [(offset, length)]
         self._copy.done(run)
-        if holes:
-            self.target.zeroes(offset, length)
-        else:
-            self.target.write(data, offset)
+        self._send(None if holes else data, offset, length)
         self._sending = []
         self.done += length
+        return True
+
+    def _send(self, data: memoryview | None, offset: int, length: int) -> None:
+        """Content or zeroes. What may have to be sent again is answered before anything else is sent."""
+        assert self._copy
+        while True:
+            try:
+                if data is None:
+                    self.target.zeroes(offset, length)
+                else:
+                    self.target.write(data, offset)
+                if self.spec.on_target_error is not OnError.REPORT:
+                    self.target.confirm()
+                return
+            except (OSError, NbdError) as e:
+                if self._copy.broken:
+                    raise
+                self.mend("write", self.spec.on_target_error, e)
 
     def _holes(self, run: Run) -> int:
         """How many clusters from the run's first on read as zeroes by what the file system says."""

@@ -308,6 +308,12 @@ class CopyBeforeWrite:
         else:
             self.disk.read_into(buffer, run.first << self._shift)
 
+    def put_back(self, run: Run) -> None:
+        """The job could not read a claimed run: it is as if it had not been claimed."""
+        with self._changed:
+            self._claims.remove(run)
+            self._changed.notify_all()
+
     def done(self, run: Run) -> None:
         """The job has the content of a claimed run: the guest may overwrite it, scratch lets it go.
 

@@ -61,6 +61,7 @@ class Daemon:
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
         self.vm = Vm(options.name, options.scratch_dir, options.scratch_limit)
+        self.vm.exports.tls = options.tls
         self._exports: dict[str, DiskExport] = {}
         self._server = NbdServer(lambda: self._exports, max_connections=options.max_connections, tls=options.tls)
         self._places: list[str] = []
@@ -168,7 +169,9 @@ class Daemon:
         self.vm.request_shutdown("host-signal")
 
     def _close(self) -> bool:
+        deadline = time.monotonic() + CONNECTIONS_END
         self._server.stop(CONNECTIONS_END)
+        self.vm.exports.stop(max(deadline - time.monotonic(), 1.0))
         self._end_jobs()
         clean = True
         for tracked in self.vm.disks.values():

@@ -35,7 +35,12 @@ class DiskExport:
         self.tracked = tracked
         self.name = tracked.name + (READ_ONLY_SUFFIX if read_only else "")
         self.description = f"disk {tracked.name}" + (", read-only" if read_only else "")
-        self.size, self.read_only = tracked.size, tracked.read_only or read_only
+        self.read_only = tracked.read_only or read_only
+
+    @property
+    def size(self) -> int:
+        """As it is now; a connection keeps the size that it began with."""
+        return self.tracked.size
 
     def contexts(self) -> list[str]:
         """``base:allocation`` and one context per valid bitmap."""
@@ -48,19 +53,27 @@ class DiskExport:
 
 
 class TrackedDevice:
-    """One connection: owns a slot of the disk's gate. See `incbak.nbd.export.Device`."""
+    """One connection: owns a slot of the disk's gate. See `incbak.nbd.export.Device`.
 
-    def __init__(self, tracked: TrackedDisk, *, read_only: bool) -> None:
+    With ``job`` it is that of the job that has the disk as its target, else raises `OSError` while there is one.
+    """
+
+    def __init__(self, tracked: TrackedDisk, *, read_only: bool = False, job: bool = False) -> None:
         self.tracked = tracked
-        self.size, self.read_only = tracked.size, read_only
+        self.size, self.read_only = tracked.size, read_only or tracked.read_only
         disk = tracked.disk
-        self.read_into, self.read_nowait, self.flush = disk.read_into, disk.read_nowait, disk.flush
+        self.read_nowait = disk.read_nowait
         self._disk = disk
+        self._guest = not job and not self.read_only
+        if self._guest:
+            tracked.let_in()
         self._slot = tracked.gate.slot()
 
     def close(self) -> None:
         """The connection is gone."""
         self.tracked.gate.forget(self._slot)
+        if self._guest:
+            self.tracked.let_out()
 
     def may_block(self, offset: int, length: int) -> bool:
         """Whether a write there first has to make a region durable, or to save old content."""
@@ -70,16 +83,36 @@ class TrackedDevice:
     def write(self, buf: memoryview, offset: int) -> None:
         """Record, save, write, in this order."""
         slot = self._slot
-        if slot.acquire(False):
-            try:
-                self.tracked.before_write(offset, len(buf))
-                self._disk.write(buf, offset)
-            finally:
-                slot.release()
-        else:
-            with self.tracked.gate.joined():
-                self.tracked.before_write(offset, len(buf))
-                self._disk.write(buf, offset)
+        try:
+            if slot.acquire(False):
+                try:
+                    self.tracked.before_write(offset, len(buf))
+                    self._disk.write(buf, offset)
+                finally:
+                    slot.release()
+            else:
+                with self.tracked.gate.joined():
+                    self.tracked.before_write(offset, len(buf))
+                    self._disk.write(buf, offset)
+        except OSError as e:
+            self.tracked.on_error("write", e)
+            raise
+
+    def read_into(self, buf: memoryview, offset: int) -> None:
+        """What could not be read without waiting."""
+        try:
+            self._disk.read_into(buf, offset)
+        except OSError as e:
+            self.tracked.on_error("read", e)
+            raise
+
+    def flush(self) -> None:
+        """Covers the writes of all connections."""
+        try:
+            self._disk.flush()
+        except OSError as e:
+            self.tracked.on_error("write", e)
+            raise
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
         """Recorded as any write; ``fast``: as the storage can, or not at all."""
@@ -98,6 +131,14 @@ class TrackedDevice:
 
     def _in_pieces(self, offset: int, length: int, change: Callable[[int, int], None]) -> None:
         """However long it is, nobody waits for more than a piece of it at the gate."""
+        try:
+            self._pieces(offset, length, change)
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                self.tracked.on_error("write", e)
+            raise
+
+    def _pieces(self, offset: int, length: int, change: Callable[[int, int], None]) -> None:
         end, spent = offset + length, 0.0
         if length > PIECE:
             with self.tracked.gate.joined():
@@ -117,11 +158,13 @@ class TrackedDevice:
         end = offset + min(length, CACHE_LIMIT)
         while offset < end:
             part = buffer[: end - offset]
-            self._disk.read_into(part, offset)
+            self.read_into(part, offset)
             offset += len(part)
 
     def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
         """(length, flags) from ``offset``: a prefix of the range at least one extent long."""
+        if offset + length > self.tracked.size:
+            raise OSError(errno.EINVAL, f"disk {self.tracked.name} has {self.tracked.size} bytes now")
         if context == ALLOCATION:
             return list(self._allocation(offset, length))
         with self.tracked.reading:

@@ -64,6 +64,9 @@ class FileTarget:
         """As `write`, of zeroes."""
         self._try(lambda: self._disk.write_zeroes(offset, length, unmap=True))
 
+    def confirm(self) -> None:
+        """`write` and `zeroes` have waited."""
+
     def flush(self) -> None:
         """All that was written is durable. Raises `TargetError`."""
         self._try(self._disk.flush)

@@ -5,8 +5,8 @@ r"""Jobs and their life, as QEMU tells it: states, verbs, events, and the table 
     created -> running -> waiting -> pending -> concluded -> null        done
                       \-> aborting -----------> concluded -> null        failed, or cancelled (also from pending)
 
-``running`` may be ``paused`` and resumed. ``pending`` waits for `finalize` unless `auto_finalize`, ``concluded`` for
-`dismiss` unless `auto_dismiss`.
+``running`` may be ``paused`` and resumed. ``waiting`` waits for the other jobs of a `group`, ``pending`` for `finalize`
+unless `auto_finalize`, ``concluded`` for `dismiss` unless `auto_dismiss`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from incbak.errors import NbdError, NbdRequestError
+from incbak.serve.group import JobGroup
+from incbak.serve.on_error import RETRY, Action, OnError
 from incbak.serve.schema import QmpError
 
 log = logging.getLogger(__name__)
@@ -83,21 +85,22 @@ class Job(ABC):
 
     type = "backup"
 
-    def __init__(self, options: JobOptions, emit: Emit, gone: Callable[[Job], None]) -> None:
+    def __init__(
+        self, options: JobOptions, emit: Emit, gone: Callable[[Job], None], group: JobGroup | None = None
+    ) -> None:
         self.options, self._emit, self._gone = options, emit, gone
         self.id, self.speed = options.id, options.speed
         self.status = Status.CREATED
         self.done = self.total = 0
         self.error: str | None = None
-        self.detail = ""
+        self.detail, self.io_status = "", "ok"
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._goes_on = threading.Event()
         self._goes_on.set()
-        self._finalize = threading.Event()
         self._ended = threading.Event()
-        if options.auto_finalize:
-            self._finalize.set()
+        self._group = group or JobGroup()
+        self._group.join(self)
 
     # -- what a kind of job does ----------------------------------------------------------------------------------
 
@@ -135,8 +138,20 @@ class Job(ABC):
             self.require("cancel")
             self._stop.set()
             self._goes_on.set()
-            self._finalize.set()
+        self._group.fail(self)
         self.interrupt()
+
+    def abandon(self) -> None:
+        """Another job of the group has failed: end as if cancelled, without a word about states."""
+        with self._lock:
+            self._stop.set()
+            self._goes_on.set()
+        self.interrupt()
+
+    @property
+    def auto_finalize(self) -> bool:
+        """Whether ``pending`` waits for nobody."""
+        return self.options.auto_finalize
 
     @property
     def paused(self) -> bool:
@@ -157,6 +172,7 @@ class Job(ABC):
             if not self.paused:
                 raise QmpError("Can't resume a job that was not paused")
             self.require("resume")
+            self.io_status = "ok"
             self._goes_on.set()
 
     def complete(self) -> None:
@@ -167,7 +183,7 @@ class Job(ABC):
         """Go on from ``pending``."""
         with self._lock:
             self.require("finalize")
-            self._finalize.set()
+        self._group.finalize()
 
     def dismiss(self) -> None:
         """Forget a concluded job."""
@@ -195,6 +211,21 @@ class Job(ABC):
         if self._stop.wait(delay) if delay > 0 else self._stop.is_set():
             raise CancelledError
 
+    def mend(self, operation: str, policy: OnError, error: Exception) -> None:
+        """Something failed: return when it may be tried again. Raises ``error`` where it may not, `CancelledError`."""
+        code = code_of(error)
+        action = policy.action(code)
+        if action is Action.REPORT:
+            raise error
+        log.warning("job %s: %s: %s", self.id, action, error)
+        with self._lock:
+            if not self._stop.is_set():
+                self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": operation, "action": str(action)})
+            if action is Action.STOP and not self._stop.is_set():
+                self.io_status = "nospace" if code == errno.ENOSPC else "failed"
+                self._goes_on.clear()
+        self.pause_point(0.0 if action is Action.STOP else RETRY)
+
     def _rest(self) -> None:
         self._turn(Status.PAUSED)
         self._goes_on.wait()
@@ -208,21 +239,28 @@ class Job(ABC):
 
     def _main(self) -> None:
         try:
+            if self._stop.is_set():
+                raise CancelledError
             self.work()
             self._wait_paused()
             self._turn(Status.WAITING)
-            self._turn(Status.PENDING)
-            if not self.options.auto_finalize:
-                self._emit("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
-            self._finalize.wait()
-            if self._stop.is_set():
-                raise CancelledError
+            self._wait_for_all()
         except CancelledError:
             self._conclude("BLOCK_JOB_CANCELLED", os.strerror(errno.ECANCELED))
         except Exception as e:  # noqa: BLE001 (whatever breaks the backup must not break the engine)
             self._fail(e)
         else:
             self._conclude("BLOCK_JOB_COMPLETED", None)
+
+    def _wait_for_all(self) -> None:
+        """Return when the outcome counts, of this job and of all in its group."""
+        if not self._group.gather():
+            raise CancelledError
+        self._turn(Status.PENDING)
+        if not self.auto_finalize:
+            self._emit("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
+        if not self._group.decide():
+            raise CancelledError
 
     def _wait_paused(self) -> None:
         """The end of the work is no way round a pause; past it there is none."""
@@ -248,6 +286,7 @@ class Job(ABC):
 
     def _conclude(self, event: str, error: str | None) -> None:
         if error is not None:
+            self._group.fail(self)
             self._turn(Status.ABORTING)
         self.end(success=error is None)
         self.error = error
@@ -281,7 +320,7 @@ class Job(ABC):
     def block_job_info(self) -> dict[str, object]:
         """A BlockJobInfo."""
         info: dict[str, object] = {"device": self.id, "type": self.type, "status": str(self.status)}
-        info |= {"len": self.total, "offset": self.done, "speed": self.speed, "io-status": "ok"}
+        info |= {"len": self.total, "offset": self.done, "speed": self.speed, "io-status": self.io_status}
         info |= {"busy": self.status is Status.RUNNING, "paused": self.paused, "ready": False}
         info |= {"auto-finalize": self.options.auto_finalize, "auto-dismiss": self.options.auto_dismiss}
         return info | self._error_info()

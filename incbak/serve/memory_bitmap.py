@@ -83,6 +83,24 @@ class MemoryBitmap:
     def end_clear(self) -> None:
         """Nothing is to be made durable."""
 
+    def resize(self, size: int) -> None:
+        """The disk has another size. What it has more counts as written; the caller has stopped writers.
+
+        QEMU calls the new end clean. But where a disk was cut and grows again, a backup still has what was cut off,
+        and an incremental that left it out would not be the disk.
+        """
+        clusters = -(-size // self.granularity)
+        bits: kernels.Bits = np.zeros(kernels.bytes_for(clusters), dtype=np.uint8)
+        kept = min(len(bits), len(self._bits))
+        bits[:kept] = self._bits[:kept]
+        if clusters & 7:
+            bits[-1] &= 0xFF >> (8 - (clusters & 7))
+        if size > self.size:
+            kernels.set_range(bits, self.size >> self._shift, clusters - 1)
+        with self._lock:
+            self._bits, self._clusters, self.size = bits, clusters, size
+            self.known = bytearray(b"\1" * -(-size // REGION))
+
     def set_enabled(self, enabled: bool) -> None:
         """Record writes, or not."""
         self.enabled = enabled

@@ -70,7 +70,7 @@ class Int(Type):
     def check(self, value: object, path: str) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 63) <= value < 1 << 63:
             raise _wrong_type(path, "integer")
         if not self.low <= value <= self.high:
             raise QmpError(f"Parameter '{path}' expects {self.kind}")

@@ -1,9 +1,10 @@
-"""Nodes that jobs write to: exports of other NBD servers."""
+"""What jobs write to, and one kind of it: exports of other NBD servers."""
 
 from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from typing import Protocol
 
 from incbak.errors import IncbakError, NbdError, NbdRequestError
 from incbak.nbd import protocol
@@ -15,6 +16,46 @@ CONNECT_TIMEOUT = 10.0
 """Seconds to connect and negotiate."""
 _ZEROES = bytes(1 << 20)
 _WINDOW = 16
+
+
+class JobTarget(Protocol):
+    """Where one job writes. `take`, `begin`, then content and zeroes, `flush`, and in any case `release`.
+
+    Offsets are those of the disk. Methods of the copying raise `TargetError` or `NbdError` when the target fails.
+    """
+
+    name: str
+    size: int
+
+    def take(self, job: str) -> None:
+        """Be used by ``job``, while the guest goes on. Raises `QmpError`: it cannot be."""
+
+    def begin(self) -> None:
+        """The job starts: what was there may go."""
+
+    def release(self) -> None:
+        """The job is over, or is not going to be; after `take`."""
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Content; ``data`` may be reused at once. An error may also be that of something earlier."""
+
+    def zeroes(self, offset: int, length: int) -> None:
+        """As `write`, of zeroes."""
+
+    def confirm(self) -> None:
+        """All that was written has been taken, though it may not be durable; or what was not may be written again."""
+
+    def flush(self) -> None:
+        """All that was written is durable."""
+
+    def settle(self) -> list[tuple[int, int]]:
+        """After a failure: (offset, length) of what was refused; all else that was written is durable, or it raises."""
+
+    def abort(self) -> None:
+        """Wake whoever waits for it, from any thread."""
+
+    def close(self) -> None:
+        """Let it go."""
 
 
 class Target:
@@ -76,6 +117,13 @@ class Target:
         for start in range(0, length, len(_ZEROES)):
             self.write(memoryview(_ZEROES)[: length - start], offset + start)
 
+    def confirm(self) -> None:
+        """Everything sent has been answered. Raises `NbdError`; then it may be sent again, as if it had not been."""
+        try:
+            self._client.drain()
+        finally:
+            self._client.refused.clear()
+
     def flush(self) -> None:
         """Everything sent has been answered, and is durable there if the server can tell. Raises `NbdError`."""
         self._client.drain()
@@ -103,3 +151,11 @@ class Target:
     def close(self) -> None:
         """Let the connection go."""
         self._client.close()
+
+
+class OwnTarget(Target):
+    """A `Target` that is no node: one job's own, and gone with it."""
+
+    def release(self) -> None:
+        """Close it."""
+        self.close()

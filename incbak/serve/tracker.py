@@ -6,7 +6,7 @@ import errno
 import logging
 import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from incbak.bitmap.file import State
 from incbak.bitmap.store import BitmapStore
@@ -14,7 +14,8 @@ from incbak.disk.base import Disk
 from incbak.errors import BitmapError, DurabilityError
 from incbak.serve.cbw import CopyBeforeWrite
 from incbak.serve.gate import Gate
-from incbak.serve.memory_bitmap import AnyBitmap
+from incbak.serve.memory_bitmap import AnyBitmap, MemoryBitmap
+from incbak.serve.schema import QmpError
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,15 @@ class SettledMap:
 
     Bytes go from 0 to 1 only; to forget, the disk takes a new map while it is drained. A disk with more than
     `MAP_LIMIT` units has none, and looks at each bitmap at each write.
+
+    Clients that came when the disk had ``served`` bytes may still write where it ends no more: what is not wholly
+    within ``size`` is never settled, so that such a write is looked at and refused.
     """
 
-    def __init__(self, size: int, granularities: Iterable[int]) -> None:
+    def __init__(self, size: int, granularities: Iterable[int], served: int = 0) -> None:
         self.shift = min([UNIT_SHIFT, *(g.bit_length() - 1 for g in granularities)])
-        units = -(-size >> self.shift)
+        units = -(-max(size, served) >> self.shift)
+        self._within = size >> self.shift if served > size else units
         self.bytes = mmap.mmap(-1, max(units, 1)) if units <= MAP_LIMIT else None
 
     def holds(self, offset: int, length: int) -> bool:
@@ -45,8 +50,9 @@ class SettledMap:
     def settle(self, offset: int, length: int) -> None:
         """Every unit that the range touches is settled; the caller is inside the gate."""
         if self.bytes is not None:
-            first, last = offset >> self.shift, (offset + length - 1) >> self.shift
-            self.bytes[first : last + 1] = b"\1" * (last + 1 - first)
+            first, end = offset >> self.shift, min(((offset + length - 1) >> self.shift) + 1, self._within)
+            if first < end:
+                self.bytes[first:end] = b"\1" * (end - first)
 
 
 class TrackedDisk:
@@ -59,17 +65,53 @@ class TrackedDisk:
     def __init__(self, name: str, disk: Disk, store: BitmapStore | None = None) -> None:
         self.name, self.disk, self.store = name, disk, store
         self.size, self.read_only = disk.size, disk.read_only
+        self._served = self.size
+        """The most that it ever had: clients that came then may believe in it still."""
         self.gate = Gate(name)
         self.bitmaps: dict[str, AnyBitmap] = {}
         self.busy: dict[str, str] = {}
         """Bitmaps that a job uses, with the job's id."""
+        self.on_error: Callable[[str, OSError], None] = lambda operation, error: None
+        """Told of each guest's request that fails."""
         self.reading = threading.Lock()
         """Held while a bitmap that may be removed is read, and while a removed one is closed."""
         self.settled = SettledMap(self.size, ())
+        self.writers = 0
+        """Guests that are connected and may write."""
+        self.written_by: str | None = None
+        """The job that has this disk as its target; then there are no such guests."""
         self._recording: tuple[AnyBitmap, ...] = ()
         self._shadows: tuple[AnyBitmap, ...] = ()
         self._copies: tuple[CopyBeforeWrite, ...] = ()
         self._lock = threading.Lock()
+
+    # -- who may write --------------------------------------------------------------------------------------------
+
+    def let_in(self) -> None:
+        """A guest that may write has come. Raises `OSError` while the disk is the target of a job."""
+        with self._lock:
+            if self.written_by is not None:
+                raise OSError(errno.EBUSY, f"job {self.written_by} writes to disk {self.name}")
+            self.writers += 1
+
+    def let_out(self) -> None:
+        """It is gone."""
+        with self._lock:
+            self.writers -= 1
+
+    def take(self, job: str) -> None:
+        """Keep guests out, for ``job`` writes here. Raises `QmpError` when some are in, or another job does so."""
+        with self._lock:
+            if self.written_by is not None:
+                raise QmpError(f"Node '{self.name}' is busy: block device is in use by block job: backup")
+            if self.writers:
+                raise QmpError(f"Node '{self.name}' is busy: NBD clients that may write: {self.writers}")
+            self.written_by = job
+
+    def release(self) -> None:
+        """Let guests in again."""
+        with self._lock:
+            self.written_by = None
 
     # -- while drained --------------------------------------------------------------------------------------------
 
@@ -82,8 +124,27 @@ class TrackedDisk:
         valid = [b for b in self.bitmaps.values() if b.enabled and b.state is not State.INVALID]
         self._recording = (*valid, *self._shadows)
         finest = [*(b.granularity for b in self._recording), *(c.granularity for c in self._copies)]
-        self.settled = SettledMap(self.size, finest)
+        self.settled = SettledMap(self.size, finest, self._served)
         return old
+
+    @property
+    def copied(self) -> bool:
+        """Whether a job has a point in time of this disk."""
+        return bool(self._copies)
+
+    def resize(self, size: int) -> SettledMap:
+        """Another size, as `Disk.resize`; bitmaps in memory with it, those in files are invalid already. As `refresh`.
+
+        The gate is drained, and no job has a point in time of the disk. Raises `OSError`; then nothing has changed.
+        """
+        self.disk.resize(size)
+        with self.reading:
+            self.size = size
+            self._served = max(self._served, size)
+            for bitmap in self.bitmaps.values():
+                if isinstance(bitmap, MemoryBitmap):
+                    bitmap.resize(size)
+        return self.refresh()
 
     def attach(self, copy: CopyBeforeWrite | None, shadow: AnyBitmap | None = None) -> None:
         """Copy before write from now on, and record in ``shadow`` too. The gate is drained; call `refresh` after."""
@@ -99,6 +160,8 @@ class TrackedDisk:
 
     def must_wait(self, offset: int, length: int) -> bool:
         """Whether `before_write` may take long: a first write to a region, or old content to be saved."""
+        if offset + length > self.size:
+            return True
         first, last = offset >> 26, (offset + length - 1) >> 26
         return any(b.known.find(0, first, last + 1) >= 0 for b in self._recording) or any(
             c.may_wait(offset, length) for c in self._copies
@@ -112,17 +175,24 @@ class TrackedDisk:
         """
         if self.settled.holds(offset, length):
             return
+        self._check(offset, length)
         for bitmap in self._recording:
             self._record(bitmap, offset, length)
         for copy in self._copies:
             copy.before_write(offset, length, spent)
         self.settled.settle(offset, length)
 
+    def _check(self, offset: int, length: int) -> None:
+        """A client that came when the disk was larger may ask for what is gone."""
+        if offset + length > self.size:
+            raise OSError(errno.ENOSPC, f"disk {self.name} has {self.size} bytes now")
+
     def announce(self, offset: int, length: int) -> None:
         """A write of that range will come in pieces: its regions are made durable by one sync, not by one for each.
 
         Nothing is recorded by it. Raises as `before_write`; the caller is inside the gate.
         """
+        self._check(offset, length)
         for bitmap in self._recording:
             self._record(bitmap, offset, length, mark=False)
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from incbak import durable
 from incbak.serve.gate import drain_all
+from incbak.serve.group import JobGroup
 from incbak.serve.memory_bitmap import AnyBitmap
 from incbak.serve.schema import QmpError
 from incbak.serve.tracker import TrackedDisk
@@ -33,6 +34,8 @@ class Action:
     """One step. Every method may be left out; ``disks`` are those that must be drained."""
 
     disks: Sequence[TrackedDisk] = ()
+    grouped = False
+    """Whether it may be in a transaction of ``completion-mode: grouped``."""
 
     def prepare(self, transaction: Transaction) -> None:
         """Check, and do what takes time. Raises `IncbakError`; then `discard` is not called for this action."""
@@ -53,8 +56,10 @@ class Action:
 class Transaction:
     """What is being prepared: the VM as it will be, for the checks of later actions."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, *, grouped: bool = False) -> None:
+        """With ``grouped`` the jobs that it starts complete together or not at all."""
         self.vm = vm
+        self.group = JobGroup() if grouped else None
         self._coming: dict[tuple[str, str], AnyBitmap | None] = {}
 
     def find(self, tracked: TrackedDisk, name: str) -> AnyBitmap | None:
@@ -113,6 +118,8 @@ class Transaction:
 
 class Abort(Action):
     """Fails, to test that the others then have not happened."""
+
+    grouped = True
 
     def prepare(self, transaction: Transaction) -> None:
         raise QmpError("Transaction aborted using Abort action")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from incbak.bitmap.file import State
 from incbak.reasons import Reason
+from incbak.serve.disk_target import DiskTarget
+from incbak.serve.exports import ExportTable
+from incbak.serve.io_errors import IoErrors
 from incbak.serve.jobs import Job, JobTable
 from incbak.serve.memory_bitmap import AnyBitmap
 from incbak.serve.schema import QmpError
@@ -28,6 +31,8 @@ class Vm:
         self.credentials: dict[str, Path] = {}
         """Directories of certificates for targets."""
         self.jobs = JobTable()
+        self.exports = ExportTable(self.emit)
+        """What a monitor has added; the disks are exported without."""
         self.budget = Budget(scratch_dir, scratch_limit)
         self.shutdown_reason: str | None = None
         self.shutdown_wanted = threading.Event()
@@ -36,6 +41,7 @@ class Vm:
     def add_disk(self, disk: TrackedDisk) -> None:
         """One more disk, before anybody is served."""
         self.disks[disk.name] = disk
+        disk.on_error = IoErrors(disk.name, self.emit).tell
         self.lost.setdefault(disk.name, {})
 
     # -- events ---------------------------------------------------------------------------------------------------
@@ -70,10 +76,10 @@ class Vm:
             raise QmpError(f"Node '{name}' not found")
         return self.disks[name]
 
-    def target(self, name: str) -> Target:
-        """The target node ``name``."""
+    def target(self, name: str) -> Target | DiskTarget:
+        """The target node ``name``: that of another server, or another disk."""
         if name in self.disks:
-            raise QmpError(f"Node '{name}' is a disk of this VM: targets are NBD nodes")
+            return DiskTarget(self.disks[name])
         if name not in self.targets:
             raise QmpError(f"Cannot find device='{name}' nor node-name='{name}'")
         return self.targets[name]

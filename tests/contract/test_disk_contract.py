@@ -120,6 +120,28 @@ def test_it_reads_as_what_was_written(disk: Disk) -> None:
     _check_extents(disk, content, 0, disk.size)
 
 
+def test_it_is_cut_and_grows_with_zeroes(disk: Disk) -> None:
+    """faults rows 35 and 36. A device has the size that it has, and says so before anything is changed."""
+    size = disk.size
+    disk.write(b"x" * size, 0)
+    if getattr(disk, "is_block", False):
+        with pytest.raises(OSError, match=f"has {size} bytes"):
+            disk.resize(size - 1)
+        disk.resize(size)
+        assert disk.size == size
+        return
+    before = disk.fingerprint()
+    for new in (size - 1, size // 2 + 1, size + 5000):
+        disk.check_resize(new)
+        disk.resize(new)
+        assert disk.fingerprint().size == disk.size == new
+    assert disk.fingerprint() != before
+    kept = min(size // 2 + 1, size - 1)
+    assert disk.read(0, disk.size) == b"x" * kept + bytes(disk.size - kept)
+    with pytest.raises(OSError, match="ends at"):
+        disk.read(disk.size - 1, 2)
+
+
 def test_nothing_changes_its_size(disk: Disk) -> None:
     """faults row 38: a last partial block stays one."""
     size = disk.size

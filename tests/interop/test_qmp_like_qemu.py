@@ -9,146 +9,25 @@ from __future__ import annotations
 import errno
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from incbak.disk.faults import Faults, FaultyDisk
-from incbak.disk.memory import MemoryDisk
+from incbak.disk.faults import Faults
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
 from tests.kit.need import need
-from tests.kit.qmp import Qmp, QmpFailed
-from tests.kit.serve import Peer, raw_image, serving, wait_until
+from tests.kit.serve import wait_until
+from tests.kit.twins import DURING, FIRST, GRAIN, SIZE, Engine, alike, both
 
 pytestmark = pytest.mark.qemu
-GRAIN = 65536
-CLUSTERS = 64
-SIZE = CLUSTERS * GRAIN
-FIRST, DURING = (0, 5, 20, 63), (5, 8, 21)
-"""Clusters that are dirty before the backup, and those written while it is pending."""
-
-
-@dataclass
-class Engine:
-    """One of the two."""
-
-    name: str
-    directory: Path
-    qmp: Qmp
-    guest: NbdClient
-    peers: dict[str, Peer] = field(default_factory=dict)
-
-    def target(self, node: str, faults: Faults | None = None) -> Peer:
-        """A target ``node``, or a new one in place of it."""
-        if node in self.peers:
-            self.qmp("blockdev-del", node_name=node)
-            self.peers.pop(node).stop()
-        disk = MemoryDisk(SIZE, name=node)
-        peer = Peer(self.directory / f"{node}.sock", FaultyDisk(disk, faults) if faults else disk)
-        self.qmp("blockdev-add", **{k.replace("-", "_"): v for k, v in peer.blockdev(node).items()})
-        self.peers[node] = peer
-        return peer
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        """The reply, or the error as ``class: text``."""
-        try:
-            return self.qmp(command, **arguments)
-        except QmpFailed as e:
-            return str(e)
-
-    def backup(self, **arguments: Any) -> Any:
-        """``blockdev-backup``; QEMU with one worker, so that it copies in order as we do."""
-        if self.name == "qemu":
-            arguments["x_perf"] = {"max-workers": 1}
-        return self.ask("blockdev-backup", **{"device": "drive0", "target": "t0", "job_id": "j", **arguments})
-
-    def write(self, clusters: tuple[int, ...], byte: int) -> None:
-        for cluster in clusters:
-            self.guest.write(bytes([byte]) * GRAIN, cluster * GRAIN)
-
-    def jobs(self) -> list[dict[str, Any]]:
-        """``query-jobs``, without what is ours alone."""
-        return [{k: v for k, v in job.items() if not k.startswith("x-")} for job in self.qmp("query-jobs")]
-
-    def status(self) -> str:
-        return str(next(iter(self.jobs()), {"status": "none"})["status"])
-
-    def bitmap(self) -> dict[str, Any]:
-        """What is told of bitmap ``b``."""
-        node = next(n for n in self.qmp("query-named-block-nodes") if n["node-name"] == "drive0")
-        found = next(b for b in node["dirty-bitmaps"] if b.get("name") == "b")
-        told = ("name", "count", "granularity", "recording", "busy", "persistent", "inconsistent")
-        return {key: found[key] for key in told if key in found}
-
-    def digest(self) -> str:
-        return str(self.qmp("x-debug-block-dirty-bitmap-sha256", node="drive0", name="b")["sha256"])
-
-    def clear(self) -> None:
-        """No job, and an empty bitmap ``b``."""
-        with suppress(QmpFailed):
-            self.qmp("block-dirty-bitmap-remove", node="drive0", name="b")
-        self.qmp("block-dirty-bitmap-add", node="drive0", name="b", granularity=GRAIN)
-        self.qmp.events.clear()
-
-    def events(self) -> list[tuple[str, dict[str, Any]]]:
-        """The events on jobs so far, in order, without their times.
-
-        QEMU's job is paused once as it begins, by the drain in which its filter is put in; ours needs none.
-        """
-        self.qmp("query-version")
-        taken, self.qmp.events = self.qmp.events, []
-        found = [(e["event"], e["data"]) for e in taken if "JOB" in e["event"]]
-        if self.name == "qemu" and [d.get("status") for _, d in found[1:4]] == ["running", "paused", "running"]:
-            del found[2:4]
-        return found
-
-
-@contextmanager
-def ours(directory: Path) -> Iterator[Engine]:
-    image = raw_image(directory / "drive0.raw", SIZE)
-    with serving(directory, {"drive0": image}) as serve:
-        with Qmp(serve.monitor) as qmp:
-            yield Engine("incbak", directory, qmp, serve.connect("drive0"))
-
-
-@contextmanager
-def theirs(directory: Path) -> Iterator[Engine]:
-    need("qemu-storage-daemon")
-    image, monitor, nbd = raw_image(directory / "drive0.raw", SIZE), directory / "qmp.sock", directory / "nbd.sock"
-    command = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=file0,filename={image}"]
-    command += ["--blockdev", "driver=raw,node-name=drive0,file=file0"]
-    command += ["--chardev", f"socket,id=c,path={monitor},server=on,wait=off", "--monitor", "chardev=c"]
-    command += ["--nbd-server", f"addr.type=unix,addr.path={nbd}"]
-    command += ["--export", "type=nbd,id=e,node-name=drive0,name=drive0,writable=on"]
-    process = subprocess.Popen(command)
-    try:
-        with Qmp(monitor) as qmp:
-            wait_until(nbd.exists, "the export")
-            yield Engine("qemu", directory, qmp, NbdClient.connect(NbdUri("drive0", path=str(nbd))))
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
-    with ours(tmp_path_factory.mktemp("ours")) as a, theirs(tmp_path_factory.mktemp("theirs")) as b:
-        yield a, b
-        for engine in (a, b):
-            for peer in engine.peers.values():
-                peer.stop()
-
-
-def alike(engines: tuple[Engine, Engine], act: Callable[[Engine], Any]) -> Any:
-    """What ``act`` gives on both, which has to be the same."""
-    found = [act(engine) for engine in engines]
-    assert found[0] == found[1]
-    return found[0]
+    with both(tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")) as found:
+        yield found
 
 
 # -- bitmaps -----------------------------------------------------------------------------------------------------------
@@ -383,6 +262,40 @@ def test_a_failing_target_is_told_as_in_qemu(engines: tuple[Engine, Engine], nth
         return [reply, events, engine.bitmap(), engine.digest()]
 
     alike(engines, run)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("policy", ["stop", "enospc", "ignore", "auto", "report"])
+def test_error_policies_are_told_as_in_qemu(engines: tuple[Engine, Engine], policy: str, code: int) -> None:
+    """A target that refuses one write: rest and be resumed, try again, or fail; and where the bitmap is then."""
+
+    def run(engine: Engine) -> list[Any]:
+        engine.clear()
+        engine.write(FIRST, 0x55)
+        disk = engine.target("t0", Faults(fail={"write": (2, code)}, once=True)).disk
+        told = [engine.backup(sync="incremental", bitmap="b", on_target_error=policy)]
+        if policy == "stop" or (policy in ("enospc", "auto") and code == errno.ENOSPC):
+            wait_until(lambda: engine.status() == "paused", "the job rests")
+            told += [[(j["paused"], j["io-status"]) for j in engine.qmp("query-block-jobs")]]
+            told += [engine.ask("block-job-pause", device="j"), engine.ask("block-job-cancel", device="j")]
+            told += [engine.ask("block-job-resume", device="j")]
+        wait_until(lambda: not engine.jobs(), "the job is gone")
+        events = _told_once(engine.events())
+        for event, data in events:
+            if event == "BLOCK_JOB_COMPLETED":
+                data.pop("offset")
+        return [*told, events, engine.bitmap(), engine.digest(), "error" in str(told) or disk.read(0, GRAIN)]
+
+    alike(engines, run)
+
+
+def _told_once(events: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Without a rest that QEMU tells twice: once of its own, once as it was asked."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for each in events:
+        if each not in found[-2:]:
+            found.append(each)
+    return found
 
 
 @pytest.mark.parametrize("sync", ["full", "top", "incremental"])

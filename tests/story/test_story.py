@@ -129,6 +129,27 @@ def test_an_unsound_coarse_map_after_a_power_cut_costs_everything_and_says_why(s
     assert differing(story.incbak.restored(), content(story.image)) == []
 
 
+@pytest.mark.parametrize("size", [SIZE + 5 * CLUSTER, SIZE - REGION + 512])
+def test_a_disk_that_is_resized_is_read_whole_once(story: Story, size: int) -> None:
+    """faults rows 35 and 36: the next incremental says why, the one after it is small again, all restore."""
+    with story.serving() as serve:
+        story.write(serve, 0, REGION)
+        story.back_up(serve, "full")
+        story.write(serve, 10 * CLUSTER)
+        qmp = serve.qmp()
+        qmp("block_resize", device="vda", size=size)
+        qmp.close()
+        story.write(serve, size - 5000)
+        disk = story.back_up(serve)
+        assert (disk["kind"], disk["reason"], disk["size"], disk["read"]) == ("full", "resized", size, size)
+        story.write(serve, 11 * CLUSTER)
+        assert serve.stop() == 0
+    with story.serving() as serve:
+        disk = story.back_up(serve)
+        assert (disk["kind"], disk["reason"], disk["read"]) == ("incremental", None, CLUSTER)
+    story.verify()
+
+
 def test_an_image_that_is_off_still_gets_incrementals(story: Story) -> None:
     with story.serving() as serve:
         story.write(serve, 0)

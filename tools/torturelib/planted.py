@@ -67,6 +67,7 @@ def table() -> list[Fault]:
         planted_nbd_long,
         planted_proof,
         planted_prune,
+        planted_qmp,
         planted_report,
         planted_restores,
         planted_serve,
@@ -74,7 +75,7 @@ def table() -> list[Fault]:
     )
 
     tables = (
-        *(planted_bitmaps, planted_nbd, planted_nbd_long, planted_serve, planted_backups),
+        *(planted_bitmaps, planted_nbd, planted_nbd_long, planted_serve, planted_qmp, planted_backups),
         *(planted_restores, planted_watch, planted_prune, planted_proof, planted_files, planted_report),
         planted_keys,
     )

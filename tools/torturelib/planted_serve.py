@@ -85,19 +85,21 @@ _SERVE = (
     Fault(
         "tracker-write-before-bit",
         _EXPORT,
-        "                self.tracked.before_write(offset, len(buf))\n                self._disk.write(buf, offset)\n"
-        "            finally:",
-        "                self._disk.write(buf, offset)\n                self.tracked.before_write(offset, len(buf))\n"
-        "            finally:",
+        "                    self.tracked.before_write(offset, len(buf))\n"
+        "                    self._disk.write(buf, offset)\n                finally:",
+        "                    self._disk.write(buf, offset)\n"
+        "                    self.tracked.before_write(offset, len(buf))\n                finally:",
         unit("serve/test_tracker", "test_bits_are_set_and_regions_durable_before_the_disk_is_changed"),
     ),
     Fault(
         "tracker-worker-write-before-bit",
         _EXPORT,
-        "            with self.tracked.gate.joined():\n                self.tracked.before_write(offset, len(buf))\n"
-        "                self._disk.write(buf, offset)\n",
-        "            with self.tracked.gate.joined():\n                self._disk.write(buf, offset)\n"
-        "                self.tracked.before_write(offset, len(buf))\n",
+        "                with self.tracked.gate.joined():\n"
+        "                    self.tracked.before_write(offset, len(buf))\n"
+        "                    self._disk.write(buf, offset)\n",
+        "                with self.tracked.gate.joined():\n"
+        "                    self._disk.write(buf, offset)\n"
+        "                    self.tracked.before_write(offset, len(buf))\n",
         unit("serve/test_tracker", "test_a_worker_that_finds_the_slot_taken_records_first_too"),
     ),
     Fault(
@@ -126,7 +128,7 @@ _SERVE = (
     Fault(
         "tracker-settled-map-kept",
         _TRACKER,
-        "        self.settled = SettledMap(self.size, finest)\n        return old\n",
+        "        self.settled = SettledMap(self.size, finest, self._served)\n        return old\n",
         "        return old\n",
         unit("serve/test_tracker", "test_a_new_bitmap_records_what_was_settled_before_it_came"),
     ),
@@ -247,8 +249,8 @@ _SERVE = (
     Fault(
         "job-lets-go-before-it-reads",
         _JOB,
-        "            self._copy.read_into(run, data)\n        self._sending",
-        "            self._copy.done(run)\n            self._copy.read_into(run, data)\n        self._sending",
+        "                self._copy.read_into(run, data)\n        except OSError",
+        "                self._copy.done(run)\n                self._copy.read_into(run, data)\n        except OSError",
         unit("serve/test_jobs", "test_the_guest_waits_until_the_job_has_read"),
     ),
     Fault(

@@ -1,25 +1,30 @@
-"""Backups: of a disk to a target node, or to a raw file."""
+"""Backups: of a disk to a target node, another disk, a file, or an NBD URI."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from incbak.disk.file import probe_format
 from incbak.errors import IncbakError
+from incbak.nbd.uri import parse_uri
 from incbak.serve.backup_job import BackupJob, BackupSpec, BitmapMode
 from incbak.serve.cbw import OnCbwError
 from incbak.serve.commands.registry import Args, command
 from incbak.serve.file_target import FileTarget
+from incbak.serve.group import JobGroup
+from incbak.serve.image_target import ImageTarget
 from incbak.serve.jobs import JobOptions
 from incbak.serve.memory_bitmap import AnyBitmap
+from incbak.serve.on_error import OnError
 from incbak.serve.schema import BOOL, INT, STR, Enum, Fields, Opt, QmpError
-from incbak.serve.targets import Target
+from incbak.serve.targets import JobTarget, OwnTarget
 from incbak.serve.transaction import Action, Transaction
 from incbak.serve.vm import Vm, check_usable
 
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
-_ON_ERROR = Enum("report", "ignore", "enospc", "stop", "auto")
+_ON_ERROR = Enum(*OnError)
 BLOCKDEV: Fields = {
     "job-id": Opt(STR),
     "device": STR,
@@ -41,6 +46,8 @@ DRIVE: Fields = {**BLOCKDEV, "format": Opt(STR), "mode": Opt(Enum("existing", "a
 class Backup(Action):
     """Fix a point in time of a disk, and begin to copy it."""
 
+    grouped = True
+
     def __init__(self, vm: Vm, args: Args) -> None:
         self.vm, self.args = vm, args
         self.tracked = vm.device(args["device"])
@@ -54,15 +61,15 @@ class Backup(Action):
             raise QmpError(f"Job ID '{options.id}' already in use")
         target = self._target()
         try:
-            self._prepare(options, target, spec)
+            self._prepare(options, target, spec, transaction.group)
         except BaseException:
             self._give_back(target)
             raise
 
-    def _prepare(self, options: JobOptions, target: Target | FileTarget, spec: BackupSpec) -> None:
+    def _prepare(self, options: JobOptions, target: JobTarget, spec: BackupSpec, group: JobGroup | None) -> None:
         if target.size != self.tracked.size:
             raise QmpError("Source and target image have different sizes")
-        self.job = BackupJob(options, self.tracked, target, spec, self.vm.emit, self.vm.jobs.forget)
+        self.job = BackupJob(options, self.tracked, target, spec, self.vm.emit, self.vm.jobs.forget, group)
         self.vm.jobs.reserve(self.job)
         try:
             target.take(options.id)
@@ -81,11 +88,13 @@ class Backup(Action):
     def _check(self) -> None:
         """Raises `QmpError` for a target that cannot be, before anything else is looked at."""
         self.vm.target(self.args["target"])
+        if self.args["target"] == self.args["device"]:
+            raise QmpError("Source and target cannot be the same")
 
-    def _target(self) -> Target | FileTarget:
+    def _target(self) -> JobTarget:
         return self.vm.target(self.args["target"])
 
-    def _give_back(self, target: Target | FileTarget) -> None:
+    def _give_back(self, target: JobTarget) -> None:
         """Undo what `_target` did."""
 
     def _options(self) -> JobOptions:
@@ -97,9 +106,6 @@ class Backup(Action):
             raise QmpError("Parameter 'speed' expects a non-negative value")
         if args.get("compress", False):
             raise QmpError(f"Compression is not supported for this drive {args['target']}")
-        for policy in ("on-source-error", "on-target-error"):
-            if args.get(policy, "report") not in ("report", "auto"):
-                raise QmpError(f"Parameter '{policy}' does not support '{args[policy]}'")
         return JobOptions(name, args.get("auto-finalize", True), args.get("auto-dismiss", True), args.get("speed", 0))
 
     def _spec(self, transaction: Transaction) -> BackupSpec:
@@ -121,7 +127,15 @@ class Backup(Action):
         policy = OnCbwError(self.args.get("on-cbw-error", "break-snapshot"))
         whole = sync not in ("bitmap", "incremental")
         chosen = BitmapMode(mode) if mode else BitmapMode.NEVER
-        return BackupSpec(bitmap, chosen, whole=whole, on_write=sync == "none", on_cbw_error=policy)
+        return BackupSpec(
+            bitmap,
+            chosen,
+            whole=whole,
+            on_write=sync == "none",
+            on_cbw_error=policy,
+            on_source_error=OnError(self.args.get("on-source-error", "report")),
+            on_target_error=OnError(self.args.get("on-target-error", "report")),
+        )
 
     def _bitmap(self, transaction: Transaction, name: str, mode: str | None) -> AnyBitmap:
         if transaction.find(self.tracked, name) is None and name not in self.vm.lost[self.tracked.name]:
@@ -155,29 +169,42 @@ class Backup(Action):
 
 
 class DriveBackup(Backup):
-    """As `Backup`, to a raw file by its path. A file that is there is emptied when the job begins, not before."""
+    """As `Backup`, to a file by its path. One that is there is emptied or replaced when the job begins, not before.
+
+    Or to an NBD export by its URI, which is overwritten.
+    """
 
     def _check(self) -> None:
-        form, sync = self.args.get("format", "raw"), self.args["sync"]
-        if form != "raw":
-            raise QmpError(f"Parameter 'format' does not support '{form}': only raw files can be written")
-        if "://" in self.args["target"]:
-            raise QmpError("Parameter 'target' expects the path of a file; add an NBD export with blockdev-add")
-        if sync == "none":
-            raise QmpError("Parameter 'sync' does not support 'none': a raw file has no backing file")
+        form, target = self.args.get("format", "raw"), self.args["target"]
+        if form not in ("raw", "qcow2"):
+            raise QmpError(f"Parameter 'format' does not support '{form}': raw and qcow2 images can be written")
+        if "://" in target and (form != "raw" or not target.startswith("nbd")):
+            raise QmpError("Parameter 'target' expects the path of a file, or with format 'raw' an NBD URI")
+        if self.args["sync"] == "none":
+            raise QmpError("Parameter 'sync' does not support 'none': the target has no backing file")
 
-    def _target(self) -> FileTarget:
-        existing = self.args.get("mode", "absolute-paths") == "existing"
+    def _target(self) -> JobTarget:
+        target = self.args["target"]
         try:
-            return FileTarget(Path(self.args["target"]), self.tracked.size, existing=existing)
+            return self._open(target)
         except ValueError as e:
             raise QmpError(f"Parameter 'target' expects a path: {e}") from e
+        except QmpError:
+            raise
         except IncbakError as e:
-            raise QmpError(f"Could not open '{self.args['target']}': {e.message}") from e
+            raise QmpError(f"Could not open '{target}': {e.message}") from e
 
-    def _give_back(self, target: Target | FileTarget) -> None:
+    def _open(self, target: str) -> JobTarget:
+        if "://" in target:
+            return OwnTarget(target, parse_uri(target))
+        existing = self.args.get("mode", "absolute-paths") == "existing"
+        form = self.args.get("format") or (probe_format(Path(target)) if existing else "raw")
+        kind = ImageTarget if form == "qcow2" else FileTarget
+        return kind(Path(target), self.tracked.size, existing=existing)
+
+    def _give_back(self, target: JobTarget) -> None:
         target.close()
-        if isinstance(target, FileTarget):
+        if isinstance(target, FileTarget | ImageTarget):
             target.withdraw()
 
 
@@ -190,6 +217,6 @@ def blockdev_backup(vm: Vm, args: Args) -> object:
 
 @command("drive-backup", DRIVE)
 def drive_backup(vm: Vm, args: Args) -> object:
-    """Back one disk up to a raw file."""
+    """Back one disk up to a file."""
     Transaction(vm).run([DriveBackup(vm, args)])
     return None

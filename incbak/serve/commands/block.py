@@ -10,7 +10,8 @@ from incbak.nbd.uri import NbdUri, UriTls
 from incbak.serve.commands import backup, bitmaps
 from incbak.serve.commands.registry import Args, command
 from incbak.serve.memory_bitmap import AnyBitmap
-from incbak.serve.schema import BOOL, STR, Enum, Fields, List, Opt, QmpError, Union
+from incbak.serve.resize import resize
+from incbak.serve.schema import BOOL, INT, STR, Enum, Fields, List, Opt, QmpError, Union
 from incbak.serve.schema import Struct as Object
 from incbak.serve.targets import Target
 from incbak.serve.tracker import TrackedDisk
@@ -74,6 +75,17 @@ def blockdev_del(vm: Vm, args: Args) -> object:
     return None
 
 
+@command("block_resize", {"device": Opt(STR), "node-name": Opt(STR), "size": INT})
+def block_resize(vm: Vm, args: Args) -> object:
+    """Give a disk another size, by either of its names, which are the same."""
+    device, node = args.get("device", ""), args.get("node-name", "")
+    found = vm.disks.get(device) or vm.disks.get(node)
+    if found is None:
+        raise QmpError(f"Cannot find device='{device}' nor node-name='{node}'")
+    resize(found, args["size"])
+    return None
+
+
 _ACTIONS: dict[str, Fields] = {
     "abort": {},
     "block-dirty-bitmap-add": bitmaps.ADD,
@@ -94,9 +106,12 @@ _TRANSACTION: Fields = {
 @command("transaction", _TRANSACTION)
 def transaction(vm: Vm, args: Args) -> object:
     """All of it at one instant, or nothing."""
-    if args.get("properties", {}).get("completion-mode") == "grouped":
-        raise QmpError("Parameter 'completion-mode' does not support 'grouped'")
-    Transaction(vm).run([_action(vm, a["type"], a["data"]) for a in args["actions"]])
+    grouped = args.get("properties", {}).get("completion-mode") == "grouped"
+    actions = [_action(vm, a["type"], a["data"]) for a in args["actions"]]
+    for given, action in zip(args["actions"], actions, strict=True):
+        if grouped and not action.grouped:
+            raise QmpError(f"Action '{given['type']}' does not support Transaction property completion-mode = grouped")
+    Transaction(vm, grouped=grouped).run(actions)
     return None
 
 

@@ -17,15 +17,17 @@ from incbak.bitmap.file import Bitmap, State
 from incbak.bitmap.format import REGION, TOUCHED, Flag, Slot
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.faults import Faults, FaultyDisk
+from incbak.disk.file import open_disk
 from incbak.disk.memory import MemoryDisk
 from incbak.reasons import Reason
 from incbak.serve.cbw import CopyBeforeWrite, OnCbwError
 from incbak.serve.export import DiskExport, TrackedDevice
+from incbak.serve.io_errors import IoErrors
 from incbak.serve.memory_bitmap import MemoryBitmap
 from incbak.serve.regrain import all_bits
 from incbak.serve.scratch import Budget, Scratch
 from incbak.serve.tracker import SettledMap, TrackedDisk
-from tests.kit.serve import SpyDisk, wait_until
+from tests.kit.serve import Machine, SpyDisk, raw_image, wait_until
 
 GRAIN = 65536
 SIZE = 3 * REGION + 1000
@@ -326,3 +328,55 @@ def test_the_gate_waits_for_a_change_in_flight_and_holds_new_ones_back(kind: str
     assert not too_early
     assert seen == {kind: 1}
     assert Counter(disk.faults.seen) == Counter([kind, "write", "trim"])
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_guests_request_that_fails_is_told(tmp_path: Path, code: int) -> None:
+    """BLOCK_IO_ERROR: once for reads and once for writes, however often the guest tries; a job's reads are none."""
+    kinds = ("read", "write", "zero", "trim", "flush")
+    faults = Faults(fail=dict.fromkeys(kinds, (1, code)))
+    with Machine(tmp_path, {"vda": FaultyDisk(MemoryDisk(16 * GRAIN), faults)}) as machine:
+        machine.target("t0", 16 * GRAIN)
+        machine("blockdev-backup", device="vda", target="t0", sync="full", job_id="j")
+        machine.ended("j")
+        assert [event for event, _ in machine.events if event == "BLOCK_IO_ERROR"] == []
+        guest = machine.guest["vda"]
+        acts = {
+            "read": lambda: guest.read_into(memoryview(bytearray(10)), 0),
+            "write": lambda: guest.write(memoryview(b"x"), 0),
+            "zero": lambda: guest.write_zeroes(0, 10, unmap=True, fast=False),
+            "trim": lambda: guest.trim(0, 10),
+            "flush": guest.flush,
+        }
+        for kind, act in acts.items():
+            machine.vm.disks["vda"].on_error = IoErrors("vda", machine.vm.emit).tell
+            for _ in range(3):
+                with pytest.raises(OSError, match=os.strerror(code)):
+                    act()
+            (told,) = [data for event, data in machine.events if event == "BLOCK_IO_ERROR"]
+            assert told == {
+                "device": "vda",
+                "node-name": "vda",
+                "operation": "read" if kind == "read" else "write",
+                "action": "report",
+                "nospace": code == errno.ENOSPC,
+                "reason": os.strerror(code),
+            }
+            machine.events.clear()
+        with pytest.raises(OSError, match="fast zeroes"):
+            guest.write_zeroes(0, 10, unmap=True, fast=True)
+        assert machine.events == []
+
+
+def test_a_read_that_fails_at_once_is_left_to_one_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So its error is told too."""
+
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, "lost")
+
+    disk = open_disk(raw_image(tmp_path / "image", SIZE))
+    monkeypatch.setattr(os, "preadv", fails)
+    assert not disk.read_nowait(memoryview(bytearray(10)), 0)
+    monkeypatch.undo()
+    assert disk.read_nowait(memoryview(bytearray(10)), 0)
+    disk.close()
