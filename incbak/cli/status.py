@@ -24,6 +24,7 @@ from incbak.repo.repository import Repository
 from incbak.repo.verified import Verified
 from incbak.report.backups import table
 from incbak.report.proof import coverage_json, drill_column, drills_json, verified_column
+from incbak.report.rhythm import due_column, due_in
 from incbak.units import format_duration, format_size, parse_duration
 
 
@@ -46,8 +47,8 @@ def status(
     monitor_wait: str,
 ) -> None:
     """Show for each disk of SOURCE its last backup, the one that the next incremental builds on, how much was written
-    since, when a drill last proved that it can be restored, and within which time all data was verified. Changes
-    nothing.
+    since, when the next backup is due if they go on as they came, when a drill last proved that it can be restored, and
+    within which time all data was verified. Changes nothing.
 
     With --max-age it answers whether the disks are protected: also when the VM does not answer, from what is in the
     repository.
@@ -108,7 +109,7 @@ def _print(here: Settings, rows: Sequence[Mapping[str, Any]], *, several: bool) 
         for row in rows:
             here.tell(dict(row))
         return
-    head = ["DISK", "SIZE", "LAST BACKUP", "AGE", "BASE", "NEXT READS", "DRILL", "VERIFIED"]
+    head = ["DISK", "SIZE", "LAST BACKUP", "AGE", "DUE", "BASE", "NEXT READS", "DRILL", "VERIFIED"]
     lines = [[row["vm"], *_texts(row)] if several else _texts(row) for row in rows]
     here.say(table([["VM", *head] if several else head, *lines]))
 
@@ -128,7 +129,9 @@ async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Re
 
 def _proof(repo: Repository, vm: str) -> dict[str, Any]:
     drills = drills_json(drills_of(read_drills(repo.storage), vm), time.time())
-    return {"drill": drills, "verified": coverage_json(Verified(repo.storage).coverage())}
+    finished = [datetime.fromisoformat(record.finished).timestamp() for record in repo.backups(vm)]
+    verified = coverage_json(Verified(repo.storage).coverage())
+    return {"drill": drills, "verified": verified, "due": due_in(finished, time.time())}
 
 
 def _facts(vm: str, planned: Planned, last: Record | None) -> dict[str, Any]:
@@ -166,6 +169,7 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
         format_size(row["size"]),
         row["last"][:8] if row["last"] else "none",
         format_duration(row["age"]) if row["last"] else "",
+        due_column(row["due"]),
         row["base"][:8] if row["base"] else "none",
         "no answer" if row["dirty"] is None else format_size(row["dirty"]) + why,
         drill_column(row["drill"]),
