@@ -109,17 +109,18 @@ def refuse(
     size: int,
     read_only: bool,
     contexts: bool,
-    dialect: Dialect = Dialect.SIMPLE,
+    extended: bool = False,
 ) -> int:
     """The one place where a request is judged before anything acts on it: 0, or the error to answer with.
 
-    ``length`` is how much of the export it is about; ``contexts``: whether any meta context was negotiated. The bound
-    on payloads is the reader's business, since a payload must be taken off the wire whatever the answer.
+    ``length`` is how much of the export it is about; ``contexts``: whether any meta context was negotiated, and
+    ``extended`` headers. The bound on payloads is the reader's business, since a payload must be taken off the wire
+    whatever the answer.
     """
     allowed = _ALLOWED_FLAGS.get(command)
     if allowed is None:
         return errno.EINVAL
-    if dialect is Dialect.EXTENDED:
+    if extended:
         allowed |= CMD_PAYLOAD if command in _WITH_PAYLOAD else 0
     if flags & ~allowed:
         return errno.EINVAL

@@ -40,7 +40,7 @@ _WIRE = (
     Fault(
         "ext-payload-flag-in-another-dialect",
         _PROTOCOL,
-        "    if dialect is Dialect.EXTENDED:\n        allowed",
+        "    if extended:\n        allowed",
         "    if True:\n        allowed",
         _server("test_without_extended_headers_there_are_no_such_payloads"),
     ),
