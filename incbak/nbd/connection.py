@@ -72,7 +72,7 @@ class Connection:
         self.replies = Replies(agreed.dialect)
         self._data_head, self._pack_data_head = self.replies.data_head, self.replies.pack_data_head
         self._extended = agreed.dialect is Dialect.EXTENDED
-        self.contexts = agreed.contexts
+        self.contexts, self._has_contexts = agreed.contexts, bool(agreed.contexts)
         self.size, self.read_only = device.size, device.read_only
         self._send_lock = threading.Lock()
         self._out = bytearray(BUFFER)
@@ -218,11 +218,10 @@ class Connection:
         self._work(tag, lambda: self._status(tag, flags, length, contexts), command=p.STATUS, answers=True)
 
     def _refuse(self, command: int, flags: int, offset: int, length: int) -> int:
-        extended, contexts = self._extended, bool(self.contexts)
-        return p.refuse(command, flags, offset, length, self.size, self.read_only, contexts, extended)
+        return p.refuse(command, flags, offset, length, self.size, self.read_only, self._has_contexts, self._extended)
 
     def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        error = self._refuse(command, flags, offset, length)
+        error = p.refuse(command, flags, offset, length, self.size, self.read_only, self._has_contexts, self._extended)
         if error:
             self._answer((cookie, offset), error, command)
         elif command == p.READ:
