@@ -50,7 +50,7 @@ def serve(
     max_connections: int,
     disks: tuple[str, ...],
 ) -> None:
-    """Export each IMAGE, a raw file or block device, under the name DISK.
+    """Export each IMAGE, a raw file or block device, under the name DISK, and for reading only as DISK:ro.
 
     Every write is recorded in the disk's bitmaps before it is issued. A line on stdout says when and where the disks
     and the monitor can be reached; systemd is told too. SIGTERM ends cleanly; a second one within 5 seconds.

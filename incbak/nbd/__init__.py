@@ -3,7 +3,9 @@
 `protocol` is the format, pure, shared by both ends; requests are judged in one function there. The server: `server`
 (listeners, bounds), `handshake` (negotiation), `connection` (transmission), `export` (what an export and its device owe
 the server). The client: `client`, `greeting` (negotiation), `dial`, `uri`. `wire` reads and writes whole messages with
-a deadline; `tls` is for both ends, beside the path of a plain connection.
+a deadline; `tls` is for both ends, beside the path of a plain connection. `replies` has the server's replies in each
+of the three dialects: simple, structured, and extended headers with lengths of 64 bits (the protocol's branch
+``extension-ext-header``), which our client asks for first and does without.
 
 What the server guarantees: no memory by a length that the client chose beyond the advertised maximum; a refused
 payload is drained; nothing is opened before negotiation is over, and that has bounds in time, options and bytes; a few

@@ -69,8 +69,10 @@ class Connection:
 
     def __init__(self, sock: socket.socket, device: Device, agreed: Agreed) -> None:
         self.sock, self.device = sock, device
-        self.dialect, self.replies = agreed.dialect, Replies(agreed.dialect)
-        self.contexts = agreed.contexts
+        self.replies = Replies(agreed.dialect)
+        self._data_head, self._pack_data_head = self.replies.data_head, self.replies.pack_data_head
+        self._extended = agreed.dialect is Dialect.EXTENDED
+        self.contexts, self._has_contexts = agreed.contexts, bool(agreed.contexts)
         self.size, self.read_only = device.size, device.read_only
         self._send_lock = threading.Lock()
         self._out = bytearray(BUFFER)
@@ -105,7 +107,7 @@ class Connection:
         buf = bytearray(BUFFER)
         view = memoryview(buf)
         start = end = 0
-        recv_into, extended = self.sock.recv_into, self.dialect is Dialect.EXTENDED
+        recv_into, extended = self.sock.recv_into, self._extended
         form, wanted = (p.EXT_REQUEST, p.EXT_REQUEST_MAGIC) if extended else (p.REQUEST, p.REQUEST_MAGIC)
         unpack, head, special = form.unpack_from, form.size, 0xFFFF ^ (p.CMD_PAYLOAD if extended else 0)
         device_write, may_block, size = self.device.write, self.device.may_block, self.size
@@ -216,25 +218,27 @@ class Connection:
         self._work(tag, lambda: self._status(tag, flags, length, contexts), command=p.STATUS, answers=True)
 
     def _refuse(self, command: int, flags: int, offset: int, length: int) -> int:
-        contexts = bool(self.contexts)
-        return p.refuse(command, flags, offset, length, self.size, self.read_only, contexts, self.dialect)
+        return p.refuse(command, flags, offset, length, self.size, self.read_only, self._has_contexts, self._extended)
 
     def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        tag = cookie, offset
-        error = self._refuse(command, flags, offset, length)
+        error = p.refuse(command, flags, offset, length, self.size, self.read_only, self._has_contexts, self._extended)
         if error:
-            self._answer(tag, error, command)
+            self._answer((cookie, offset), error, command)
         elif command == p.READ:
             self._read(cookie, offset, length)
-        elif command == p.STATUS:
-            work = lambda: self._status(tag, flags, length, self.contexts)  # noqa: E731
-            self._work(tag, work, command=command, answers=True)
+        elif not length and command != p.FLUSH:
+            self._answer((cookie, offset), 0)
+        else:
+            self._slow_other(command, flags, (cookie, offset), length)
+
+    def _slow_other(self, command: int, flags: int, tag: Tag, length: int) -> None:
+        if command == p.STATUS:
+            contexts = self.contexts
+            self._work(tag, lambda: self._status(tag, flags, length, contexts), command=command, answers=True)
         elif command == p.FLUSH:
             self._work(tag, self.device.flush)
-        elif not length:
-            self._answer(tag, 0)
         else:
-            self._work(tag, lambda: self._change(command, flags, offset, length))
+            self._work(tag, lambda: self._change(command, flags, tag[1], length))
 
     def _change(self, command: int, flags: int, offset: int, length: int) -> None:
         if command == p.TRIM:
@@ -248,30 +252,33 @@ class Connection:
             self.device.flush()
 
     def _read(self, cookie: int, offset: int, length: int) -> None:
-        tag = cookie, offset
         if not length:
-            self._answer(tag, 0, p.READ)
+            self._answer((cookie, offset), 0, p.READ)
             return
-        head = self.replies.data_head
         if length <= INLINE:
+            head = self._data_head
             if self._out_len + head + length > BUFFER:
                 self._flush_out()
             at = self._out_len + head
             try:
                 if self.device.read_nowait(self._out_view[at : at + length], offset):
-                    self.replies.pack_data_head(self._out, self._out_len, cookie, offset, length)
+                    self._pack_data_head(self._out, self._out_len, cookie, offset, length)
                     self._out_len = at + length
                     return
             except OSError as e:
-                self._answer(tag, p.wire_error(e.errno), p.READ)
+                self._answer((cookie, offset), p.wire_error(e.errno), p.READ)
                 return
+        self._slow(cookie, offset, length)
+
+    def _slow(self, cookie: int, offset: int, length: int) -> None:
+        tag = cookie, offset
         self._work(tag, lambda: self._slow_read(tag, length), command=p.READ, size=length, answers=True)
 
     def _slow_read(self, tag: Tag, length: int) -> None:
-        head = self.replies.data_head
+        head = self._data_head
         buf = bytearray(head + length)
         self.device.read_into(memoryview(buf)[head:], tag[1])
-        self.replies.pack_data_head(buf, 0, *tag, length)
+        self._pack_data_head(buf, 0, *tag, length)
         self._send(buf)
 
     def _status(self, tag: Tag, flags: int, length: int, contexts: Sequence[tuple[int, str]]) -> None:

@@ -88,7 +88,7 @@ _ALLOWED_FLAGS = {
     STATUS: CMD_REQ_ONE,
 }
 _CHANGES = {WRITE, TRIM, ZEROES}
-_WITH_PAYLOAD = {WRITE, STATUS}
+_ALLOWED_EXTENDED = {c: flags | (CMD_PAYLOAD if c in (WRITE, STATUS) else 0) for c, flags in _ALLOWED_FLAGS.items()}
 _ON_WIRE = {errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW, 95, 108}
 
 
@@ -109,19 +109,16 @@ def refuse(
     size: int,
     read_only: bool,
     contexts: bool,
-    dialect: Dialect = Dialect.SIMPLE,
+    extended: bool = False,
 ) -> int:
     """The one place where a request is judged before anything acts on it: 0, or the error to answer with.
 
-    ``length`` is how much of the export it is about; ``contexts``: whether any meta context was negotiated. The bound
-    on payloads is the reader's business, since a payload must be taken off the wire whatever the answer.
+    ``length`` is how much of the export it is about; ``contexts``: whether any meta context was negotiated, and
+    ``extended`` headers. The bound on payloads is the reader's business, since a payload must be taken off the wire
+    whatever the answer.
     """
-    allowed = _ALLOWED_FLAGS.get(command)
-    if allowed is None:
-        return errno.EINVAL
-    if dialect is Dialect.EXTENDED:
-        allowed |= CMD_PAYLOAD if command in _WITH_PAYLOAD else 0
-    if flags & ~allowed:
+    allowed = (_ALLOWED_EXTENDED if extended else _ALLOWED_FLAGS).get(command)
+    if allowed is None or flags & ~allowed:
         return errno.EINVAL
     if command == FLUSH:
         return errno.EINVAL if offset or length else 0

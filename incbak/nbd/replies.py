@@ -14,12 +14,35 @@ Tag = tuple[int, int]
 """Cookie and offset of a request."""
 
 
+def _simple_head(out: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+    p.SIMPLE.pack_into(out, at, p.SIMPLE_MAGIC, 0, cookie)
+
+
+def _structured_head(out: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+    p.CHUNK.pack_into(out, at, p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_DATA, cookie, length + 8)
+    p.U64.pack_into(out, at + 20, offset)
+
+
+def _extended_head(out: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+    p.EXT_CHUNK.pack_into(out, at, p.EXT_CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_DATA, cookie, offset, length + 8)
+    p.U64.pack_into(out, at + 32, offset)
+
+
+_DATA_HEADS = (
+    (p.SIMPLE.size, _simple_head),
+    (p.CHUNK.size + 8, _structured_head),
+    (p.EXT_CHUNK.size + 8, _extended_head),
+)
+
+
 class Replies:
-    """The replies of one connection. ``data_head``: bytes before the data of a read."""
+    """The replies of one connection. ``data_head``: bytes before the data of a read, which ``pack_data_head`` packs:
+    all of the data follows, in one piece.
+    """
 
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect
-        self.data_head = (p.SIMPLE.size, p.CHUNK.size + 8, p.EXT_CHUNK.size + 8)[dialect]
+        self.data_head, self.pack_data_head = _DATA_HEADS[dialect]
 
     def done(self, tag: Tag, command: int) -> bytes:
         """It is done, and there is nothing to send for it."""
@@ -32,18 +55,6 @@ class Replies:
         if self.dialect is Dialect.EXTENDED or (self.dialect and command in (p.READ, p.STATUS)):
             return self._chunk(tag, p.CHUNK_ERROR, p.U32.pack(error) + p.U16.pack(0))
         return p.SIMPLE.pack(p.SIMPLE_MAGIC, error, tag[0])
-
-    def pack_data_head(self, out: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
-        """What goes before ``length`` bytes read from ``offset``: all of them, in one piece."""
-        if self.dialect is Dialect.SIMPLE:
-            p.SIMPLE.pack_into(out, at, p.SIMPLE_MAGIC, 0, cookie)
-            return
-        if self.dialect is Dialect.STRUCTURED:
-            p.CHUNK.pack_into(out, at, p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_DATA, cookie, length + 8)
-        else:
-            head = (p.EXT_CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_DATA, cookie, offset, length + 8)
-            p.EXT_CHUNK.pack_into(out, at, *head)
-        p.U64.pack_into(out, at + self.data_head - 8, offset)
 
     def status(self, tag: Tag, context: int, extents: Sequence[tuple[int, int]], *, last: bool) -> bytes:
         """(length, flags) extents of one context; ``last``: no other context follows."""

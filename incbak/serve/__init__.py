@@ -36,7 +36,10 @@ to drain (when it ends), holding nothing else.
 * A guest write never waits for a target. It waits at most for the job's read of one run (1 MiB), and for its own old
   content to be read and written to scratch, at most `cbw.TIMEOUT` (10 s); then the backup breaks and the write goes on
   (``break-snapshot``), or the write fails (``break-guest-write``).
-* A transaction drains for the slowest write in flight plus the swap of pointers and the copying of bits.
+* A transaction drains for the slowest write in flight plus the swap of pointers and the copying of bits. A trim or a
+  write of zeroes over terabytes is made in pieces of 256 MiB, between which transactions get in, with one sync for all
+  the regions that it touches; holes of the disk are old content that need not be read. The 10 s are for all its pieces.
+* What one request is told of a bitmap (4096 stretches), or has prefetched (1 GiB), is bounded whatever its length.
 * Scratch: `Budget.limit` bytes for all jobs together; default half of what is free in its directory.
 * SIGTERM: connections get 10 s to end their requests, then disks are flushed and bitmaps closed clean. A second one:
   the process is gone within 5 s, at the price of recovery (not of bits) at the next start.

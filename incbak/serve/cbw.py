@@ -9,8 +9,9 @@ The promises:
 
 - A bit of `_todo` is cleared only when the old content is safe: held, or read by the job. Whoever finds it clear may
   overwrite the cluster; it is never set again. So a look without the lock errs on the safe side only.
-- `before_write` returns within `TIMEOUT` of waiting, with the content safe or the copy broken (``break-snapshot``), or
-  it raises (``break-guest-write``). It waits only where memory is full and scratch slow, or for the job to read a run.
+- `before_write` returns within `TIMEOUT` and the read of a run, however long the range is, with the content safe or the
+  copy broken (``break-snapshot``), or it raises (``break-guest-write``). It waits only where memory is full and scratch
+  slow, or for the job to read a run.
 - Once broken, a copy stays broken: it never hands out content again, so no new data gets into an old point in time.
 """
 

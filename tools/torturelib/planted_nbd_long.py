@@ -40,8 +40,8 @@ _WIRE = (
     Fault(
         "ext-payload-flag-in-another-dialect",
         _PROTOCOL,
-        "    if dialect is Dialect.EXTENDED:\n        allowed",
-        "    if True:\n        allowed",
+        "(_ALLOWED_EXTENDED if extended else _ALLOWED_FLAGS)",
+        "_ALLOWED_EXTENDED",
         _server("test_without_extended_headers_there_are_no_such_payloads"),
     ),
     Fault(
