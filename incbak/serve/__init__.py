@@ -37,7 +37,7 @@ to drain (when it ends), holding nothing else.
   content to be read and written to scratch, at most `cbw.TIMEOUT` (10 s); then the backup breaks and the write goes on
   (``break-snapshot``), or the write fails (``break-guest-write``).
 * A transaction drains for the slowest write in flight plus the swap of pointers and the copying of bits.
-* Scratch: `Budget.limit` bytes for all jobs together; default half of what is free in its directory.
+* Scratch: `Budget.limit` bytes for all jobs and points in time together; default half of what is free in its directory.
 * SIGTERM: connections get 10 s to end their requests, then disks are flushed and bitmaps closed clean. A second one:
   the process is gone within 5 s, at the price of recovery (not of bits) at the next start.
 * A monitor message is at most 1 MiB and 64 levels deep; a client that does not read its replies is dropped at 8 MiB.

@@ -9,6 +9,7 @@ import numpy as np
 
 from incbak.bitmap import bits as kernels
 from incbak.bitmap.file import State
+from incbak.nbd.export import Device
 from incbak.serve.memory_bitmap import AnyBitmap
 from incbak.serve.tracker import TrackedDisk
 
@@ -40,7 +41,7 @@ class DiskExport:
         valid = [b.name for b in list(self.tracked.bitmaps.values()) if b.state is not State.INVALID]
         return [ALLOCATION, *(DIRTY + name for name in valid)]
 
-    def open(self) -> TrackedDevice:
+    def open(self) -> Device:
         """One connection's way in."""
         return TrackedDevice(self.tracked)
 

@@ -249,8 +249,9 @@ _SERVE = (
         "cbw-guest-waits-for-ever",
         _CBW,
         "                if not self._changed.wait(deadline - time.monotonic()):\n"
-        "                    raise OSError(errno.ETIMEDOUT",
-        "                if not self._changed.wait(60):\n                    raise OSError(errno.ETIMEDOUT",
+        '                    raise OSError(errno.ETIMEDOUT, f"old content',
+        "                if not self._changed.wait(60):\n"
+        '                    raise OSError(errno.ETIMEDOUT, f"old content',
         unit("serve/test_cbw", "test_a_stalled_read_of_the_job_holds_a_guest_write_no_longer_than_the_bound"),
     ),
     Fault(
