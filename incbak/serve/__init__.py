@@ -40,7 +40,7 @@ to drain (when it ends), holding nothing else.
   write of zeroes over terabytes is made in pieces of 256 MiB, between which transactions get in, with one sync for all
   the regions that it touches; holes of the disk are old content that need not be read. The 10 s are for all its pieces.
 * What one request is told of a bitmap (4096 stretches), or has prefetched (1 GiB), is bounded whatever its length.
-* Scratch: `Budget.limit` bytes for all jobs together; default half of what is free in its directory.
+* Scratch: `Budget.limit` bytes for all jobs and points in time together; default half of what is free in its directory.
 * SIGTERM: connections get 10 s to end their requests, then disks are flushed and bitmaps closed clean. A second one:
   the process is gone within 5 s, at the price of recovery (not of bits) at the next start.
 * A monitor message is at most 1 MiB and 64 levels deep; a client that does not read its replies is dropped at 8 MiB.

@@ -296,6 +296,22 @@ class CopyBeforeWrite:
             at = cluster + 1
         return None
 
+    def claim_at(self, cluster: int, limit: int) -> Run:
+        """Claim a run of at most ``limit`` bytes from ``cluster`` on, to be read and `put_back`: it stays to be had.
+
+        Waits for whoever has it claimed. Raises `BrokenError`, or `OSError` after the bound of a guest's write.
+        """
+        deadline = time.monotonic() + self._timeout
+        with self._changed:
+            while True:
+                if self._broken:
+                    raise self._broken
+                if self._claim_on(cluster) is None:
+                    saved = not kernels.any_in_range(self._todo, cluster, cluster)
+                    return self._claim(cluster, self.clusters, limit, saved=saved)
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise OSError(errno.ETIMEDOUT, f"a cluster was in use for {self._timeout:g} s")
+
     def shrink(self, run: Run, count: int) -> None:
         """Keep only the first ``count`` clusters of a claimed run."""
         with self._changed:
@@ -310,10 +326,15 @@ class CopyBeforeWrite:
             self.disk.read_into(buffer, run.first << self._shift)
 
     def put_back(self, run: Run) -> None:
-        """The job could not read a claimed run: it is as if it had not been claimed."""
+        """A claimed run is as if it had not been claimed: its content is still to be had, by anybody.
+
+        Raises `BrokenError` when the copy broke meanwhile: what was read must not be used.
+        """
         with self._changed:
             self._claims.remove(run)
             self._changed.notify_all()
+            if self._broken:
+                raise self._broken
 
     def done(self, run: Run) -> None:
         """The job has the content of a claimed run: the guest may overwrite it, scratch lets it go.

@@ -173,6 +173,8 @@ class Daemon:
         self._server.stop(CONNECTIONS_END)
         self.vm.exports.stop(max(deadline - time.monotonic(), 1.0))
         self._end_jobs()
+        for point in self.vm.points.values():
+            point.discard()
         clean = True
         for tracked in self.vm.disks.values():
             clean &= close_tracked(tracked, DRAIN_END)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from incbak.bitmap import bits as kernels
 from incbak.bitmap.file import State
+from incbak.nbd.export import Device
 from incbak.serve.memory_bitmap import AnyBitmap
 from incbak.serve.tracker import TrackedDisk
 
@@ -47,7 +48,7 @@ class DiskExport:
         valid = [b.name for b in list(self.tracked.bitmaps.values()) if b.state is not State.INVALID]
         return [ALLOCATION, *(DIRTY + name for name in valid)]
 
-    def open(self) -> TrackedDevice:
+    def open(self) -> Device:
         """One connection's way in."""
         return TrackedDevice(self.tracked, read_only=self.read_only)
 

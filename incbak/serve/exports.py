@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from incbak.errors import UsageError
-from incbak.nbd.server import NbdServer
+from incbak.nbd.server import Device, NbdServer
 from incbak.serve.export import ALLOCATION, DIRTY, DiskExport, TrackedDevice
 from incbak.serve.schema import QmpError
 from incbak.serve.tracker import TrackedDisk
@@ -51,14 +51,23 @@ class AddedExport(DiskExport):
         """``base:allocation``, and the bitmaps that were chosen."""
         return [ALLOCATION, *(DIRTY + name for name in self.spec.bitmaps)]
 
-    def open(self) -> TrackedDevice:
+    @property
+    def node(self) -> str:
+        """The name of what is exported."""
+        return self.tracked.name
+
+    def device(self) -> Device:
+        """One connection's way in, which calls `left` when it is closed."""
+        return _Device(self)
+
+    def open(self) -> Device:
         """Raises `OSError` when the export is being removed."""
         with self._lock:
             if self.closing:
                 raise OSError(errno.ESHUTDOWN, f"export {self.name} is being removed")
             self.clients += 1
         try:
-            return _Device(self)
+            return self.device()
         except BaseException:
             self.left()
             raise
@@ -129,16 +138,17 @@ class ExportTable:
         with self._lock:
             return list(self._exports.values())
 
-    def add(self, tracked: TrackedDisk, spec: ExportSpec) -> None:
-        """One more. Raises `QmpError`; that its bitmaps can be on offer has been checked."""
+    def add(self, spec: ExportSpec, make: Callable[[Callable[[AddedExport], None]], AddedExport]) -> None:
+        """One more, which ``make`` makes. Raises `QmpError`; that its bitmaps can be on offer has been checked."""
         self.check_id(spec.id)
         self.check_running()
         if spec.name in self._by_name():
             raise QmpError(f"NBD server already has export named '{spec.name}'")
+        export = make(self._gone)
         for name in spec.bitmaps:
-            tracked.busy[name] = f"export {spec.id}"
+            export.tracked.busy[name] = f"export {spec.id}"
         with self._lock:
-            self._exports[spec.id] = AddedExport(tracked, spec, self._gone)
+            self._exports[spec.id] = export
 
     def check_id(self, ident: str) -> None:
         """Raises `QmpError` when the id is taken."""

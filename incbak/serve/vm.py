@@ -13,6 +13,7 @@ from incbak.serve.exports import ExportTable
 from incbak.serve.io_errors import IoErrors
 from incbak.serve.jobs import Job, JobTable
 from incbak.serve.memory_bitmap import AnyBitmap
+from incbak.serve.point_in_time import PointInTime
 from incbak.serve.schema import QmpError
 from incbak.serve.scratch import Budget
 from incbak.serve.targets import Target
@@ -28,6 +29,7 @@ class Vm:
         self.lost: dict[str, dict[str, Reason]] = {}
         """Per disk, bitmap files that may not be believed, and why not."""
         self.targets: dict[str, Target] = {}
+        self.points: dict[str, PointInTime] = {}
         self.credentials: dict[str, Path] = {}
         """Directories of certificates for targets."""
         self.jobs = JobTable()
@@ -83,6 +85,11 @@ class Vm:
         if name not in self.targets:
             raise QmpError(f"Cannot find device='{name}' nor node-name='{name}'")
         return self.targets[name]
+
+    def check_node_name(self, name: str) -> None:
+        """Raises `QmpError` when something has that name."""
+        if name in self.disks or name in self.targets or name in self.points:
+            raise QmpError(f"Duplicate nodes with node-name='{name}'")
 
     def job(self, name: str) -> Job:
         """The job ``name``."""

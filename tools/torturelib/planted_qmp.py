@@ -6,7 +6,7 @@ from torturelib.planted import Fault, unit
 
 _GROUP, _JOBS, _JOB = (f"incbak/serve/{name}.py" for name in ("group", "jobs", "backup_job"))
 _RESIZE, _TRACKER, _MEMORY = (f"incbak/serve/{name}.py" for name in ("resize", "tracker", "memory_bitmap"))
-_EXPORTS, _EXPORT = (f"incbak/serve/{name}.py" for name in ("exports", "export"))
+_EXPORTS, _EXPORT, _CBW = (f"incbak/serve/{name}.py" for name in ("exports", "export", "cbw"))
 _TARGETS, _IMAGE, _DISK = (f"incbak/serve/{name}.py" for name in ("targets", "image_target", "disk_target"))
 
 _GROUPS = (
@@ -124,7 +124,7 @@ _EXPORTED = (
     Fault(
         "export-bitmap-not-in-use",
         _EXPORTS,
-        '            tracked.busy[name] = f"export {spec.id}"\n',
+        '            export.tracked.busy[name] = f"export {spec.id}"\n',
         "            pass\n",
         unit("serve/test_exports", "test_a_bitmap_on_offer_keeps_the_size"),
     ),
@@ -158,6 +158,44 @@ _POLICIES = (
         '            self.tracked.on_error("read", e)\n',
         "            pass\n",
         unit("serve/test_tracker", "test_a_guests_request_that_fails_is_told"),
+    ),
+)
+
+_POINTS = (
+    Fault(
+        "live-job-copies-more-than-a-cluster-at-once",
+        "incbak/engine/qemu_filter.py",
+        '"max-chunk": JOB_CLUSTER}',
+        '"max-chunk": 1 << 20}',
+        ("tests/interop/test_snapshot_access.py::test_old_content_is_copied_where_the_guest_has_zeroed_it",),
+    ),
+    Fault(
+        "point-read-is-not-claimed",
+        _CBW,
+        "                    return self._claim(cluster, self.clusters, limit, saved=saved)\n"
+        "                if not self._changed.wait(deadline - time.monotonic()):\n"
+        '                    raise OSError(errno.ETIMEDOUT, f"a cluster was in use',
+        "                    run = self._claim(cluster, self.clusters, limit, saved=saved)\n"
+        "                    self._claims[-1] = Run(0, 0, False)\n"
+        "                    return run\n"
+        "                if not self._changed.wait(deadline - time.monotonic()):\n"
+        '                    raise OSError(errno.ETIMEDOUT, f"a cluster was in use',
+        unit("serve/test_point_in_time", "test_a_guest_waits_for_who_reads_what_it_overwrites"),
+    ),
+    Fault(
+        "point-hands-out-what-is-lost",
+        _CBW,
+        "            self._claims.remove(run)\n            self._changed.notify_all()\n"
+        "            if self._broken:\n                raise self._broken\n\n",
+        "            self._claims.remove(run)\n            self._changed.notify_all()\n\n",
+        unit("serve/test_point_in_time", "test_what_was_read_while_it_got_lost_is_not_handed_out"),
+    ),
+    Fault(
+        "point-scratch-closed-under-a-reader",
+        "incbak/serve/point_in_time.py",
+        "            unread = not self._readers\n",
+        "            unread = True\n",
+        unit("serve/test_point_in_time", "test_what_was_read_while_it_got_lost_is_not_handed_out"),
     ),
 )
 
@@ -227,4 +265,4 @@ _WRITTEN = (
     ),
 )
 
-FAULTS = (*_GROUPS, *_SIZES, *_EXPORTED, *_POLICIES, *_WRITTEN)
+FAULTS = (*_GROUPS, *_SIZES, *_EXPORTED, *_POLICIES, *_POINTS, *_WRITTEN)

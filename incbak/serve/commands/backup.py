@@ -24,6 +24,8 @@ from incbak.serve.vm import Vm, check_usable
 
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
+NODE_NAME_LIMIT = 31
+
 _ON_ERROR = Enum(*OnError)
 BLOCKDEV: Fields = {
     "job-id": Opt(STR),
@@ -41,6 +43,13 @@ BLOCKDEV: Fields = {
     "auto-dismiss": Opt(BOOL),
 }
 DRIVE: Fields = {**BLOCKDEV, "format": Opt(STR), "mode": Opt(Enum("existing", "absolute-paths"))}
+
+
+def check_node_name(vm: Vm, name: str) -> None:
+    """Raises `QmpError` when it cannot be the name of a new node."""
+    if not IDENTIFIER.fullmatch(name) or len(name) > NODE_NAME_LIMIT:
+        raise QmpError(f"Invalid node-name: '{name}'")
+    vm.check_node_name(name)
 
 
 class Backup(Action):

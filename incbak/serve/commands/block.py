@@ -7,9 +7,10 @@ from pathlib import Path
 
 from incbak.bitmap.file import Bitmap, State
 from incbak.nbd.uri import NbdUri, UriTls
-from incbak.serve.commands import backup, bitmaps
+from incbak.serve.commands import backup, bitmaps, points
 from incbak.serve.commands.registry import Args, command
 from incbak.serve.memory_bitmap import AnyBitmap
+from incbak.serve.point_in_time import PointInTime
 from incbak.serve.resize import resize
 from incbak.serve.schema import BOOL, INT, STR, Enum, Fields, List, Opt, QmpError, Union
 from incbak.serve.schema import Struct as Object
@@ -17,8 +18,6 @@ from incbak.serve.targets import Target
 from incbak.serve.tracker import TrackedDisk
 from incbak.serve.transaction import Abort, Action, Transaction
 from incbak.serve.vm import Vm
-
-_NODE_NAME_LIMIT = 31
 
 _INET: Fields = {"host": STR, "port": STR}
 _SERVER = Union("type", {"unix": {"path": STR}, "inet": _INET})
@@ -33,10 +32,7 @@ def blockdev_add(vm: Vm, args: Args) -> object:
     if "node-name" not in args:
         raise QmpError("'node-name' must be specified for the root node")
     name = args["node-name"]
-    if not backup.IDENTIFIER.fullmatch(name) or len(name) > _NODE_NAME_LIMIT:
-        raise QmpError(f"Invalid node-name: '{name}'")
-    if name in vm.disks or name in vm.targets:
-        raise QmpError(f"Duplicate nodes with node-name='{name}'")
+    backup.check_node_name(vm, name)
     vm.targets[name] = Target(name, replace(_uri(args["server"], args.get("export", "")), tls=_tls(vm, args)))
     return None
 
@@ -63,10 +59,13 @@ def _uri(server: dict[str, str], export: str) -> NbdUri:
 
 @command("blockdev-del", {"node-name": STR})
 def blockdev_del(vm: Vm, args: Args) -> object:
-    """Let a target go."""
+    """Let a target go, or a point in time that is not exported."""
     name = args["node-name"]
-    if name in vm.disks:
+    if name in vm.disks or any(e.node == name for e in vm.exports.all()):
         raise QmpError(f"Block device {name} is in use")
+    if name in vm.points:
+        vm.points.pop(name).close()
+        return None
     if name not in vm.targets:
         raise QmpError(f"Failed to find node with node-name='{name}'")
     if vm.targets[name].user is not None:
@@ -96,6 +95,7 @@ _ACTIONS: dict[str, Fields] = {
     "block-dirty-bitmap-merge": bitmaps.MERGE,
     "blockdev-backup": backup.BLOCKDEV,
     "drive-backup": backup.DRIVE,
+    "x-incbak-point-in-time-add": points.ADD,
 }
 _TRANSACTION: Fields = {
     "actions": List(Union("type", _ACTIONS, wrapped="data")),
@@ -131,6 +131,8 @@ def _action(vm: Vm, kind: str, data: Args) -> Action:
             return bitmaps.Merge(vm, data)
         case "drive-backup":
             return backup.DriveBackup(vm, data)
+        case "x-incbak-point-in-time-add":
+            return points.AddPoint(vm, data)
         case _:
             return backup.Backup(vm, data)
 
@@ -146,8 +148,9 @@ def query_block(vm: Vm, args: Args) -> object:
 
 @command("query-named-block-nodes", {"flat": Opt(BOOL)})
 def query_named_block_nodes(vm: Vm, args: Args) -> object:
-    """Every disk and every target."""
-    return [*(_disk_node(vm, d) for d in vm.disks.values()), *(_target_node(t) for t in vm.targets.values())]
+    """Every disk, every target, every point in time."""
+    nodes = [*(_disk_node(vm, d) for d in vm.disks.values()), *(_target_node(t) for t in vm.targets.values())]
+    return [*nodes, *(_point_node(p) for p in vm.points.values())]
 
 
 def _device(vm: Vm, tracked: TrackedDisk) -> dict[str, object]:
@@ -165,6 +168,11 @@ def _disk_node(vm: Vm, tracked: TrackedDisk) -> dict[str, object]:
 
 def _target_node(target: Target) -> dict[str, object]:
     return _node(target.name, str(target.uri), target.size, "nbd", read_only=False)
+
+
+def _point_node(point: PointInTime) -> dict[str, object]:
+    node = _node(point.name, point.tracked.disk.name, point.size, "snapshot-access", read_only=True)
+    return node | ({"x-incbak-lost": point.lost} if point.lost else {})
 
 
 def _node(name: str, filename: str, size: int, driver: str, read_only: bool) -> dict[str, object]:

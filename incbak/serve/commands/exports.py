@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from incbak.nbd.protocol import MAX_NAME
 from incbak.serve.commands.backup import IDENTIFIER
 from incbak.serve.commands.bitmaps import ONE
 from incbak.serve.commands.registry import Args, command
-from incbak.serve.exports import ExportSpec
+from incbak.serve.exports import AddedExport, ExportSpec
+from incbak.serve.point_in_time import PointExport, PointInTime
 from incbak.serve.schema import BOOL, STR, UINT32, Alternate, Enum, Fields, List, Opt, QmpError, Union
 from incbak.serve.tracker import TrackedDisk
 from incbak.serve.transaction import Transaction
@@ -84,6 +86,9 @@ def block_export_add(vm: Vm, args: Args) -> object:
     if args.get("writethrough", False):
         raise QmpError("Parameter 'writethrough' does not support 'true'")
     _check_id(vm, args["id"])
+    if node in vm.points:
+        _add_point(vm, vm.points[node], args)
+        return None
     if node not in vm.disks:
         raise QmpError(f"Cannot find device='' nor node-name='{node}'")
     tracked, writable = vm.disks[node], args.get("writable", False)
@@ -115,9 +120,7 @@ def _name_of(vm: Vm, tracked: TrackedDisk, given: str | dict[str, str]) -> str:
 def _add(vm: Vm, tracked: TrackedDisk, spec: ExportSpec) -> None:
     _check_id(vm, spec.id)
     vm.exports.check_running()
-    for word, text in (("export name", spec.name), ("description", spec.description)):
-        if len(text.encode()) > MAX_NAME:
-            raise QmpError(f"{word} '{text}' too long")
+    _check_texts(spec.name, spec.description)
     for name in spec.bitmaps:
         bitmap = tracked.bitmaps.get(name)
         if bitmap is None and name not in vm.lost[tracked.name]:
@@ -127,7 +130,24 @@ def _add(vm: Vm, tracked: TrackedDisk, spec: ExportSpec) -> None:
         check_usable(tracked, bitmap)
         if bitmap.enabled and not spec.writable and not tracked.read_only:
             raise QmpError(f"Enabled bitmap '{name}' incompatible with readonly export")
-    vm.exports.add(tracked, spec)
+    vm.exports.add(spec, partial(AddedExport, tracked, spec))
+
+
+def _check_texts(name: str, description: str) -> None:
+    for word, text in (("export name", name), ("description", description)):
+        if len(text.encode()) > MAX_NAME:
+            raise QmpError(f"{word} '{text}' too long")
+
+
+def _add_point(vm: Vm, point: PointInTime, args: Args) -> None:
+    if args.get("writable", False):
+        raise QmpError("Cannot export read-only node as writable")
+    for given in args.get("bitmaps", []):
+        raise QmpError(f"Bitmap '{given if isinstance(given, str) else given['name']}' is not found")
+    name = str(args.get("name", point.name))
+    _check_texts(name, args.get("description", ""))
+    spec = ExportSpec(args["id"], name, args.get("description", ""))
+    vm.exports.add(spec, partial(PointExport, point, spec))
 
 
 @command("block-export-del", {"id": STR, "mode": _MODE})
@@ -140,7 +160,4 @@ def block_export_del(vm: Vm, args: Args) -> object:
 @command("query-block-exports")
 def query_block_exports(vm: Vm, args: Args) -> object:
     """Those that were added; what ``incbak serve`` exports by itself is not told."""
-    return [
-        {"id": e.spec.id, "type": "nbd", "node-name": e.tracked.name, "shutting-down": e.closing}
-        for e in vm.exports.all()
-    ]
+    return [{"id": e.spec.id, "type": "nbd", "node-name": e.node, "shutting-down": e.closing} for e in vm.exports.all()]

@@ -249,18 +249,20 @@ def _serve(directory: Path, **env: str) -> Serve:
     return Serve(directory, {"vda": directory / "a.raw"}, env=env)
 
 
-@pytest.mark.parametrize("point", ["serve.resize-invalidated", "serve.resize-resized"])
-@pytest.mark.parametrize("size", [GROWN, CUT])
+@pytest.mark.parametrize(
+    ("point", "size"),
+    [("invalidated", GROWN), ("resized", GROWN), ("resized", CUT)],
+)
 def test_killed_between_the_steps(tmp_path: Path, point: str, size: int) -> None:
     """Whichever size it has then, and even if it is given back the old one, the bitmap is not believed."""
     image = raw_image(tmp_path / "a.raw", SIZE)
-    serve = _serve(tmp_path, INCBAK_CRASH_AT=point)
+    serve = _serve(tmp_path, INCBAK_CRASH_AT=f"serve.resize-{point}")
     with closing(serve.qmp()) as qmp:
         qmp("block-dirty-bitmap-add", node="vda", name="b", persistent=True)
         with pytest.raises(Exception, match=r".*"):
             qmp("block_resize", device="vda", size=size)
         serve.process.wait(30)
-    assert image.stat().st_size == (SIZE if point.endswith("invalidated") else size)
+    assert image.stat().st_size == (SIZE if point == "invalidated" else size)
     times = image.stat()
     os.truncate(image, SIZE)
     os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
