@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
-from blake3 import blake3
 
 from incbak.errors import DamagedError, FormatTooNewError
+from incbak.repo.digested import digested, verified_body
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.storage.base import Storage
 
@@ -66,15 +66,13 @@ def condemn(storage: Storage, packs: list[str], now: float) -> str:
     """Write a file, durably; its name. Only `incbak.repo.prune` may, with the locks that it tells of."""
     name = new_id()
     body = msgspec.json.encode(Condemnation(VERSION, now, tuple(packs)))
-    storage.write("condemned", name, blake3(body).hexdigest().encode() + b"\n" + body)
+    storage.write("condemned", name, digested(body))
     return name
 
 
 def decode(name: str, data: bytes) -> Condemnation:
     """What a file says. Raises `DamagedError` naming it."""
-    checksum, _, body = data.partition(b"\n")
-    if blake3(body).hexdigest().encode() != checksum:
-        raise DamagedError(f"condemned {name} does not match its digest", hint="Run: incbak prune")
+    body = verified_body(data, f"condemned {name}", hint="Run: incbak prune")
     try:
         found = msgspec.json.decode(body, type=Condemnation)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
-from blake3 import blake3
 
 from incbak.errors import DamagedError, FormatTooNewError
+from incbak.repo.digested import digested, verified_body
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.storage.base import Storage
 
@@ -105,7 +105,7 @@ def add_drill(storage: Storage, drill: Drill, clock: Callable[[], float] = time.
     """Make a drill durable, and let go of old ones of its VM. Returns it as it is kept. Raises `DurabilityError`."""
     kept = msgspec.structs.replace(drill, repository=_here(storage))
     body = msgspec.json.encode(kept)
-    storage.write(KIND, new_id(), blake3(body).hexdigest().encode() + b"\n" + body)
+    storage.write(KIND, new_id(), digested(body))
     mine = [(name, each) for name, each in _known(storage, clock) if each.vm == drill.vm]
     last_good = next((name for name, each in reversed(mine) if each.good), None)
     storage.remove_all(KIND, [name for name, _each in mine[:-KEPT] if name != last_good])
@@ -144,9 +144,7 @@ def _here(storage: Storage) -> str:
 
 
 def _decode(name: str, data: bytes) -> Drill:
-    checksum, _, body = data.partition(b"\n")
-    if blake3(body).hexdigest().encode() != checksum:
-        raise DamagedError(f"drill {name} does not match its digest")
+    body = verified_body(data, f"drill {name}")
     try:
         found = msgspec.json.decode(body, type=Drill)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:

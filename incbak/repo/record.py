@@ -6,9 +6,9 @@ from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
-from blake3 import blake3
 
 from incbak.errors import DamagedError, FormatTooNewError
+from incbak.repo.digested import digested, verified_body
 from incbak.repo.ids import is_id
 
 VERSION = 1
@@ -75,14 +75,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def encode(record: Record) -> bytes:
     """The file's content."""
     body = msgspec.json.encode(record)
-    return blake3(body).hexdigest().encode() + b"\n" + body
+    return digested(body)
 
 
 def decode(name: str, data: bytes) -> Record:
     """The record of that id. Raises `DamagedError` naming it for anything that it cannot be (faults row 78)."""
-    checksum, _, body = data.partition(b"\n")
-    if blake3(body).hexdigest().encode() != checksum:
-        raise DamagedError(f"the record of backup {name} does not match its digest")
+    body = verified_body(data, f"the record of backup {name}")
     try:
         record = msgspec.json.decode(body, type=Record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:

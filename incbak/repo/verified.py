@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
-from blake3 import blake3
 
 from incbak.errors import DamagedError, FormatTooNewError
 from incbak.repo.condemned import read_condemned
+from incbak.repo.digested import digested, verified_body
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.storage.base import Storage
 
@@ -151,7 +151,7 @@ class Verified:
         known = {name: mark for name, mark in sorted(self._marks.items()) if name in there}
         body = msgspec.json.encode(_File(VERSION, self.last, known))
         fresh = new_id()
-        self._storage.write(KIND, fresh, blake3(body).hexdigest().encode() + b"\n" + body)
+        self._storage.write(KIND, fresh, digested(body))
         self._storage.remove_all(KIND, self._replaces)
         self._replaces = [fresh]
 
@@ -173,9 +173,7 @@ class Verified:
 
 
 def _decode(name: str, data: bytes) -> _File:
-    checksum, _, body = data.partition(b"\n")
-    if blake3(body).hexdigest().encode() != checksum:
-        raise DamagedError(f"verified {name} does not match its digest")
+    body = verified_body(data, f"verified {name}")
     try:
         found: Mapping[str, object] = msgspec.json.decode(body, type=dict)
         if isinstance(version := found.get("version"), int) and version > VERSION:

@@ -148,8 +148,8 @@ _REPO = (
     Fault(
         "repo-record-not-verified",
         "incbak/repo/record.py",
-        "    if blake3(body).hexdigest().encode() != checksum:\n",
-        "    if False:\n",
+        '    body = verified_body(data, f"the record of backup {name}")\n',
+        "    body = data.partition(b'\\n')[2]\n",
         unit("repo/test_damage", "test_a_damaged_record_is_found_and_no_backup"),
     ),
     Fault(

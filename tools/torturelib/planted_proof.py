@@ -64,8 +64,8 @@ _CHECKS = (
     Fault(
         "check-believes-garbage",
         _VERIFIED,
-        "    if blake3(body).hexdigest().encode() != checksum:\n",
-        "    if False:\n",
+        '    body = verified_body(data, f"verified {name}")\n',
+        "    body = data.partition(b'\\n')[2]\n",
         _verified("test_one_flipped_bit_is_garbage"),
     ),
     Fault(
@@ -78,10 +78,10 @@ _CHECKS = (
     Fault(
         "check-removes-before-it-writes",
         _VERIFIED,
-        '        self._storage.write(KIND, fresh, blake3(body).hexdigest().encode() + b"\\n" + body)\n'
+        "        self._storage.write(KIND, fresh, digested(body))\n"
         "        self._storage.remove_all(KIND, self._replaces)\n",
         "        self._storage.remove_all(KIND, self._replaces)\n"
-        '        self._storage.write(KIND, fresh, blake3(body).hexdigest().encode() + b"\\n" + body)\n',
+        "        self._storage.write(KIND, fresh, digested(body))\n",
         ("tests/story/test_check.py::test_killed_at_any_step_it_goes_on",),
     ),
 )
@@ -154,8 +154,8 @@ _DRILLS = (
     Fault(
         "drill-believes-garbage",
         _DRILLS_FILE,
-        "    if blake3(body).hexdigest().encode() != checksum:\n",
-        "    if False:\n",
+        '    body = verified_body(data, f"drill {name}")\n',
+        "    body = data.partition(b'\\n')[2]\n",
         unit("repo/test_drills", "test_what_cannot_be_a_drill_is_passed_over_and_left_alone"),
     ),
     Fault(
