@@ -150,7 +150,7 @@ _REPO = (
         "incbak/repo/record.py",
         '    body = verified_body(data, f"the record of backup {name}")\n',
         "    body = data.partition(b'\\n')[2]\n",
-        unit("repo/test_damage", "test_a_damaged_record_is_found_and_no_backup"),
+        unit("repo/test_formats", "test_one_flipped_bit_of_a_record_is_noticed"),
     ),
     Fault(
         "repo-record-under-any-name",

@@ -302,6 +302,16 @@ def test_garbage_records_raise_damaged_only(data: bytes, sealed: bool) -> None:
         record.decode(new_id(), _seal(data) if sealed else data)
 
 
+def test_one_flipped_bit_of_a_record_is_noticed(tmp_path: Path) -> None:
+    """faults row 24: also where it would be a record with another size, root or name."""
+    made = back_up(new(tmp_path / "repo"), [1, 2])
+    whole = record.encode(made)
+    assert record.decode(made.id, whole) == made
+    for at in range(len(whole)):
+        with pytest.raises(DamagedError):
+            record.decode(made.id, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+
+
 def test_records_that_cannot_be(tmp_path: Path) -> None:
     repo = new(tmp_path / "repo")
     good = back_up(repo, [1, 2])
