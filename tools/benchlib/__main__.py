@@ -14,13 +14,14 @@ from pathlib import Path
 
 from benchlib import rows, work
 from benchlib.corpus import make_disk
+from benchlib.daily import daily, large
 from benchlib.guest import guest
 from benchlib.marks import mark
 from incbak import __version__
 from incbak.units import format_size, parse_size
 
 WORK = {"mark": mark, "serve": work.serve, "full": work.full, "second": work.second, "incremental": work.incremental,
-        "fallback": work.fallback, "restore": work.restore, "guest": guest}  # fmt: skip
+        "fallback": work.fallback, "restore": work.restore, "guest": guest, "daily": daily, "large": large}  # fmt: skip
 
 
 def main() -> None:
