@@ -91,7 +91,7 @@ def _figures(bench: Bench, work: str, cases: Sequence[Case]) -> list[Row]:
 
 
 def _file_system(image: Path) -> bool:
-    """An ext4 with real files. False where it cannot be made."""
+    """An ext4 with real files in the first half. False where it cannot be made."""
     if not have("mkfs.ext4"):
         print("    left out: it needs mkfs.ext4", file=sys.stderr)
         return False
@@ -104,7 +104,7 @@ def _file_system(image: Path) -> bool:
             left -= size
     with image.open("wb") as f:
         f.truncate(SIZE)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", source, image], check=True, capture_output=True)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", source, image, f"{SIZE >> 21}k"], check=True, capture_output=True)
     shutil.rmtree(source)
     return True
 
@@ -118,7 +118,7 @@ def _history(bench: Bench, image: Path) -> None:
         bench.run(*incbak("-q", "full", f"qmp:{bench.directory}/d.qmp"))
         for _ in range(BACKUPS - 1):
             client = NbdClient.connect(uri)
-            for n in range(_CHANGED):  # behind the files, so that the file system stays whole
+            for n in range(_CHANGED):  # behind the file system, so that it stays whole
                 cluster = rng.randrange(SIZE // 2 >> 16, (SIZE >> 16) - 1024)
                 client.submit_write(rng.randbytes(65536 if n % 10 == 0 else 2048), cluster << 16)
             client.drain()
