@@ -18,6 +18,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from incbak.drill import guard
 from incbak.errors import UsageError
 from incbak.export.image import BackupImage
 from incbak.export.overlay import Overlay
@@ -31,11 +32,6 @@ BUSES = ("virtio", "scsi", "ide", "nvme")
 _KEPT = 64 << 10
 """Bytes of what the guest said last in which the sign of life is looked for."""
 _TOLD = 300
-_DIE_WITH_US = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
-    "os.getppid() == int(sys.argv[1]) and os.execvp(sys.argv[2], sys.argv[2:])"
-)
-"""PR_SET_PDEATHSIG: QEMU is killed when the thread that began it ends, however that comes about."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Boot:
 
 
 def boot(repo: Repository, record: Record, disks: Sequence[DiskRecord], wanted: Boot, scratch: Path) -> BootDrill:
-    """Run the guest and end it, whatever happens. To be called in the thread that lives as long as we do.
+    """Run the guest and end it, whatever happens.
 
     What it writes is kept in ``scratch``, in files without a name. Raises `DiskError` when that cannot be.
     """
@@ -116,8 +112,8 @@ def _has_kvm() -> bool:
 def _run(argv: Sequence[str], wanted: Boot) -> str:
     """Why there was no sign of life; empty if there was."""
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _DIE_WITH_US, str(os.getpid()), *argv],
-        stdin=subprocess.DEVNULL,
+        [sys.executable, "-I", "-S", guard.__file__, *argv],
+        stdin=subprocess.PIPE,  # nothing is written: its end is ours
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -137,8 +133,9 @@ def _run(argv: Sequence[str], wanted: Boot) -> str:
         timer.cancel()
         _kill(process)
         process.wait()
-        if process.stdout:
-            process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
     why = f"no sign of life within {wanted.timeout:g} s" if late else f"QEMU ended with {process.returncode}"
     tail = " ".join(said[-_TOLD:].decode(errors="replace").split())
     return f"{why}; the console says: {tail or 'nothing'}"

@@ -22,6 +22,9 @@ from incbak.repo.repository import Repository
 from incbak.repo.tree import Page
 from incbak.repo.verified import Coverage, LastCheck, Verified
 
+_LEAVES = 256
+"""Leaf pages whose clusters are looked up at once: 8 MiB of digests."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -73,15 +76,17 @@ def check(
     for why in repo.index.condemned.unknown.values():
         found.problems.append(Problem(f"{why}; until then backups store everything anew; mend it with: incbak prune"))
     _large_indexes(repo, found)
-    tables, suspects = _packs(repo, found)
-    chosen = sorted(tables) if read_data else []
+    packs, suspects = _packs(repo, found)
+    chosen = sorted(packs) if read_data else []
     if chosen and fraction < 1:
         chosen = random.Random(seed).sample(chosen, max(1, round(len(chosen) * fraction)))
     if suspects:
-        _judge(repo, found, read_packs(repo, suspects, None, report))
-    turns = {name: tables[name] for name in verified.in_turn(chosen)}
-    bad = _judge(repo, found, read_packs(repo, turns, verified, report, duration=max_duration, clock=clock))
-    whole = read_data and found.packs_read == len(tables) + len(suspects)
+        weights = {name: int(entries["stored"].sum()) for name, entries in suspects.items()}
+        _judge(repo, found, read_packs(repo, weights, suspects.__getitem__, None, report))
+    turns = {name: packs[name] for name in verified.in_turn(chosen)}
+    reads = read_packs(repo, turns, _table_of(repo), verified, report, duration=max_duration, clock=clock)
+    bad = _judge(repo, found, reads)
+    whole = read_data and found.packs_read == len(packs) + len(suspects)
     if read_data and not whole:
         _look_again(repo, known.digests, found)
     affected = _backups(repo, records, found)
@@ -108,33 +113,40 @@ def _large_indexes(repo: Repository, found: Report) -> None:
             found.problems.append(Problem(f"{e}; make it anew with: incbak check --rebuild-index"))
 
 
-def _packs(repo: Repository, found: Report) -> tuple[dict[str, pack.Entries], dict[str, pack.Entries]]:
-    """Tables of all packs that have one; missing and broken packs are problems.
+def _packs(repo: Repository, found: Report) -> tuple[dict[str, int], dict[str, pack.Entries]]:
+    """The bytes of blobs in all packs that have a table; missing and broken packs are problems.
 
-    Of a pack whose own table is broken, the second one tells what the index looks for there: all of it is suspect.
-    Condemned packs may be there or not, and hold nothing that counts.
+    Tables are not kept: those of a large repository would fill the memory. Of a pack whose own table is broken, the
+    second one tells what the index looks for there: all of it is suspect. Condemned packs may be there or not, and hold
+    nothing that counts.
     """
     there = repo.storage.list("packs")
     for name in sorted(_named(repo) - there.keys()):
         if not _pruned(repo, name):
             found.problems.append(Problem(f"pack {name} is missing"))
-    tables, suspects = {}, {}
+    packs, suspects = {}, {}
     for name, size in sorted(there.items()):
         if name in repo.index.condemned.packs:
             continue
         try:
             if not is_id(name):
                 raise DamagedError(f"{name[:100]!r} in packs is no pack")
-            tables[name] = pack.read_table(repo.storage, name, size)
+            table = pack.read_table(repo.storage, name, size)
+            packs[name] = int(table["stored"].sum())
             found.packs += 1
-            found.blobs += len(tables[name])
+            found.blobs += len(table)
         except (DamagedError, OSError) as e:
             if _pruned(repo, name):
                 continue
             found.problems.append(Problem(str(e)))
             if len(entries := _indexed(repo, name)):
                 suspects[name] = entries
-    return tables, suspects
+    return packs, suspects
+
+
+def _table_of(repo: Repository) -> Callable[[str], pack.Entries]:
+    sizes = repo.storage.list("packs")
+    return lambda name: pack.read_table(repo.storage, name, sizes.get(name, 0))
 
 
 def _named(repo: Repository) -> set[str]:
@@ -232,10 +244,13 @@ def _one_backup(repo: Repository, record: Record, seen: set[bytes], found: Repor
             found.damaged.add(digest)
             pages.append(error)
 
+        waiting: list[Page] = []
         for _digest, level, page in tree.pages(trail, note):
-            rows = page[page.any(axis=1)]
-            if level == 0 and len(rows):
-                missing += _missing(repo, rows, found)
+            if level == 0:
+                waiting.append(page[page.any(axis=1)])
+                if len(waiting) == _LEAVES:
+                    missing += _missing(repo, waiting, found)
+        missing += _missing(repo, waiting, found)
         if pages:
             return f"disk {disk.name} of backup {record.id[:8]}: {pages[0]}"
         if missing:
@@ -244,15 +259,15 @@ def _one_backup(repo: Repository, record: Record, seen: set[bytes], found: Repor
     return None
 
 
-def _missing(repo: Repository, rows: Page, found: Report) -> int:
-    have = repo.index.have(np.ascontiguousarray(rows))
-    bad = 0
-    for i in range(len(rows)):
-        digest = rows[i].tobytes()
-        if not have[i]:
-            found.damaged.add(digest)
-        bad += digest in found.damaged
-    return bad
+def _missing(repo: Repository, waiting: list[Page], found: Report) -> int:
+    """How many of the clusters that these leaves name are not there or damaged; ``waiting`` is emptied."""
+    rows = np.concatenate(waiting) if waiting else np.zeros((0, 32), dtype=np.uint8)
+    waiting.clear()
+    lost = ~repo.index.have(rows)
+    found.damaged.update(row.tobytes() for row in rows[lost])
+    if not found.damaged:
+        return 0
+    return sum(row.tobytes() in found.damaged for row in rows)
 
 
 def rebuild_index(repo: Repository) -> int:

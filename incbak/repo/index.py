@@ -13,6 +13,7 @@ may stand in more than one. Names are random; files are immutable; one that vani
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,9 @@ PLACE = np.dtype(
 )
 VERIFY_UP_TO = 64 << 20
 """Files up to this size are verified when they are opened; larger ones by `check` only, since blobs verify anyway."""
+_LARGE = 1 << 20
+SORTED = 1 << 12
+"""Digests from which on it pays to look them up in their order."""
 
 Digests = NDArray[np.uint8]
 """Shape (n, 32)."""
@@ -87,6 +91,8 @@ class IndexFile:
         body = memoryview(data[_HEAD_SIZE:])  # type: ignore[arg-type]
         if (len(data) <= VERIFY_UP_TO if verify is None else verify) and seal.check(body) != digest:
             raise DamagedError(f"index {name} does not match its digest", hint="Run: incbak check")
+        self._data = data
+        self.let_go()
         at = _HEAD_SIZE
         self.packs = data[at : at + packs * PACK.itemsize].view(PACK)
         at += packs * PACK.itemsize
@@ -98,6 +104,11 @@ class IndexFile:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def let_go(self) -> None:
+        """Of what was read of a large file nothing need stay in this process; the system may keep it."""
+        if isinstance(self._data, np.memmap) and len(self._data) > _LARGE:
+            self._data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def only_packs(self, there: dict[str, int], condemned: Condemned) -> None:
         """Believe only in packs that exist with their size: others hold nothing to build on (faults rows 24, 25).
@@ -224,8 +235,14 @@ class Index:
         """Which of the digests are stored in packs that exist; with ``lasting``, in some that are not condemned."""
         keys = prefixes(digests)
         found = np.zeros(len(digests), dtype=bool)
+        many = len(digests) >= SORTED
+        order = np.argsort(keys) if many else slice(None)
+        wanted, keys = digests[order], keys[order]
         for file in self.files:
-            found |= file.find(digests, keys, lasting=lasting) >= 0
+            found |= file.find(wanted, keys, lasting=lasting) >= 0
+            if many:
+                file.let_go()
+        found[order] = found.copy()
         return found
 
     def locate(self, digests: Digests) -> list[Place | None]:

@@ -97,6 +97,7 @@ class Marks:
             rows = file.find(digests, keys, lasting=True)
             needed[rows[rows >= 0]] = True
             found |= rows >= 0
+            file.let_go()
         if not found.all():
             self._look_further(digests[~found])
 
@@ -125,6 +126,7 @@ class Marks:
                 places = places[places["pack"] < len(sums)]
                 sizes = places["stored"].astype(np.float64) + ENTRY.itemsize
                 sums += np.bincount(places["pack"], weights=sizes, minlength=len(sums))
+            file.let_go()
             for name, size in zip(file.names, sums.tolist(), strict=True):
                 if name not in self._index.condemned.packs:
                     found[name] = found.get(name, 0) + int(size)

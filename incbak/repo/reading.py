@@ -34,33 +34,40 @@ class PackRead:
 
 def read_packs(
     repo: Repository,
-    tables: Mapping[str, pack.Entries],
+    packs: Mapping[str, int],
+    table: Callable[[str], pack.Entries],
     verified: Verified | None,
     report: Reporter,
     *,
     duration: float | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[PackRead]:
-    """Read the packs of these tables in this order, and mark those that are whole (none without ``verified``).
+    """Read these packs (bytes of blobs by name) in this order, and mark those that are whole (none without
+    ``verified``). ``table`` gives what is in one; a pack that has none any more is passed over, with a warning.
 
     After ``duration`` seconds no other pack is begun; one is read in any case, or a short time would never do. The
     marks are saved now and then; what is found damaged is for the caller to note, and to mark after that.
     """
     deadline = None if duration is None else time.monotonic() + duration
-    total = sum(int(t["stored"].sum()) for t in tables.values())
+    total = sum(packs.values())
     done, saved = 0, time.monotonic()
-    first = next(iter(tables), None)
+    first = next(iter(packs), None)
 
     def one(name: str) -> PackRead | None:
         if name != first and deadline is not None and time.monotonic() >= deadline:
             return None
         at, file = clock(), verified.look(name) if verified else ""
-        bad, size = _one_pack(repo, name, tables[name])
+        try:
+            entries = table(name)
+        except (DamagedError, OSError) as e:
+            report(Warned(f"pack {name} is not read: {e}"))
+            return None
+        bad, size = _one_pack(repo, name, entries)
         return PackRead(name, bad, size, at, file)
 
     pool = ThreadPoolExecutor(_THREADS, "check")
     try:
-        for found in pool.map(one, tables):
+        for found in pool.map(one, packs):
             if found is None:
                 continue
             done += found.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -161,10 +162,11 @@ def test_qemu_ends_with_us(incbak: Incbak, number: int, code: int) -> None:
     found: list[int] = []
 
     def qemu() -> list[int]:
-        found[:] = [pid for pid in _children(process.pid) if b"qemu-system" in _command(pid)]
-        return found
+        guards = _children(process.pid)
+        found[:] = [pid for each in guards for pid in _children(each) if b"qemu-system" in _command(pid)]
+        return [pid for pid in found if os.geteuid() != 0 or "\nUid:\t65534" in _status(pid)]
 
-    eventually(qemu, 60, "QEMU runs")
+    eventually(qemu, 60, "QEMU runs, and has given up its rights")
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == code
@@ -178,6 +180,13 @@ def _children(pid: int) -> list[int]:
         return [int(child) for task in tasks for child in (task / "children").read_text().split()]
     except FileNotFoundError:
         return []
+
+
+def _status(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _command(pid: int) -> bytes:

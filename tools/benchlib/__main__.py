@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchlib import rows, work
 from benchlib.corpus import make_disk
+from benchlib.daily import daily, large
 from benchlib.guest import guest
 from benchlib.marks import mark
 from incbak import __version__
@@ -29,6 +30,8 @@ WORK = {
     "fallback": work.fallback,
     "restore": work.restore,
     "guest": guest,
+    "daily": daily,
+    "large": large,
 }
 
 

@@ -29,7 +29,7 @@ def serve(bench: Bench) -> list[Row]:
             for _ in range(256):
                 f.write(os.urandom(4096) * 256)
     rates: dict[str, dict[str, list[float]]] = {}
-    with _serving(bench, images["tracked"], "t") as tracked, _serving(bench, images["untracked"], "u") as untracked:
+    with serving(bench, images["tracked"], "t") as tracked, serving(bench, images["untracked"], "u") as untracked:
         bench.run(*incbak("-q", "init"))
         bench.run(*incbak("-q", "full", f"qmp:{bench.directory}/t.qmp"))
         with _qemu_nbd(bench, images["qemu-nbd"]) as rival:
@@ -75,7 +75,7 @@ def _fio(who: str, uri: str, options: tuple[str, str, int]) -> float:
 
 
 @contextmanager
-def _serving(bench: Bench, image: Path, name: str) -> Iterator[str]:
+def serving(bench: Bench, image: Path, name: str) -> Iterator[str]:
     sock, monitor = bench.directory / f"{name}.sock", bench.directory / f"{name}.qmp"
     command = incbak("serve", "--name", name, "--socket", sock, "--monitor", monitor, f"vda={image}")
     argv = [str(a) for a in command]
@@ -211,7 +211,7 @@ def incremental(bench: Bench) -> list[Row]:
         bench.forget()
         monitor = bench.directory / "s.qmp"
         seconds = []
-        with _serving(bench, image, "s"):
+        with serving(bench, image, "s"):
             bench.run(*incbak("-q", "full", f"qmp:{monitor}"))
             for run in range(bench.runs):
                 _dirty(bench, size, run)

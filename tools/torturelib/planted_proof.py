@@ -76,6 +76,20 @@ _CHECKS = (
         _verified("test_an_interrupted_check_keeps_what_it_has_read"),
     ),
     Fault(
+        "check-marks-what-has-no-table",
+        _READING,
+        'is not read: {e}"))\n            return None\n',
+        'is not read: {e}"))\n            entries = np.zeros(0, dtype=pack.ENTRY)\n',
+        unit("repo/test_large", "test_a_pack_whose_table_is_gone_by_its_turn_was_not_read"),
+    ),
+    Fault(
+        "check-many-in-another-order",
+        "incbak/repo/index.py",
+        "        found[order] = found.copy()\n",
+        "",
+        unit("repo/test_large", "test_many_are_found_as_few_are"),
+    ),
+    Fault(
         "check-removes-before-it-writes",
         _VERIFIED,
         "        self._storage.write(KIND, fresh, digested(body))\n"
@@ -223,8 +237,8 @@ _DRILLS = (
     ),
     Fault(
         "drill-leaves-qemu",
-        _BOOT,
-        "ctypes.CDLL(None).prctl(1, 9); ",
+        "incbak/drill/guard.py",
+        "    if ended not in ready:\n        child.kill()\n",
         "",
         (f"{_STORY}::test_qemu_ends_with_us",),
     ),

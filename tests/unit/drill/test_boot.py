@@ -80,7 +80,7 @@ def test_what_is_damaged_is_not_booted(tmp_path: Path, monkeypatch: pytest.Monke
         data = bytearray(pack.read_bytes())
         data[100:-100] = bytes(len(data) - 200)
         pack.write_bytes(data)
-    done = drill(repo, record, Options(tmp_path, boot=_wanted()))
+    done = drill(repo, record, Options(tmp_path, boot=_wanted(timeout=1.0)))
     assert (done.exit_code, done.boot) == (13, None)
 
 
