@@ -183,6 +183,13 @@ _PIECES = (
         _long("test_the_worst_bitmap_is_told_in_bounded_memory"),
     ),
     Fault(
+        "overlay-maps-all-at-once",
+        "incbak/export/overlay.py",
+        "_WINDOW = 4 << 30\n",
+        "_WINDOW = 1 << 50\n",
+        unit("export/test_export", "test_the_map_of_a_terabyte_takes_no_memory"),
+    ),
+    Fault(
         "cache-without-limit",
         _EXPORT,
         "        end = offset + min(length, CACHE_LIMIT)\n",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import random
+import resource
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from incbak.export import image as module
 from incbak.export.image import BackupImage
 from incbak.export.overlay import BLOCK, Overlay
 from incbak.repo.repository import Repository
+from tests.kit.huge import HugeDisk
 from tests.unit.repo.scene import CLUSTER, back_up, cluster, new
 
 CONTENT = [1, 0, 2, 3, 1, 0, 0, 4, *range(5, 40)]
@@ -118,3 +121,16 @@ def test_an_overlay_is_a_byte_array_over_another(tmp_path: Path, plan: list[tupl
     assert _read(overlay, 0, SIZE) == model
     assert below.data == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_map_of_a_terabyte_takes_no_memory(tmp_path: Path) -> None:
+    """A request with extended headers may ask about the whole disk, of which a block here is four KiB."""
+    overlay = Overlay(HugeDisk(size=1 << 40), tmp_path)
+    overlay.write(memoryview(b"x" * BLOCK), 1 << 39)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = list(overlay.extents(BLOCK, (1 << 40) - BLOCK))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+    assert [(e.offset, e.length) for e in found if not e.zero] == [(1 << 39, BLOCK)]
+    assert found[0].offset == BLOCK
+    assert all(a.offset + a.length == b.offset for a, b in pairwise(found))
+    assert found[-1].offset + found[-1].length == 1 << 40
