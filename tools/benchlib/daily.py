@@ -104,7 +104,7 @@ def _file_system(image: Path) -> bool:
             left -= size
     with image.open("wb") as f:
         f.truncate(SIZE)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", source, image, f"{SIZE >> 21}k"], check=True, capture_output=True)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", source, image, f"{SIZE >> 11}k"], check=True, capture_output=True)
     shutil.rmtree(source)
     return True
 
