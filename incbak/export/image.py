@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from incbak.errors import DamagedError
 from incbak.extents import StatusExtent
@@ -64,7 +65,7 @@ class BackupImage:
         while offset < end:
             first = offset // self._cluster
             count = min(-(-end // self._cluster) - first, 1 << 14)
-            zero = np.array([d == blob.ZERO_DIGEST for d in self._digests(first, count)])
+            zero = self._zeroes(first, count)
             edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), count]
             for start, stop in pairwise(edges):
                 upto = min((first + stop) * self._cluster, end)
@@ -75,6 +76,14 @@ class BackupImage:
         try:
             with self._tree_lock:
                 return [row.tobytes() for row in self._tree.digests(first, count)]
+        except DamagedError as e:
+            raise self._damaged(e) from e
+
+    def _zeroes(self, first: int, count: int) -> NDArray[np.bool_]:
+        """Which of these clusters are zero."""
+        try:
+            with self._tree_lock:
+                return ~np.asarray(self._tree.digests(first, count).any(axis=1))
         except DamagedError as e:
             raise self._damaged(e) from e
 
