@@ -16,6 +16,9 @@ RestrictRealtime=yes
 LockPersonality=yes"""
 
 
+_SAMPLE = "5%"
+
+
 def cron(program: str, path: Path, config: Config, user: str) -> str:
     """For ``/etc/cron.d``. cron mails what is printed: with -q, warnings and errors only."""
 
@@ -28,6 +31,8 @@ def cron(program: str, path: Path, config: Config, user: str) -> str:
         "# At night an incremental of every VM; at noon a look whether each has one of the last 26 hours.",
         line("15 2 * * *", "incremental", "--all", "--lock-wait", "30m"),
         line("0 12 * * *", "status", "--all", "--max-age", "26h"),
+        "# On Sundays a drill: a sample of each VM's last backup is read as a restore would, and compared.",
+        line("15 6 * * 0", "drill", "--all", "--sample", _SAMPLE),
     ]
     if _prunes(config):
         lines += ["# Backups that no rule keeps go.", line("45 5 * * *", "prune", "--all")]
@@ -42,6 +47,9 @@ def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
     """Units by file name."""
     backup = _job("Incremental backups of all VMs", program, path, "incremental", "--all", "--lock-wait", "30m")
     units = {"incbak-backup.service": backup, "incbak-backup.timer": _timer("Incremental backups", "02:15")}
+    what = "A sample of each VM's last backup is compared"
+    units["incbak-drill.service"] = _job(what, program, path, "drill", "--all", "--sample", _SAMPLE)
+    units["incbak-drill.timer"] = _timer(what, "06:15", days="Sun ", often="each week")
     if _prunes(config):
         units["incbak-prune.service"] = _job("Backups that no rule keeps go", program, path, "prune", "--all")
         units["incbak-prune.timer"] = _timer("Backups that no rule keeps go", "05:45")
@@ -68,12 +76,12 @@ IOSchedulingPriority=7
 """
 
 
-def _timer(what: str, time: str) -> str:
+def _timer(what: str, time: str, *, days: str = "", often: str = "each night") -> str:
     return f"""[Unit]
-Description={what}, each night
+Description={what}, {often}
 
 [Timer]
-OnCalendar=*-*-* {time}
+OnCalendar={days}*-*-* {time}
 RandomizedDelaySec=10m
 Persistent=yes
 

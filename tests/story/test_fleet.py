@@ -339,7 +339,8 @@ def test_systemd_units_run_what_they_say(fleet: Fleet) -> None:
     fleet("schedule", "show", "systemd", "--to", units)
     assert {p.name for p in units.iterdir()} == {
         "incbak-backup.service", "incbak-backup.timer", "incbak-serve-web1.service", "incbak-watch-web2.service",
-        "incbak-serve-web1-nbd.socket", "incbak-serve-web1-monitor.socket",
+        "incbak-serve-web1-nbd.socket", "incbak-serve-web1-monitor.socket", "incbak-drill.service",
+        "incbak-drill.timer",
     }  # fmt: skip
     need("systemd-analyze")
     ran = subprocess.run(
@@ -360,7 +361,7 @@ def test_systemd_units_run_what_they_say(fleet: Fleet) -> None:
     assert argv[1:] == ["serve", "--name", "web1", "--state-dir", str(fleet.state),
                         f"vda={fleet.root}/with $ and % and space.raw"]  # fmt: skip
     assert "Persistent=yes" in (units / "incbak-backup.timer").read_text()
-    assert fleet("schedule", "show", "systemd").out.count("[Service]") == 3
+    assert fleet("schedule", "show", "systemd").out.count("[Service]") == 4
 
 
 def test_cron_lines_run_what_they_say(fleet: Fleet) -> None:
