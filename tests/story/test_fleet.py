@@ -368,9 +368,10 @@ def test_cron_lines_run_what_they_say(fleet: Fleet) -> None:
     fleet.write(TWO)
     lines = [x for x in fleet("schedule", "show", "cron").out.splitlines() if not x.startswith("#")]
     fleet("full", "--all")
-    backup, look = [line.split(None, 6)[6] for line in lines]
+    commands = [line.split(None, 6)[6] for line in lines]
+    assert len(commands) == 3
     env = {**os.environ, **fleet.environment()}
-    for command in (backup, look):
+    for command in commands:
         done = subprocess.run(
             ["/bin/sh", "-c", command], env=env, capture_output=True, text=True, timeout=60, check=False
         )
