@@ -25,6 +25,8 @@ CACHE = 64 << 20
 AHEAD = 1 << 20
 """Bytes read beyond a request that goes on where an earlier one ended."""
 _ENDS = 16
+_FIRST_WINDOW, _LARGEST_WINDOW = 64, 1 << 14
+"""Clusters whose digests are looked at in one step."""
 
 
 class BackupImage:
@@ -60,17 +62,32 @@ class BackupImage:
                 part[:] = content[at - start : stop - start]
 
     def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:
-        """The range in stretches of zeroes and of data, by the tree alone."""
+        """The range in stretches of zeroes and of data, by the tree alone; neighbours differ.
+
+        It is looked at in windows that grow, since many clients want to know of the first stretch only.
+        """
         end = offset + length
+        start, was = offset, None
+        for zero, upto in self._runs(offset, end):
+            if was is not None and zero != was:
+                yield StatusExtent(start, offset - start, zero=was, hole=was)
+                start = offset
+            was, offset = zero, upto
+        if was is not None:
+            yield StatusExtent(start, end - start, zero=was, hole=was)
+
+    def _runs(self, offset: int, end: int) -> Iterator[tuple[bool, int]]:
+        """(zero, where it ends) of each run in each window."""
+        window = _FIRST_WINDOW
         while offset < end:
             first = offset // self._cluster
-            count = min(-(-end // self._cluster) - first, 1 << 14)
+            count = min(-(-end // self._cluster) - first, window)
+            window = min(2 * window, _LARGEST_WINDOW)
             zero = self._zeroes(first, count)
             edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), count]
             for start, stop in pairwise(edges):
-                upto = min((first + stop) * self._cluster, end)
-                yield StatusExtent(offset, upto - offset, zero=bool(zero[start]), hole=bool(zero[start]))
-                offset = upto
+                offset = min((first + stop) * self._cluster, end)
+                yield bool(zero[start]), offset
 
     def _digests(self, first: int, count: int) -> list[bytes]:
         try:

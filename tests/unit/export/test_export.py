@@ -54,6 +54,27 @@ def test_the_map_says_what_is_zero(made: BackupImage) -> None:
     assert [(e.offset, e.length) for e in made.extents(CLUSTER + 5, 10)] == [(CLUSTER + 5, 10)]
 
 
+@pytest.mark.parametrize("window", [1, 2, 64])
+def test_the_map_is_looked_at_in_windows_that_grow(
+    made: BackupImage, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever wants the first stretch only does not pay for the rest; the stretches are the same whatever the windows."""
+    whole = list(made.extents(0, len(WANTED)))
+    assert all(a.zero is not b.zero for a, b in pairwise(whole))
+    looked: list[int] = []
+    zeroes = made._zeroes
+
+    def counted(first: int, count: int) -> object:
+        looked.append(count)
+        return zeroes(first, count)
+
+    monkeypatch.setattr(module, "_FIRST_WINDOW", window)
+    monkeypatch.setattr(made, "_zeroes", counted)
+    assert next(made.extents(0, len(WANTED))) == whole[0]
+    assert sum(looked) <= 3 * window
+    assert list(made.extents(0, len(WANTED))) == whole
+
+
 def test_a_sequential_reader_finds_what_was_read_ahead(made: BackupImage, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     fetch = made._fetch
