@@ -58,7 +58,7 @@ def test_the_map_says_what_is_zero(made: BackupImage) -> None:
 def test_the_map_is_looked_at_in_windows_that_grow(
     made: BackupImage, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever wants the first stretch only does not pay for the rest; the stretches are the same whatever the windows."""
+    """Whoever wants the first stretch only does not pay for the rest; the stretches are always the same."""
     whole = list(made.extents(0, len(WANTED)))
     assert all(a.zero is not b.zero for a, b in pairwise(whole))
     looked: list[int] = []
