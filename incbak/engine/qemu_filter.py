@@ -53,6 +53,7 @@ _CLOSE_TO_FULL = 1 << 20
 _SNDBUFFORCE = 32  # SO_SNDBUFFORCE of Linux
 _CREATE_SECONDS = 60.0
 _WINDOW_COMMAND = 3.0
+_LET_GO_SECONDS = 3.0
 
 
 def in_flight(room: int | None) -> dict[str, int]:
@@ -258,12 +259,18 @@ class DiskFilter:
 
     async def _remove(self, letter: str, left: list[str]) -> None:
         node = self.ident + letter
-        if node in self.nodes:
+        deadline = asyncio.get_running_loop().time() + _LET_GO_SECONDS
+        while node in self.nodes:
             try:
                 await self.session.execute("blockdev-del", {"node-name": node})
                 self.nodes.remove(node)
             except CommandFailed as e:
-                left.append(f"node {node}: {e}")
+                if asyncio.get_running_loop().time() > deadline:
+                    left.append(f"node {node}: {e}")
+                    return
+                await asyncio.sleep(
+                    0.05
+                )  # what was above it may have requests in flight still, and holds it until then
 
     def close(self) -> None:
         """Let go of the scratch file and the socket."""

@@ -4,6 +4,9 @@ A job that ends changes the block graph. If that happens inside somebody's drain
 7.2 with an I/O thread aborts or hangs (measured: two disks, targets cut off during ``system_reset``). So a job that is
 done waits for ``job-finalize``, and one that meets an error pauses until it is cancelled: both are commands, and no
 command runs inside a drain.
+
+That it met one is told by its event, and by its ``io-status``; but ``cont``, by anybody, sets that to ``ok`` again, and
+the job stays paused. So the event counts, also when it was heard late.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class CopyJob:
         done, whole = job["current-progress"], job["total-progress"]
         progress(self._disk, done, whole)
         status = job["status"]
+        self._hear(self._events.clear())
         try:
             if status == "concluded":
                 await self._session.execute("job-dismiss", {"id": self._ident})
@@ -66,8 +70,7 @@ class CopyJob:
                 return DiskResult(done, error)
             if status == "pending":
                 await self._session.execute("job-finalize", {"id": self._ident})
-            elif await self._paused_by_error():
-                self._hear(self._events.clear())
+            elif self._error or await self._paused_by_error():
                 self._error = self._error or "an I/O error"
                 await self._session.execute("job-cancel", {"id": self._ident})
         except CommandFailed:

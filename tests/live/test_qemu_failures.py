@@ -45,7 +45,19 @@ class Vm:
 
     def copying(self) -> bool:
         """Whether a backup job is there."""
-        return any(j["id"].startswith("incbak-") for j in self.guest.qmp("query-jobs"))
+        return any(j["device"].startswith("incbak-") for j in self.guest.qmp("query-block-jobs"))
+
+    def waiting(self) -> bool:
+        """Whether the job does not get on."""
+        offsets = []
+        for _ in range(2):
+            offsets += [j["offset"] for j in self.guest.qmp("query-block-jobs")]
+            time.sleep(1)
+        return len(offsets) == 2 and offsets[0] == offsets[1]
+
+    def io_status(self) -> list[str]:
+        """Of each job."""
+        return [j["io-status"] for j in self.guest.qmp("query-block-jobs")]
 
     def good_again(self) -> None:
         """The guest goes on, the next incremental is one, holds everything, and leaves nothing behind."""
@@ -119,16 +131,22 @@ def test_a_runner_that_is_stopped_stalls_nothing(vm: Vm) -> None:
 
 
 def test_a_runner_that_is_stopped_for_long_is_cut_off(vm: Vm) -> None:
-    """So that nothing that drains QEMU's disks has to wait for it: a stop, a reset."""
+    """So that nothing that drains QEMU's disks has to wait for it: a stop, a reset.
+
+    Somebody's ``cont`` makes QEMU forget that the job has met an error, before the runner could ask.
+    """
     if not vm.iothread:
         return  # one of the two is enough
     process = vm.start()
     eventually(vm.copying, 20, "a job")
     process.send_signal(signal.SIGSTOP)
+    eventually(vm.waiting, 20, "the job waits for answers")
     begun = time.monotonic()
     vm.guest.qmp("stop", 40)
     assert time.monotonic() - begun < 25
+    eventually(lambda: vm.io_status() == ["failed"], 20, "the job has met the error")
     vm.guest.qmp("cont")
+    assert vm.io_status() == ["ok"]
     process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
