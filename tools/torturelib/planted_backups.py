@@ -342,4 +342,14 @@ _BACKUP = (
     ),
 )
 
-FAULTS = (*_REPO, *_BACKUP)
+_QEMU = (
+    Fault(
+        "qemu-error-hidden-by-cont",
+        "incbak/engine/qemu_jobs.py",
+        "            elif self._error or await self._paused_by_error():\n",
+        "            elif await self._paused_by_error():\n",
+        unit("engine/test_qemu_jobs", "test_a_job_that_met_an_error_is_ended"),
+    ),
+)
+
+FAULTS = (*_REPO, *_BACKUP, *_QEMU)
