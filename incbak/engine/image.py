@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ class ImageEngine(Engine):
         (plan,) = plans
         new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._disk.fingerprint())
         self._bitmaps[plan.new_bitmap] = new
-        stop = asyncio.Event()
+        stop = threading.Event()
         copy = asyncio.to_thread(self._copy, plan, targets[self._name], progress, stop)
         try:
             return RunResult({self._name: await asyncio.shield(task := asyncio.ensure_future(copy))})
@@ -86,7 +87,7 @@ class ImageEngine(Engine):
             await asyncio.wait([task])
             raise
 
-    def _copy(self, plan: DiskPlan, target: Target, progress: ProgressCallback, stop: asyncio.Event) -> DiskResult:
+    def _copy(self, plan: DiskPlan, target: Target, progress: ProgressCallback, stop: threading.Event) -> DiskResult:
         size = self._disk.size
         wanted = self._bitmaps[plan.base_bitmap].extents() if plan.base_bitmap else [Extent(0, size)]
         whole, done, read, begun = total(wanted), 0, 0, time.monotonic()
@@ -101,7 +102,7 @@ class ImageEngine(Engine):
                     self._disk.read_into(buf, extent.offset)
                     target.write(extent.offset, buf, owned=True)
                     read += extent.length
-                    self._slow_down(read, begun)
+                    self._slow_down(read, begun, stop)
                 done += extent.length
                 progress(self._name, done, whole)
             target.flush()
@@ -112,9 +113,10 @@ class ImageEngine(Engine):
             return DiskResult(done, str(e))
         return DiskResult(done)
 
-    def _slow_down(self, read: int, begun: float) -> None:
+    def _slow_down(self, read: int, begun: float, stop: threading.Event) -> None:
+        """An interrupt ends the waiting, however slow it is to be."""
         if self._speed:
-            time.sleep(max(read / self._speed - (time.monotonic() - begun), 0))
+            stop.wait(max(read / self._speed - (time.monotonic() - begun), 0))
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:

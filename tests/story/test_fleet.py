@@ -146,7 +146,7 @@ def test_a_backup_prunes_by_the_rules_of_its_vm(fleet: Fleet) -> None:
 
 def test_a_signal_ends_all_of_them(fleet: Fleet) -> None:
     fleet.write(TWO)
-    process = fleet.popen("full", "--all", "--speed-limit", "100k")
+    process = fleet.popen("full", "--all", "--speed-limit", "10k")  # which would take minutes
     eventually(lambda: len(_children(process.pid)) == 2, 60, "two runs")
     children = _children(process.pid)
     process.send_signal(signal.SIGTERM)
