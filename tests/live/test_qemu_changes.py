@@ -154,7 +154,7 @@ def test_a_vm_never_stays_stopped(vm: Vm, killed: bool) -> None:
     begun = time.monotonic()
     if killed:
         process.send_signal(signal.SIGKILL)
-    eventually(lambda: running(vm.guest), 4.5 if killed else 12.0, "the VM runs again")
+    eventually(lambda: running(vm.guest), 2.0 if killed else 12.0, "the VM runs again")
     assert killed or time.monotonic() - begun > 5
     process.kill()
     process.communicate()

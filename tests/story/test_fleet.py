@@ -150,7 +150,7 @@ def test_a_signal_ends_all_of_them(fleet: Fleet) -> None:
     eventually(lambda: len(_children(process.pid)) == 2, 60, "two runs")
     children = _children(process.pid)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=30)
     assert process.returncode == 130
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     fleet("full", "--all")

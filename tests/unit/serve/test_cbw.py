@@ -248,7 +248,7 @@ def test_a_stalled_scratch_holds_no_guest_write_longer_than_the_bound(
         hold.wait(20)
         return real(fd, data, offset)
 
-    rig = rigs(_filled(), memory=4 * GRAIN, timeout=2.0)
+    rig = rigs(_filled(), memory=4 * GRAIN, timeout=0.5)
     monkeypatch.setattr(os, "pwrite", stalled)
     took = []
     for cluster in (0, 1, 2, 3, 5, 6, 7):
@@ -256,9 +256,9 @@ def test_a_stalled_scratch_holds_no_guest_write_longer_than_the_bound(
         rig.guest(cluster * GRAIN, b"new")
         took.append(time.monotonic() - began)
     hold.set()
-    assert max(took[:4]) < 1.6
-    assert 1.6 < max(took) < 10
-    assert sum(t > 1.6 for t in took) == 1, "once broken, nobody waits any more"
+    assert max(took[:4]) < 0.4
+    assert 0.4 < max(took) < 2
+    assert sum(t > 0.4 for t in took) == 1, "once broken, nobody waits any more"
     assert rig.copy.broken
     assert rig.copy.broken.errno == errno.ETIMEDOUT
 
@@ -270,7 +270,7 @@ def test_a_stalled_read_of_the_job_holds_a_guest_write_no_longer_than_the_bound(
     assert run
     began = time.monotonic()
     rig.guest(0, b"new")
-    assert 0.3 < time.monotonic() - began < 10
+    assert 0.3 < time.monotonic() - began < 2
     with pytest.raises(BrokenError):
         rig.copy.done(run)
 
