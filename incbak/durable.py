@@ -10,8 +10,8 @@ The write order of :func:`write_new`, which is the proof that a file is there wh
 
 **Crash points.** Each step calls :func:`crash_point` with a name. ``INCBAK_CRASH_AT=NAME`` or ``NAME:N`` kills the
 process with SIGKILL at the N-th time it comes by; ``INCBAK_FAULT_AT=NAME:N:ERRNO`` makes that step fail instead, and
-``NAME:N+:ERRNO`` from then on. Both cost one test of a module variable when they are not set. `POINTS` lists the names
-that have been declared, for the campaigns that try them all.
+``NAME:N+:ERRNO`` from then on. The name ``*`` stands for every step. Both cost one test of a module variable when they
+are not set. `POINTS` lists the names that have been declared, for the campaigns that try them all.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from incbak.errors import DurabilityError
 
 POINTS: dict[str, int] = {}
 """Crash points by name, with their numbers in order of declaration."""
+
+ANY = "*"
+"""Stands for every crash point in what :func:`arm` is given."""
 
 _lock = threading.Lock()
 _crash: tuple[str, int] | None = None
@@ -63,12 +66,19 @@ def crash_point(name: str) -> None:
     _strike(name)
 
 
+def passed() -> int:
+    """Crash points passed since :func:`arm` set one."""
+    return _seen.get(ANY, 0)
+
+
 def _strike(name: str) -> None:
     with _lock:
-        _seen[name] = count = _seen.get(name, 0) + 1
-    if _crash == (name, count):
+        _seen[name] = _seen.get(name, 0) + 1
+        _seen[ANY] = _seen.get(ANY, 0) + 1
+        seen = {name: _seen[name], ANY: _seen[ANY]}
+    if _crash and seen.get(_crash[0]) == _crash[1]:
         os.kill(os.getpid(), signal.SIGKILL)
-    if _fault and _fault[0] == name and (count == _fault[1] or (_fault[2] and count > _fault[1])):
+    if _fault and (count := seen.get(_fault[0], 0)) and (count == _fault[1] or (_fault[2] and count > _fault[1])):
         raise OSError(_fault[3], os.strerror(_fault[3]), f"(injected at {name})")
 
 

@@ -143,3 +143,18 @@ def test_a_sync_that_fails_is_named(tmp_path: Path) -> None:
         durable.sync_file(write_end, "the thing")
     os.close(read_end)
     os.close(write_end)
+
+
+def test_any_step_can_be_struck_by_its_number(tmp_path: Path) -> None:
+    """``*`` counts every step; `passed` says how many there were."""
+    durable.arm("*:0")
+    durable.write_new(tmp_path / "a", [b"x"])
+    steps = durable.passed()
+    assert steps >= len(WRITE_STEPS)
+    for number in range(1, steps + 1):
+        durable.arm(fault_at=f"*:{number}:EIO")
+        with pytest.raises((DurabilityError, OSError), match="Input/output error"):
+            durable.write_new(tmp_path / f"b{number}", [b"x"])
+        assert durable.passed() == number
+    durable.arm(fault_at=f"*:{steps + 1}:EIO")
+    durable.write_new(tmp_path / "c", [b"x"])

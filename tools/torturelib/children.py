@@ -44,6 +44,12 @@ class Child:
                 self.status = os.waitstatus_to_exitcode(raw)
         return self.status
 
+    @property
+    def steps(self) -> int:
+        """Crash points it passed; 0 when it was killed, or nothing was armed."""
+        counted = self.out.with_suffix(".steps")
+        return int(counted.read_text()) if counted.exists() else 0
+
     def wait(self, deadline: float = DEADLINE) -> int:
         """The exit status; a command that hangs is killed and raises `TimeoutError`."""
         end = time.monotonic() + deadline
@@ -65,7 +71,7 @@ class Child:
 def spawn(argv: list[str], log: Path, *, crash_at: str | None = None, fault_at: str | None = None) -> Child:
     """Start ``incbak argv`` with crash points armed; its output goes to ``log.out`` and ``log.err``."""
     child = Child(0, argv, log.with_suffix(".out"), log.with_suffix(".err"))
-    for old in (child.out, child.err):
+    for old in (child.out, child.err, child.out.with_suffix(".steps")):
         old.unlink(missing_ok=True)
     child.pid = os.fork()
     if child.pid == 0:
@@ -93,4 +99,5 @@ def _become(child: Child, prepare: Callable[[], None]) -> NoReturn:
         with suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
+            child.out.with_suffix(".steps").write_text(str(durable.passed()))
         os._exit(status)

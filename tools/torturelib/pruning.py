@@ -17,6 +17,8 @@ from torturelib.world import LostError, World
 
 TRACEBACK = "Traceback (most recent call last)"
 _POINTS = ("prune.", "prune.", "prune.", "durable.", "repo.")
+TRIES = 4
+"""Prunes in a row, of which one is to meet its end."""
 _ALLOWED = (0, 1, 11)
 """Exit codes of a prune: done, a write failed, a backup was running."""
 
@@ -33,7 +35,9 @@ def prune_round(world: World) -> None:
     low = world.model.acknowledged
     beside = _beside(world) if rng.random() < 0.4 else None
     for _ in range(rng.choice((1, 2))):
-        _hurt(world, beside is not None)
+        for _ in range(TRIES):
+            if _hurt(world, beside is not None):
+                break
     if beside:
         _ended(world, beside)
         world.new_backups(low, len(world.model.writes))
@@ -67,28 +71,29 @@ def _beside(world: World) -> Child:
     return runner
 
 
-def _hurt(world: World, accompanied: bool) -> None:
-    """A prune that is killed, that meets failing storage, or that nothing happens to."""
+def _hurt(world: World, accompanied: bool) -> bool:
+    """A prune that is to be killed, that meets failing storage, or that nothing happens to; whether it was killed."""
     rng = world.rng
     point = f"{rng.choice(_points(rng))}:{rng.choice((1, 1, 1, 1, 1, 2))}"
-    how = rng.choice(("point", "point", "point", "point", "kill", "kill", "fault", "nothing"))
+    how = rng.choice(("point", "point", "step", "step", "kill", "kill", "fault", "nothing"))
     code = rng.choice(("ENOSPC", "EIO"))
     child = world.spawn(
         "-q",
         "prune",
         *_rules(rng),
         *("--lock-wait", rng.choice(("0", "200ms"))),
-        crash_at=point if how == "point" else None,
+        crash_at={"point": point, "step": world.step("prune")}.get(how),
         fault_at=f"{point}{rng.choice(('', '+'))}:{code}" if how == "fault" else None,
         log="prune",
     )
     if how == "kill":
-        time.sleep(0.05 * rng.random())
+        time.sleep(world.moment("prune"))
         if child.poll() is None:
             child.kill()
     status = child.wait()
+    killed = status == -signal.SIGKILL and how in ("point", "step", "kill")
     said = child.err.read_text() if child.err.exists() else ""
-    if status == -signal.SIGKILL and how in ("point", "kill"):
+    if killed:
         world.outcomes.add("kills of prune")
     elif TRACEBACK in said or "internal error" in said or status not in _ALLOWED:
         raise LostError(f"a prune exited {status}: {said[-1500:]}")
@@ -97,6 +102,7 @@ def _hurt(world: World, accompanied: bool) -> None:
     else:
         world.outcomes.add("prunes with a backup beside them" if status == 11 else "prunes to their end")
     _forget(world)
+    return killed
 
 
 def _points(rng: Random) -> list[str]:

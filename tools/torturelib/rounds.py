@@ -92,11 +92,13 @@ def runner_round(world: World) -> None:
     rng = world.rng
     if world.serve is None:
         world.start()
-    crash = _point(rng, "runner.", "repo.", "durable.", "backup.") if rng.random() < 0.5 else None
+    crash = rng.choice(
+        (None, None, world.step("incremental"), _point(rng, "runner.", "repo.", "durable.", "backup."))
+    )
     low = world.model.acknowledged
     kind = rng.choice(("full", "incremental", "incremental", "incremental"))
     runner = world.spawn("-q", kind, f"qmp:{world.monitor}", crash_at=crash, log="runner")
-    kill_at = time.monotonic() + (2.0 if crash else 0.1 * rng.random())
+    kill_at = time.monotonic() + (2.0 if crash else world.moment("incremental"))
     while runner.poll() is None and time.monotonic() < kill_at:
         if not world.write():
             raise LostError("a guest write failed while a runner was killed")
@@ -122,10 +124,10 @@ def restore_round(world: World) -> None:
     ident = rng.choice(sorted(world.backups))
     target = world.root / "killed.raw"
     target.unlink(missing_ok=True)
-    crash = _point(rng, "restore.", "durable.") if rng.random() < 0.4 else None
+    crash = rng.choice((None, None, world.step("restore"), _point(rng, "restore.", "durable.")))
     child = world.spawn("-q", "restore", ident, str(target), crash_at=crash, log="restore")
     if not crash:
-        time.sleep(0.06 * rng.random())
+        time.sleep(world.moment("restore"))
         if child.poll() is None:
             child.kill()
     killed = child.wait() == -signal.SIGKILL

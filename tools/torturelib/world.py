@@ -9,16 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from incbak import durable
 from incbak.errors import IncbakError
 from incbak.nbd.client import NbdClient
 from torturelib.children import Child, spawn
 from torturelib.model import Model, State, Write, apply, difference, random_write, read_state
 
 CLUSTER = 65536
+COUNT_ONLY = f"{durable.ANY}:0"
+"""Arms nothing, but has a command count its crash points."""
 
 
 class LostError(Exception):
     """Something that was acknowledged or backed up is not what it must be."""
+
+
+def _verb(argv: tuple[str, ...]) -> str:
+    return next(word for word in argv if not word.startswith("-"))
 
 
 @dataclass
@@ -48,6 +55,8 @@ class World:
         self.model = Model(rng.choice((160 << 20, (130 << 20) + 512, (200 << 20) + 37)))
         self.backups: dict[str, State] = {}
         self.number = 0
+        self.undisturbed: dict[str, tuple[float, int]] = {}
+        """Seconds that the last whole run of each command took, and the crash points that it passed."""
         self.serve: Child | None = None
         self.client: NbdClient | None = None
         root.mkdir(parents=True)
@@ -65,10 +74,20 @@ class World:
 
     def command(self, *argv: str) -> str:
         """A command that must succeed; its stdout."""
-        child = self.spawn(*argv)
+        began = time.monotonic()
+        child = self.spawn(*argv, crash_at=COUNT_ONLY)
         if child.wait() != 0:
             raise LostError(f"incbak {' '.join(argv)} exited {child.status}: {child.err.read_text()[-500:]}")
+        self.undisturbed[_verb(argv)] = time.monotonic() - began, child.steps
         return child.out.read_text()
+
+    def moment(self, verb: str) -> float:
+        """A random time, in seconds, in which a run of ``verb`` is likely still going on, however fast the machine."""
+        return self.rng.random() * self.undisturbed.get(verb, (0.05, 0))[0]
+
+    def step(self, verb: str) -> str:
+        """Any of the crash points that the last undisturbed run of ``verb`` passed, in the form that arms it."""
+        return f"{durable.ANY}:{self.rng.randint(1, max(self.undisturbed.get(verb, (0, 0))[1], 1))}"
 
     # -- the guest ------------------------------------------------------------------------------------------------
 
