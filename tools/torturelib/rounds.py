@@ -92,9 +92,7 @@ def runner_round(world: World) -> None:
     rng = world.rng
     if world.serve is None:
         world.start()
-    crash = rng.choice(
-        (None, None, world.step("incremental"), _point(rng, "runner.", "repo.", "durable.", "backup."))
-    )
+    crash = rng.choice((None, None, world.step("incremental"), _point(rng, "runner.", "repo.", "durable.", "backup.")))
     low = world.model.acknowledged
     kind = rng.choice(("full", "incremental", "incremental", "incremental"))
     runner = world.spawn("-q", kind, f"qmp:{world.monitor}", crash_at=crash, log="runner")
