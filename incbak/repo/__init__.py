@@ -10,6 +10,7 @@
     pins/ID         empty: the backup of that id is never pruned                                       `pins`
     condemned/ID    packs that nothing needs, and since when; they go when the grace is over            `condemned`
     verified/ID     when each pack was last read whole; a check goes on from there                      `verified`
+    needs/ID        what the backups need, as the last prune counted it; it may be gone at any time     `needs`
     drills/ID       how the last drills of each VM went                                                 `drills`
     keys/ID         of an encrypted repository: its master key, wrapped by a passphrase                `keys`
     locks/NAME      empty files to lock                                                                `storage`
@@ -70,10 +71,10 @@ prune           yes (7)         yes (8)         yes (9)         no (5)          
 6. The new index is durable before the old files go. A reader that opens the index in between has both. A check that
    looks at a single old file in this moment finds it gone and passes it over.
 7. ``content.lock``: a backup holds it shared from before it looks at anything until after its commit; packs are
-   condemned while a prune holds it exclusively, for milliseconds, and all listed backups are marked. So what a backup
-   has found there and builds on cannot be condemned before it has committed or died, and then it is marked or nobody's.
-   What is condemned already it does not build on; its base, too, was marked, or made by such a run. A prune never
-   queues for the lock, and a backup waits some seconds for it, so neither holds up the other; the prune gives up
+   condemned while a prune holds it exclusively, for milliseconds, and all listed backups are counted. So what a backup
+   has found there and builds on cannot be condemned before it has committed or died, and then it is counted, or
+   nobody's. What is condemned already it does not build on; its base, too, was counted, or made by such a run. A prune
+   never queues for the lock, and a backup waits some seconds for it, so neither holds up the other; the prune gives up
    instead (exit 11).
    Its base may be removed while it runs: it has its own tree, and shares content, not records. The next incremental of
    a disk whose bitmap counts from a backup that was pruned reads everything (``base-missing``), and the run's cleanup

@@ -13,7 +13,6 @@ may stand in more than one. Names are random; files are immutable; one that vani
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from incbak.errors import DamagedError, FormatTooNewError
 from incbak.repo.condemned import Condemned, read_condemned
 from incbak.repo.pack import ENTRY, Entries
 from incbak.repo.seal import PLAIN, Seal
+from incbak.repo.spool import let_go
 from incbak.repo.storage.base import Storage
 
 VERSION = 1
@@ -46,6 +46,8 @@ PLACE = np.dtype(
 VERIFY_UP_TO = 64 << 20
 """Files up to this size are verified when they are opened; larger ones by `check` only, since blobs verify anyway."""
 _LARGE = 1 << 20
+_FEWER = 16
+"""So many times more rows than keys are searched, rather than gone through."""
 SORTED = 1 << 12
 """Digests from which on it pays to look them up in their order."""
 
@@ -107,8 +109,8 @@ class IndexFile:
 
     def let_go(self) -> None:
         """Of what was read of a large file nothing need stay in this process; the system may keep it."""
-        if isinstance(self._data, np.memmap) and len(self._data) > _LARGE:
-            self._data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        if len(self._data) > _LARGE:
+            let_go(self._data)
 
     def only_packs(self, there: dict[str, int], condemned: Condemned) -> None:
         """Believe only in packs that exist with their size: others hold nothing to build on (faults rows 24, 25).
@@ -139,6 +141,22 @@ class IndexFile:
             at[open_] += 1
             open_ = open_[at[open_] < len(self.keys)]
         return rows
+
+    def matches(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows, in any pack, whose digest begins as one of ``keys`` says, and as which; these sorted, each once."""
+        if not len(keys):
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        first = int(np.searchsorted(self.keys, keys[0], "left"))
+        end = int(np.searchsorted(self.keys, keys[-1], "right"))
+        if end - first < _FEWER * len(keys):
+            ours = self.keys[first:end]
+            at = np.searchsorted(keys, ours)
+            hit = np.flatnonzero(keys[at] == ours)
+            return first + hit, at[hit]
+        starts, ends = np.searchsorted(self.keys, keys, "left"), np.searchsorted(self.keys, keys, "right")
+        counts = ends - starts
+        which = np.repeat(np.arange(len(keys)), counts)
+        return starts[which] + np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts), which
 
     def rows(self, digest: bytes, key: int) -> Iterator[int]:
         """Every row of one digest: a file that was merged or made anew may have copies in several packs."""

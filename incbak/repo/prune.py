@@ -2,7 +2,8 @@
 
 The order, which is what makes it safe beside everything else:
 
-1. what the backups that stay need is marked (`marks`). Where anything of that cannot be read, or a record cannot,
+1. what the backups that stay need is counted (`needs`), going on from what the last prune kept. Where a record cannot
+   be read, or anything that is counted for the first time, or that one which stays has in the place of what goes,
    nothing is removed at all: a prune must not turn damage into loss;
 2. records go, pinned ones looked at again under ``pins.lock`` (`pins`). Content that only they needed is garbage now;
 3. packs that an earlier prune condemned, longer than the grace ago, are removed: first the packs, which needs no space,
@@ -12,13 +13,15 @@ The order, which is what makes it safe beside everything else:
 5. of those that are mostly garbage what is needed is copied into new packs, verified, durable and indexed; then they
    are condemned too;
 
+6. what was counted is kept for the next prune. Killed before, the next one counts from an older state, or anew.
+
 With a grace of nothing, 3 follows 4 and 5 at once: on a full disk 5 has room only then.
 
 **Why no backup can need a condemned pack.** A run holds ``content.lock`` shared from before it reads a record or the
 index until after its commit. Packs are condemned while a prune holds that lock exclusively: so at a moment when no run
-is under way, when all listed backups are marked (those that were committed since are marked first, without the lock),
+is under way, when all listed backups are counted (those that were committed since are counted first, without the lock),
 and none needs the pack. A run that begins later knows the pack as condemned and stores the content anew; what it takes
-over from its base is in none either, since the base was marked, or was made by such a run itself. So a condemned pack
+over from its base is in none either, since the base was counted, or was made by such a run itself. So a condemned pack
 can be removed at any time, beside anything; the grace is for readers of pruned backups only.
 
 The lock is held for a listing and one small file. It is tried again and again, never queued for, so a backup waits for
@@ -36,16 +39,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from incbak import durable
-from incbak.errors import DamagedError, IncbakError, LockedError, UsageError
-from incbak.events import Progress, Reporter, Warned, silent
+from incbak.errors import DamagedError, DurabilityError, IncbakError, LockedError, UsageError
+from incbak.events import Reporter, Warned, silent
 from incbak.repo import pack
 from incbak.repo.condemned import condemn, read_condemned
+from incbak.repo.good import last_good
 from incbak.repo.ids import is_id
 from incbak.repo.index import Digests
-from incbak.repo.marks import Marks
 from incbak.repo.merge import drop_packs
+from incbak.repo.needs import Needs
 from incbak.repo.pins import pins_held, read_pins
-from incbak.repo.record import Record
 from incbak.repo.repack import Repacker
 from incbak.repo.repository import CONTENT_LOCK, REPOSITORY_LOCK, Repository
 from incbak.repo.retention import Decision, Policy, plan
@@ -53,7 +56,7 @@ from incbak.repo.retention import Decision, Policy, plan
 PRUNE_LOCK = "prune.lock"
 
 durable.declare(
-    "prune.marked",
+    "prune.counted",
     "prune.records-removed",
     "prune.packs-removed",
     "prune.index-done",
@@ -94,8 +97,12 @@ Rules = Policy | Mapping[str, Policy]
 """One policy for every VM, or those of some by name: the others lose nothing."""
 
 
-def decide(repo: Repository, rules: Rules, vm: str | None, marks: Marks) -> list[Decision]:
-    """What stays of the backups of ``vm``, or of each VM, and why; the good ones are marked as they are found.
+_ANY = ("",)
+"""In the place of good backups, where they do not matter."""
+
+
+def decide(repo: Repository, rules: Rules, vm: str | None) -> tuple[list[Decision], list[DamagedError]]:
+    """What stays of the backups of ``vm``, or of each VM, and why; and what was found wrong with any that stays.
 
     Raises `UsageError` for a policy that keeps nothing, and for a VM without backups.
     """
@@ -105,33 +112,21 @@ def decide(repo: Repository, rules: Rules, vm: str | None, marks: Marks) -> list
     if vm is not None and not records:
         raise UsageError(f"there is no backup of {vm} in the repository", hint="See: incbak list")
     pins, noted = read_pins(repo.storage), repo.damage().backups
-    decisions = []
+    decisions: list[Decision] = []
+    broken: dict[str, DamagedError] = {}
     for each in dict.fromkeys(r.vm for r in records):
         of_vm = [r for r in records if r.vm == each]
         if policy := rules if isinstance(rules, Policy) else rules.get(each):
-            decisions += plan(of_vm, policy, pins, _last_good(of_vm, noted, marks))
-    return decisions
-
-
-def _last_good(records: list[Record], noted: Collection[str], marks: Marks) -> list[str]:
-    """The newest that verifies structurally and that no check has noted as damaged; back to one that has all disks."""
-    found: list[Record] = []
-    for record in reversed(records):
-        if record.id in noted or (found and record.incomplete):
-            continue
-        try:
-            marks.mark(record)
-        except DamagedError:
-            continue
-        found.append(record)
-        if not record.incomplete:
-            break
-    return [r.id for r in found]
+            going = [d.record for d in plan(of_vm, policy, pins, _ANY) if not d.keep]
+            good, wrong = last_good(repo, of_vm, noted, going)
+            decisions += plan(of_vm, policy, pins, good)
+            broken |= wrong
+    return decisions, [broken[d.record.id] for d in decisions if d.keep and d.record.id in broken]
 
 
 def dry_run(repo: Repository, rules: Rules, vm: str | None) -> Outcome:
     """What `prune` would do with the backups; changes nothing and needs no lock."""
-    return Outcome(decide(repo, rules, vm, Marks(repo)), unreadable=dict(repo.unreadable))
+    return Outcome(decide(repo, rules, vm)[0], unreadable=dict(repo.unreadable))
 
 
 def prune(
@@ -161,11 +156,11 @@ class _Prune:
     def run(self, rules: Rules, vm: str | None) -> Outcome:
         self._storage.sweep()
         self._forget_unknown()
-        self._marks = Marks(self._repo)
-        self._repacker = Repacker(self._repo, self._marks)
-        decisions = decide(self._repo, rules, vm, self._marks)
-        self._mark_the_rest({d.record.id for d in decisions if not d.keep})
-        durable.crash_point("prune.marked")
+        decisions, broken = decide(self._repo, rules, vm)
+        self._needs = Needs(self._repo, self._report)
+        self._repacker = Repacker(self._repo, self._needs)
+        self._count_the_rest({d.record.id for d in decisions if not d.keep}, broken)
+        durable.crash_point("prune.counted")
         done = Outcome(self._remove_records(decisions))
         durable.crash_point("prune.records-removed")
         try:
@@ -180,6 +175,7 @@ class _Prune:
             self._expire(done)
         except IncbakError as e:
             done.trouble = e
+        self._keep()
         there = self._storage.list("packs")
         done.waiting = sum(there.get(p, 0) for p in read_condemned(self._storage).packs)
         durable.crash_point("prune.done")
@@ -191,7 +187,13 @@ class _Prune:
             self._report(Warned(f"{why}; it is removed, and its packs are judged anew"))
             self._storage.remove("condemned", name)
 
-    def _mark_the_rest(self, going: set[str]) -> None:
+    def _keep(self) -> None:
+        try:
+            self._needs.save()
+        except DurabilityError as e:
+            self._report(Warned(f"the next prune has to count anew what is needed: {e}"))
+
+    def _count_the_rest(self, going: set[str], broken: list[DamagedError]) -> None:
         """Raises `DamagedError` where it cannot be known what the backups that stay need."""
         repo = self._repo
         repo.index.refresh()
@@ -203,13 +205,12 @@ class _Prune:
             what = "; ".join(repo.unreadable.values())
             hint = "Nobody knows what they need. Run: incbak check; a record given up for good can be moved elsewhere."
             raise DamagedError(f"{len(repo.unreadable)} records cannot be read, nothing was removed: {what}", hint=hint)
-        for number, record in enumerate(records):
-            self._report(Progress("", number, len(records), "looking through", "backups"))
-            if record.id not in going:
-                try:
-                    self._marks.mark(record)
-                except DamagedError as e:
-                    raise DamagedError(f"nothing was removed: {e}", hint=e.hint) from e
+        try:
+            for error in broken:
+                raise error
+            self._needs.count([r for r in records if r.id not in going])
+        except DamagedError as e:
+            raise DamagedError(f"nothing was removed: {e}", hint=e.hint) from e
 
     def _remove_records(self, decisions: list[Decision]) -> list[Decision]:
         """Those to go, unless they were pinned meanwhile; the decisions as they were carried out."""
@@ -240,11 +241,11 @@ class _Prune:
         self._repo.index.refresh()
 
     def _condemn(self, done: Outcome, choose: Callable[[], list[str]]) -> None:
-        """Condemn what ``choose`` says, at a moment without backups, all that are listed being marked."""
+        """Condemn what ``choose`` says, at a moment without backups, all that are listed being counted."""
         deadline = time.monotonic() + self._options.lock_wait
         while packs := choose():
             with self._without_backups(max(deadline - time.monotonic(), 0.0)):
-                fresh = self._storage.list("backups").keys() - self._marks.marked
+                fresh = self._storage.list("backups").keys() - self._needs.counted
                 if not fresh:
                     durable.crash_point("prune.condemning")
                     condemn(self._storage, packs, self._options.clock())
@@ -252,8 +253,7 @@ class _Prune:
                     there = self._storage.list("packs")
                     done.condemned += sum(there.get(p, 0) for p in packs)
                     break
-            for name in sorted(fresh):
-                self._marks.mark(self._repo.record(name))
+            self._needs.count([self._repo.record(name) for name in sorted(self._needs.counted | fresh)])
         self._repo.index.refresh()
 
     def _without_backups(self, wait: float) -> ExitStack:
@@ -269,7 +269,7 @@ class _Prune:
         """Packs of which nothing is needed: that the index names, there or not, and that it does not."""
         self._repo.index.refresh()
         there = self._storage.list("packs")
-        weights = self._marks.weights()
+        weights = self._needs.weights()
         dead = [name for name, weight in weights.items() if not weight and (name not in there or self._free(name))]
         return sorted(dead + list(self._strays(there, weights)))
 
@@ -280,21 +280,23 @@ class _Prune:
         damaged = self._repo.damage().digests
         for name in sorted(set(there) - named - set(weights)):
             digests = self._table(name) if is_id(name) else None
-            if digests is not None and not (damaged and any(d.tobytes() in damaged for d in digests)):
+            if digests is None or not index.have(digests[self._needs.needed(digests)], lasting=True).all():
+                continue
+            if not (damaged and any(d.tobytes() in damaged for d in digests)):
                 yield name
 
     def _mostly_garbage(self) -> list[str]:
         """Those of which nothing is needed have a copy of something, which may be the only whole one."""
         there = self._storage.list("packs")
         below, gone = self._options.repack_below, read_condemned(self._storage).packs
-        weights = self._marks.weights().items()
+        weights = self._needs.weights().items()
         frame = pack.HEAD.size + pack.FOOT.size
         return sorted(n for n, w in weights if n not in gone and w < below * (there.get(n, 0) - frame))
 
     def _free(self, name: str) -> bool:
         """Whether its own table too says that nothing in it is needed."""
         digests = self._table(name)
-        return digests is not None and not self._marks.needed(digests).any()
+        return digests is not None and not self._needs.needed(digests).any()
 
     def _table(self, name: str) -> Digests | None:
         try:

@@ -72,6 +72,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return any(note.startswith("disk ") and " failed: " in note for note in self.notes)
 
 
+def not_whole(record: Record, why: str) -> DamagedError:
+    """The error that names a backup of which something is missing or wrong."""
+    what = f"backup {record.id[:8]} of {record.vm} is not whole: {why}"
+    return DamagedError(what, hint="Run: incbak check --read-data")
+
+
 def encode(record: Record) -> bytes:
     """The file's content."""
     body = msgspec.json.encode(record)

@@ -10,7 +10,7 @@ from incbak.errors import DamagedError
 from incbak.events import Progress, Reporter, Warned, silent
 from incbak.repo import pack
 from incbak.repo.index import Digests
-from incbak.repo.marks import Marks
+from incbak.repo.needs import Needs
 from incbak.repo.repository import Repository
 from incbak.repo.writer import Writer
 
@@ -18,8 +18,8 @@ from incbak.repo.writer import Writer
 class Repacker:
     """Remembers what it copied of each pack, 32 bytes for each blob."""
 
-    def __init__(self, repo: Repository, marks: Marks) -> None:
-        self._repo, self._marks = repo, marks
+    def __init__(self, repo: Repository, needs: Needs) -> None:
+        self._repo, self._needs = repo, needs
         self._copied: dict[str, Digests] = {}
 
     def table(self, name: str) -> Digests:
@@ -50,7 +50,7 @@ class Repacker:
 
     def _one(self, writer: Writer, name: str, besides: Collection[str]) -> Digests:
         digests = self.table(name)
-        needed = digests[self._marks.needed(digests)]
+        needed = digests[self._needs.needed(digests)]
         reader = self._repo.reader()
         for digest in map(np.ndarray.tobytes, needed):
             try:
@@ -65,5 +65,5 @@ class Repacker:
         if name not in self._copied:
             return False
         digests = self.table(name)
-        needed, copied = (d.view("V32").ravel() for d in (digests[self._marks.needed(digests)], self._copied[name]))
+        needed, copied = (d.view("V32").ravel() for d in (digests[self._needs.needed(digests)], self._copied[name]))
         return bool(np.isin(needed, copied).all())

@@ -7,8 +7,6 @@ depth follows from the number of clusters, so a root and a size are all that a r
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import IO
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from incbak.errors import DamagedError
 from incbak.repo import blob
 from incbak.repo.blob import DIGEST, ZERO_DIGEST
+from incbak.repo.spool import spool_file
 
 FANOUT = 1024
 PAGE = FANOUT * DIGEST
@@ -172,8 +171,7 @@ class _Spool:
     def put(self, leaf: int, page: Page) -> None:
         """Keep a page; raises `OSError`."""
         if self._file is None:
-            directory = None if os.environ.get("TMPDIR") or not os.path.isdir("/var/tmp") else "/var/tmp"
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - lives as long as this object
+            self._file = spool_file()
         self._file.seek(self._slots.setdefault(leaf, len(self._slots)) * PAGE)
         self._file.write(page.tobytes())
 

@@ -1,7 +1,8 @@
 """Backups and prunes in any interleaving: at every step of a prune others begin, go on, commit or die, and so may it.
 
 A backup here is what the runner makes of it: it reads the list, takes over the tree of a base without looking at what
-is below it, finds content that is there, and commits much later. The model is what each listed backup must hold.
+is below it, finds content that is there, and commits much later. The model is what each listed backup must hold; and
+what prunes have kept of what is needed must be what counting anew finds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from incbak import durable
 from incbak.errors import LockedError
 from incbak.repo import repository, tree
 from incbak.repo.check import check
+from incbak.repo.counts import Keys, Numbers
+from incbak.repo.needs import Needs
 from incbak.repo.prune import Options, prune
 from incbak.repo.repository import Repository
 from incbak.repo.retention import Policy
@@ -133,7 +136,19 @@ class World:
         assert {r.id for r in records} == self.held.keys(), self.done
         for record in records:
             assert restore(repo, record) == [cluster(n) for n in self.held[record.id]], self.done
+        kept, anew = Needs(repo), Needs(repo, anew=True)
+        for needs in (kept, anew):
+            needs.count(records)
+        (keys, counts), (wanted, right) = (
+            [np.concatenate(c) for c in zip(*_all(n), strict=True)] for n in (kept, anew)
+        )
+        assert (keys.tolist(), counts.tolist()) == (wanted.tolist(), right.tolist()), self.done
         repo.close()
+
+
+def _all(needs: Needs) -> list[tuple[Keys, Numbers]]:
+    """All keys with their counts, in parts, one of which is empty."""
+    return [(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)), *needs.all()]
 
 
 @given(st.integers(0, (1 << 64) - 1))

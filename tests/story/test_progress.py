@@ -45,7 +45,7 @@ def test_every_long_command_shows_where_it_is(incbak: Incbak) -> None:
         (["restore", "latest", incbak.root / "out.raw"], r"% .* of 8\.0 MiB"),
         (["check", "--read-data"], r"% .* of .*B"),
         (["bitmap", "verify", image], r"comparing with the base: +0% 0 B of 8\.0 MiB"),
-        (["prune", "--keep-last", "1"], r"looking through: +\d+% \d of 3 backups"),
+        (["prune", "--keep-last", "1"], r"looking through: +\d+% \d of 1 disks"),
         (["prune", "--keep-last", "1", "--grace", "0", "--repack-below", "100%"], r"looking through"),
     ):
         shown = on_terminal(incbak, *argv)

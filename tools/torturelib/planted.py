@@ -65,6 +65,7 @@ def table() -> list[Fault]:
         planted_keys,
         planted_nbd,
         planted_nbd_long,
+        planted_needs,
         planted_proof,
         planted_prune,
         planted_qmp,
@@ -78,6 +79,7 @@ def table() -> list[Fault]:
         *(planted_bitmaps, planted_nbd, planted_nbd_long, planted_serve, planted_qmp, planted_backups),
         *(planted_restores, planted_watch, planted_prune, planted_proof, planted_files, planted_report),
         planted_keys,
+        planted_needs,
     )
     faults = [fault for each in tables for fault in each.FAULTS]
     if len({f.name for f in faults}) != len(faults):

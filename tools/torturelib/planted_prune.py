@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torturelib.planted import Fault, unit
 
-_PRUNE, _RETENTION, _MARKS, _REPACK, _PINS, _CONDEMNED, _INDEX, _MERGE, _CHECK, _READER, _WRITER, _REPOSITORY = (
+_PRUNE, _RETENTION, _GOOD, _REPACK, _PINS, _CONDEMNED, _INDEX, _MERGE, _CHECK, _READER, _WRITER, _REPOSITORY = (
     f"incbak/repo/{name}.py"
     for name in (
-        *("prune", "retention", "marks", "repack", "pins", "condemned"),
+        *("prune", "retention", "good", "repack", "pins", "condemned"),
         *("index", "merge", "check", "reader", "writer", "repository"),
     )
 )
@@ -64,14 +64,14 @@ _BACKUPS = (
     ),
     Fault(
         "prune-noted-damage-is-good",
-        _PRUNE,
+        _GOOD,
         "        if record.id in noted or (found and record.incomplete):\n",
         "        if found and record.incomplete:\n",
         _prune("test_the_last_good_backup_stays"),
     ),
     Fault(
         "prune-part-of-a-vm-is-good",
-        _PRUNE,
+        _GOOD,
         "        if not record.incomplete:\n            break\n",
         "        break\n",
         _prune("test_the_last_backup_with_all_disks_stays"),
@@ -109,9 +109,9 @@ _DAMAGE = (
         unit("repo/test_damage", "test_every_copy_is_tried_where_one_index_file_names_them_all"),
     ),
     Fault(
-        "prune-without-marks",
+        "prune-without-counting",
         _PRUNE,
-        "        self._mark_the_rest({d.record.id for d in decisions if not d.keep})\n",
+        "        self._count_the_rest({d.record.id for d in decisions if not d.keep}, broken)\n",
         "",
         _prune("test_where_anything_is_damaged_nothing_is_removed"),
     ),
@@ -130,47 +130,17 @@ _DAMAGE = (
         _prune("test_where_anything_is_damaged_nothing_is_removed"),
     ),
     Fault(
-        "prune-missing-clusters-passed-over",
-        _MARKS,
-        "        if missing := int((~self._repo.index.have(digests, lasting=True)).sum()):\n",
-        "        if missing := 0:\n",
-        _prune("test_where_clusters_of_a_kept_backup_are_lost_nothing_is_removed"),
-    ),
-    Fault(
-        "prune-condemned-content-counts",
-        _MARKS,
-        "            rows = file.find(digests, keys, lasting=True)\n            needed[",
-        "            rows = file.find(digests, keys)\n            needed[",
-        _prune("test_where_a_listed_backup_needs_what_is_condemned_nothing_is_removed"),
-    ),
-    Fault(
-        "prune-seen-in-vain",
-        _MARKS,
-        "            self._seen.clear()  # what lies below the pages seen in vain has not been marked\n",
-        "",
-        _prune("test_a_subtree_below_a_page_seen_in_vain_is_walked_again"),
-    ),
-    Fault(
-        "prune-marked-in-vain",
-        _MARKS,
-        "            self._waiting, self._count = [], 0\n            hint",
-        "            self._waiting, self._count = [], 0\n"
-        "            self._roots.update({_place(record, disk): bytes.fromhex(disk.root) for disk in record.disks})\n"
-        "            hint",
-        _prune("test_a_subtree_below_a_page_seen_in_vain_is_walked_again"),
-    ),
-    Fault(
         "prune-spare-copies-go",
         _PRUNE,
-        "        return digests is not None and not self._marks.needed(digests).any()\n",
+        "        return digests is not None and not self._needs.needed(digests).any()\n",
         "        return digests is not None\n",
-        _prune("test_a_pack_that_has_nothing_but_spare_copies_stays"),
+        unit("repo/test_needs", "test_what_is_kept_of_packs_decides_nothing"),
     ),
     Fault(
         "prune-stray-copies-go",
         _PRUNE,
-        "if digests is not None and not (damaged and any(d.tobytes() in damaged for d in digests)):",
-        "if digests is not None:",
+        "            if not (damaged and any(d.tobytes() in damaged for d in digests)):\n",
+        "            if True:\n",
         _prune("test_a_stray_pack_with_a_copy_of_what_is_damaged_stays"),
     ),
     Fault(
@@ -219,7 +189,7 @@ _BESIDE_OTHERS = (
         _prune("test_a_backup_waits_for_the_moment_in_which_packs_are_condemned"),
     ),
     Fault(
-        "prune-later-backups-not-marked",
+        "prune-later-backups-not-counted",
         _PRUNE,
         "                if not fresh:\n",
         "                if True:\n",

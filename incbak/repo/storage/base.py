@@ -13,8 +13,8 @@ from pathlib import Path
 
 from incbak.repo.seal import Seal
 
-KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned", "verified", "drills", "keys")
-LATER = ("pins", "condemned", "verified", "drills", "keys")
+KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned", "verified", "drills", "keys", "needs")
+LATER = ("pins", "condemned", "verified", "drills", "keys", "needs")
 """Kinds that an older repository may lack: there are none of these files, and the first one makes the folder."""
 
 

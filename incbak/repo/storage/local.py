@@ -164,6 +164,8 @@ class LocalStorage(Storage):
         durable.write_new(self.root / kind / name, [data])
 
     def stream(self, kind: str) -> Stream:
+        if kind in LATER:
+            durable.make_dir(self.root / kind)
         return LocalStream(self.root / kind)
 
     def remove(self, kind: str, name: str) -> None:

@@ -19,7 +19,6 @@ from incbak.repo import blob, pack, pins
 from incbak.repo.check import check, rebuild_index
 from incbak.repo.condemned import condemn, read_condemned
 from incbak.repo.index import Index
-from incbak.repo.marks import Marks
 from incbak.repo.prune import Options, Outcome, dry_run, prune
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
@@ -258,11 +257,11 @@ def test_a_backup_waits_for_the_moment_in_which_packs_are_condemned(
     right(path, (record, [1]))
 
 
-@pytest.mark.parametrize("point", ["prune.marked", "prune.records-removed", "prune.repacked"])
+@pytest.mark.parametrize("point", ["prune.counted", "prune.records-removed", "prune.repacked"])
 def test_a_backup_that_is_made_meanwhile_keeps_what_it_uses(
     path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    """faults row 49: content of the backups that go, used again by one that begins after the marking."""
+    """faults row 49: content of the backups that go, used again by one that begins after the counting."""
     made(path, [1, 2, 3, 4, 5])
     kept = made(path, [5, 6])
     came: list[Record] = []
@@ -310,7 +309,7 @@ def test_a_backup_that_is_pinned_at_the_last_moment_stays(path: Path, monkeypatc
     pinned, kept = made(path, [1]), made(path, [3])
 
     def hook(name: str) -> None:
-        if name == "prune.marked":
+        if name == "prune.counted":
             pins.pin(Repository.open(path).storage, pinned.id)
 
     monkeypatch.setattr(durable, "crash_point", hook)
@@ -440,8 +439,9 @@ def test_where_clusters_of_a_kept_backup_are_lost_nothing_is_removed(path: Path)
     made(path, [1, 2, 9])
     lost.unlink()
     before = files(path)
-    with pytest.raises(DamagedError, match="2 of its clusters or pages are in no pack"):
-        pruned(path, grace=0)
+    for policy in (LAST, Policy(last=2)):
+        with pytest.raises(DamagedError, match="2 of its clusters are in no pack"):
+            pruned(path, policy, grace=0)
     assert files(path) == before
 
 
@@ -468,52 +468,6 @@ def test_an_older_kept_backup_that_is_damaged_stops_it_too(path: Path) -> None:
     with pytest.raises(DamagedError, match="nothing was removed"):
         pruned(path, grace=0)
     assert files(path) == before
-
-
-def test_a_subtree_below_a_page_seen_in_vain_is_walked_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backup that cannot be read shares pages with one that can: what lies below them is marked all the same."""
-    monkeypatch.setattr("incbak.repo.tree.FANOUT", 2)
-    monkeypatch.setattr("incbak.repo.tree.PAGE", 64)
-    good, bad = made(path, [1, 2, 3, 4]), made(path, [1, 2, 5, 6])
-    repo = Repository.open(path)
-    marks = Marks(repo)
-    assert bad.disks
-    looked_up = marks._look_up
-
-    def fail() -> None:
-        monkeypatch.setattr(marks, "_look_up", looked_up)
-        raise DamagedError("a cluster is missing")
-
-    monkeypatch.setattr(marks, "_look_up", fail)
-    with pytest.raises(DamagedError, match="is not whole"):
-        marks.mark(bad)
-    marks.mark(good)
-    wanted = np.frombuffer(b"".join(blob.digest_of(cluster(n)) for n in (1, 2, 3, 4)), dtype=np.uint8).reshape(-1, 32)
-    assert marks.needed(wanted).all()
-    assert marks.marked == {good.id}
-
-
-def test_what_is_as_in_a_marked_backup_is_not_walked_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what differs is, on each level; for disks of other sizes, too."""
-    monkeypatch.setattr("incbak.repo.tree.FANOUT", 2)
-    monkeypatch.setattr("incbak.repo.tree.PAGE", 64)
-    contents = [[*range(1, 9)], [*range(1, 8), 20], [30, *range(2, 8), 20], [0, 0, *range(3, 8), 20], [*range(1, 12)]]
-    records = [made(path, content) for content in contents]
-    marks = Marks(Repository.open(path))
-    looked_up: list[int] = []
-    real = marks._add
-    monkeypatch.setattr(marks, "_add", lambda digests: (looked_up.append(len(digests)), real(digests)))
-    counts = []
-    for record in records:
-        looked_up.clear()
-        marks.mark(record)
-        counts.append(sum(looked_up))
-    for content in contents:
-        wanted = b"".join(blob.digest_of(cluster(n)) for n in content if n)
-        assert marks.needed(np.frombuffer(wanted, dtype=np.uint8).reshape(-1, 32)).all()
-    assert counts[:3] == [8 + 7, 1 + 3, 1 + 3]
-    settled(pruned(path, Policy(last=9), grace=0, repack_below=1.0))
-    right(path, *zip(records, contents, strict=True))
 
 
 def test_the_whole_copy_of_what_is_rotten_stays(path: Path) -> None:
@@ -699,6 +653,7 @@ def test_what_goes_is_gone_before_what_tells_of_it(path: Path, monkeypatch: pyte
         *("remove backups", "sync backups"),
         "sync condemned",
         *("remove packs", "sync packs", "remove index", "sync index", "remove condemned", "sync condemned"),
+        "sync needs",
     ]
 
 

@@ -18,7 +18,7 @@ from incbak.errors import IncbakError
 from incbak.repo import pins
 from incbak.repo.check import check, rebuild_index
 from incbak.repo.condemned import read_condemned
-from incbak.repo.marks import Marks
+from incbak.repo.needs import Needs
 from incbak.repo.prune import Options, Outcome, prune
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
@@ -95,10 +95,9 @@ def tidy(path: Path) -> None:
     """Nothing is left that nobody needs."""
     repo = Repository.open(path)
     assert repo.storage.list("condemned") == {}
-    marks = Marks(repo)
-    for record in repo.backups():
-        marks.mark(record)
-    weights = marks.weights()
+    needs = Needs(repo, anew=True)
+    needs.count(repo.backups())
+    weights = needs.weights()
     assert weights.keys() == repo.storage.list("packs").keys()
     assert all(weights.values())
 

@@ -1,0 +1,109 @@
+"""Which backups of a VM must stay, whatever a policy says: the last good one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from incbak.errors import DamagedError
+from incbak.repo.blob import ZERO_DIGEST
+from incbak.repo.record import DiskRecord, Record, not_whole
+from incbak.repo.repository import Repository
+from incbak.repo.tree import Page, TreeReader
+
+_ROWS = 1 << 18
+"""Digests that are looked up at once: 8 MiB."""
+
+
+def last_good(
+    repo: Repository, records: Sequence[Record], noted: Collection[str], going: Sequence[Record]
+) -> tuple[list[str], dict[str, DamagedError]]:
+    """The newest of ``records`` that no check has noted as damaged and that is whole beside those that go.
+
+    Where that one lacks a disk, the newest with all of them too. Also, by their ids, what is wrong with others that
+    were looked at.
+    """
+    found: list[Record] = []
+    broken: dict[str, DamagedError] = {}
+    for record in reversed(records):
+        if record.id in noted or (found and record.incomplete):
+            continue
+        try:
+            check_beside(repo, record, going)
+        except DamagedError as e:
+            broken[record.id] = e
+            continue
+        found.append(record)
+        if not record.incomplete:
+            break
+    return [r.id for r in found], broken
+
+
+def check_beside(repo: Repository, record: Record, going: Sequence[Record]) -> None:
+    """Look at all pages, and for the clusters that they name, which any of ``going`` has not the same at their places.
+
+    What they all have the same is not better kept by keeping them. Raises `DamagedError` naming the backup.
+    """
+    try:
+        for disk in record.disks:
+            look = _Look(repo, repo.tree(disk, record.cluster_size))
+            for other in going:
+                look.beside(_same_disk(other, disk) if other.cluster_size == record.cluster_size else None)
+            look.finish()
+    except DamagedError as e:
+        raise not_whole(record, str(e)) from e
+
+
+def _same_disk(record: Record, disk: DiskRecord) -> bytes | None:
+    """The root of the tree of the same disk, if it has the same shape."""
+    found = record.disk(disk.name)
+    return bytes.fromhex(found.root) if found and found.size == disk.size else None
+
+
+class _Look:
+    """Raises `DamagedError` at what is not whole."""
+
+    def __init__(self, repo: Repository, tree: TreeReader) -> None:
+        self._index, self._tree = repo.index, tree
+        self._seen: set[tuple[bytes, bytes, int]] = set()
+        self._waiting: list[Page] = []
+        self._count = 0
+
+    def beside(self, root: bytes | None) -> None:
+        """All but what is the same as below ``root``."""
+        self._below(self._tree.root, root if root is not None else ZERO_DIGEST, self._tree.depth - 1)
+
+    def _below(self, digest: bytes, other: bytes, level: int) -> None:
+        key = (digest, other if level else b"", level)
+        if digest in (ZERO_DIGEST, other) or key in self._seen:
+            return
+        self._seen.add(key)
+        page = self._tree.page(digest)
+        if level == 0:
+            self._add(page[page.any(axis=1)])
+            return
+        before = self._page(other)
+        for row in np.flatnonzero((page != before).any(axis=1)).tolist():
+            self._below(page[row].tobytes(), before[row].tobytes(), level - 1)
+
+    def _page(self, digest: bytes) -> Page:
+        """Of a backup that goes: where it cannot be read it has nothing."""
+        try:
+            return self._tree.page(digest)
+        except DamagedError:
+            return self._tree.page(ZERO_DIGEST)
+
+    def _add(self, clusters: Page) -> None:
+        self._waiting.append(clusters)
+        self._count += len(clusters)
+        if self._count >= _ROWS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Look up the clusters that wait."""
+        if self._waiting:
+            there = self._index.have(np.concatenate(self._waiting), lasting=True)
+            if not there.all():
+                raise DamagedError(f"{int((~there).sum())} of its clusters are in no pack")
+        self._waiting, self._count = [], 0
