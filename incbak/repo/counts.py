@@ -6,7 +6,7 @@ of them can pass for unneeded while another is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -18,9 +18,9 @@ from incbak.repo.spool import Spool, let_go
 Keys = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
 
-_RUN = 1 << 20
-"""Keys that are sorted at once: 16 MiB."""
-RANGE = 1 << 20
+_RUN = 1 << 18
+"""Keys that are sorted at once: 4 MiB."""
+RANGE = 1 << 19
 """Keys that are looked at together, as far as they are spread evenly, as digests are."""
 MOST = (1 << 32) - 1
 """Stands for so many and more."""
@@ -123,7 +123,9 @@ def _summed(keys: Keys, numbers: Numbers) -> tuple[Keys, Numbers]:
 class Tally:
     """By how much the count of each key changes. Memory is bounded, however many there are."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_and_then: Callable[[], None] = lambda: None) -> None:
+        """``now_and_then`` is called whenever some more keys have been sorted."""
+        self._now_and_then = now_and_then
         self._waiting: list[tuple[Keys, int]] = []
         self._pending = 0
         self._runs: list[tuple[Keys, Numbers]] = []
@@ -143,6 +145,7 @@ class Tally:
             keys, sums = _summed(np.concatenate([keys for keys, _ in self._waiting]), np.concatenate(numbers))
             self._runs.append((self._spool.put(keys), self._spool.put(sums)))
             self._waiting, self._pending = [], 0
+            self._now_and_then()
 
     def sums(self) -> Iterator[tuple[Keys, Numbers]]:
         """Every key that changes, in order, and by how much; in stretches."""

@@ -249,6 +249,11 @@ class Index:
                 self.damaged.append(name)
             return None
 
+    def let_go(self) -> None:
+        """Of what was read of large files nothing need stay in this process."""
+        for file in self.files:
+            file.let_go()
+
     def have(self, digests: Digests, *, lasting: bool = False) -> NDArray[np.bool_]:
         """Which of the digests are stored in packs that exist; with ``lasting``, in some that are not condemned."""
         keys = prefixes(digests)

@@ -108,7 +108,7 @@ class Needs:
             raise _DoubtError
 
     def _change(self, wanted: dict[Place, list[Link]], records: Sequence[Record]) -> None:
-        tally = Tally()
+        tally = Tally(self._repo.index.let_go)
         places = list(dict.fromkeys((*self._counted, *wanted)))
         for number, place in enumerate(places):
             self._report(Progress("", number, len(places), "looking through", "disks"))

@@ -24,6 +24,7 @@ from incbak.errors import DamagedError
 from incbak.repo.counts import Counts, Keys, Numbers
 from incbak.repo.digested import digested, verified_body
 from incbak.repo.ids import is_id, new_id
+from incbak.repo.spool import let_go
 from incbak.repo.storage.base import Storage
 
 VERSION = 1
@@ -106,7 +107,7 @@ def _read(storage: Storage, name: str) -> tuple[Manifest, Counts]:
         middle, behind = at + number * _KEY, at + number * (_KEY + _COUNT)
         if number < 1 or storage.seal.check(memoryview(data[at:behind])).hex() != check:  # type: ignore[arg-type]
             raise DamagedError(f"needs {name} does not match its digest")
+        let_go(data)
         counts.map(data[at:middle].view("<u8"), data[middle:behind].view("<u4"))
         at = behind
-    counts.let_go()
     return manifest, counts
