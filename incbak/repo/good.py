@@ -118,7 +118,7 @@ class _Look:
     def finish(self) -> None:
         """Look up the clusters that wait."""
         if self._waiting:
-            there = self._index.have(np.concatenate(self._waiting), lasting=True)
-            if not there.all():
-                raise DamagedError(f"{int((~there).sum())} of its clusters are in no pack")
+            wanted = np.concatenate(self._waiting)
+            if lost := {digest.tobytes() for digest in wanted[~self._index.have(wanted, lasting=True)]}:
+                raise DamagedError(f"{len(lost)} of its clusters are in no pack")
         self._waiting, self._count = [], 0

@@ -164,8 +164,8 @@ _COUNTED = (
     Fault(
         "needs-clusters-of-the-last-good-not-looked-up",
         _GOOD,
-        "            if not there.all():\n",
-        "            if False:\n",
+        "            if lost := {digest.tobytes() for digest in wanted[~self._index.have(wanted, lasting=True)]}:\n",
+        "            if lost := set[bytes]():\n",
         _needs("test_the_last_good_backup_has_all_its_clusters"),
     ),
 )
