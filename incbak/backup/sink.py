@@ -283,7 +283,7 @@ class SinkDevice:
         except IncbakError as e:
             raise OSError(errno.EIO, str(e)) from e
 
-    def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
+    def status(self, offset: int, length: int, context: str, limit: int) -> list[tuple[int, int]]:
         """There are no contexts."""
         return [(length, 0)]
 

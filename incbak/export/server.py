@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from incbak.export.image import BackupImage
 from incbak.export.overlay import Overlay
 
@@ -67,14 +69,10 @@ class ImageDevice:
     def flush(self) -> None:
         """What is thrown away need not be durable."""
 
-    def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
+    def status(self, offset: int, length: int, context: str, limit: int) -> list[tuple[int, int]]:
         """(length, flags) of a prefix of the range."""
-        found = []
-        for extent in self._image.extents(offset, length):
-            found.append((extent.length, (_HOLE if extent.hole else 0) | (_ZERO if extent.zero else 0)))
-            if len(found) == _EXTENTS:
-                break
-        return found
+        found = islice(self._image.extents(offset, length), min(limit, _EXTENTS))
+        return [(e.length, (_HOLE if e.hole else 0) | (_ZERO if e.zero else 0)) for e in found]
 
     def close(self) -> None:
         """Nothing is held for a connection."""

@@ -282,9 +282,9 @@ class Connection:
         self._send(buf)
 
     def _status(self, tag: Tag, flags: int, length: int, contexts: Sequence[tuple[int, str]]) -> None:
-        replies = []
+        replies, limit = [], 1 if flags & p.CMD_REQ_ONE else _STATUS_EXTENTS
         for number, context in contexts:
-            extents = self.device.status(tag[1], length, context)[: 1 if flags & p.CMD_REQ_ONE else _STATUS_EXTENTS]
+            extents = self.device.status(tag[1], length, context, limit)
             cut = [(min(size, length), state) for size, state in extents]
             replies.append(self.replies.status(tag, number, cut, last=number == contexts[-1][0]))
         self._send(b"".join(replies))

@@ -44,8 +44,8 @@ class Device(Protocol):
     def flush(self) -> None:
         """All writes completed on any connection to the export are durable."""
 
-    def status(self, offset: int, length: int, context: str) -> Sequence[tuple[int, int]]:
-        """(length, flags) from ``offset`` on; tiles a prefix, at least one extent, none of length 0."""
+    def status(self, offset: int, length: int, context: str, limit: int) -> Sequence[tuple[int, int]]:
+        """(length, flags) from ``offset`` on; tiles a prefix: one extent to ``limit``, none of length 0."""
 
     def close(self) -> None:
         """The connection is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from incbak.bitmap import bits as kernels
 from incbak.bitmap.file import State
@@ -17,7 +18,7 @@ DIRTY = "qemu:dirty-bitmap:"
 _HOLE, _ZERO, _IS_DIRTY = 1, 2, 1
 _EXTENTS = 4096
 """Extents told at once."""
-_WINDOW = 1 << 14
+_FIRST_WINDOW, _WINDOW = 64, 1 << 14
 """Bytes of packed bits looked at in one step."""
 PIECE = 256 << 20
 """Bytes that a trim or a write of zeroes changes inside the gate at once: so long may a transaction wait for it."""
@@ -162,27 +163,22 @@ class TrackedDevice:
             self.read_into(part, offset)
             offset += len(part)
 
-    def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
-        """(length, flags) from ``offset``: a prefix of the range at least one extent long."""
+    def status(self, offset: int, length: int, context: str, limit: int) -> list[tuple[int, int]]:
+        """(length, flags) from ``offset``: a prefix of the range, one extent to ``limit``."""
         if offset + length > self.tracked.size:
             raise OSError(errno.EINVAL, f"disk {self.tracked.name} has {self.tracked.size} bytes now")
         if context == ALLOCATION:
-            return list(self._allocation(offset, length))
+            found = islice(self._disk.extents(offset, length), min(limit, _EXTENTS))
+            return [(e.length, (_HOLE if e.hole else 0) | (_ZERO if e.zero else 0)) for e in found]
         with self.tracked.reading:
             bitmap = self.tracked.bitmaps.get(context.removeprefix(DIRTY))
             if bitmap is None or bitmap.state is State.INVALID:
                 raise OSError(errno.EIO, f"there is no valid bitmap for {context}")
-            return dirty_status(bitmap, offset, length)
-
-    def _allocation(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        for number, extent in enumerate(self._disk.extents(offset, length)):
-            if number == _EXTENTS:
-                return
-            yield extent.length, (_HOLE if extent.hole else 0) | (_ZERO if extent.zero else 0)
+            return dirty_status(bitmap, offset, length, min(limit, _EXTENTS))
 
 
-def dirty_status(bitmap: AnyBitmap, offset: int, length: int) -> list[tuple[int, int]]:
-    """The range in dirty (1) and clean (0) stretches, at most so many at once; in bounded memory at any length."""
+def dirty_status(bitmap: AnyBitmap, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+    """The range in dirty (1) and clean (0) stretches, at most ``limit`` at once; in bounded memory at any length."""
     granularity, end = bitmap.granularity, offset + length
     found: list[tuple[int, int]] = []
     told = offset
@@ -192,18 +188,23 @@ def dirty_status(bitmap: AnyBitmap, offset: int, length: int) -> list[tuple[int,
             found.append((start - told, 0))
         found.append((stop - start, _IS_DIRTY))
         told = stop
-        if len(found) >= _EXTENTS - 1:
-            return found
+        if len(found) >= limit:
+            return found[:limit]
     if told < end:
         found.append((end - told, 0))
     return found
 
 
 def _dirty_stretches(bitmap: AnyBitmap, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Of the clusters from ``first`` to before ``end``, runs that are dirty: (first, end), none adjacent."""
+    """Of the clusters from ``first`` to before ``end``, runs that are dirty: (first, end), none adjacent.
+
+    The bits are looked at in windows that grow, since many clients want to know of the first stretch only.
+    """
     begin = stop = first
-    for low in range(first >> 3, kernels.bytes_for(end), _WINDOW):
-        base, window = low << 3, bitmap.packed(low, low + _WINDOW)
+    low, size = first >> 3, _FIRST_WINDOW
+    while low < kernels.bytes_for(end):
+        base, window = low << 3, bitmap.packed(low, low + size)
+        low, size = low + size, min(2 * size, _WINDOW)
         for run, count in kernels.runs(window, min(len(window) << 3, end - base)).tolist():
             start, upto = max(base + run, first), base + run + count
             if upto <= first:

@@ -155,7 +155,7 @@ class _PointDevice:
     def flush(self) -> None:
         """Nothing is written."""
 
-    def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
+    def status(self, offset: int, length: int, context: str, limit: int) -> list[tuple[int, int]]:
         """All data."""
         return [(length, 0)]
 

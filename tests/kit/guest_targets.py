@@ -146,7 +146,7 @@ class _Device:
     def flush(self) -> None:
         self.target.flush()
 
-    def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
+    def status(self, offset: int, length: int, context: str, limit: int) -> list[tuple[int, int]]:
         return [(length, 0)]
 
     def close(self) -> None:

@@ -186,7 +186,7 @@ class _DiskDevice:
     def cache(self, offset: int, length: int) -> None:
         pass
 
-    def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
+    def status(self, offset: int, length: int, context: str, limit: int) -> list[tuple[int, int]]:
         return [(length, 0)]
 
     def close(self) -> None:

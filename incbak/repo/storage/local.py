@@ -17,7 +17,7 @@ from incbak.errors import DamagedError, DurabilityError, LockedError
 from incbak.repo.seal import PLAIN, SEALED, Seal
 from incbak.repo.storage.base import KINDS, LATER, Storage, Stream
 
-_OPEN_FILES = 64
+_OPEN_FILES = 256
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 STALE_TEMPORARY = 7 * 86400
 """Seconds after which a temporary file that a dead run left may go."""

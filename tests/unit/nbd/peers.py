@@ -70,11 +70,11 @@ class _Device:
         self.export.calls.append(("flush",))
         self.disk.flush()
 
-    def status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
+    def status(self, offset: int, length: int, context: str, limit: int) -> list[tuple[int, int]]:
         if context == p.ALLOCATION:
-            return [(e.length, 3 if e.zero else 0) for e in self.disk.extents(offset, length)]
+            return [(e.length, 3 if e.zero else 0) for e in self.disk.extents(offset, length)][:limit]
         found, end = [], offset + length
-        while offset < end:
+        while offset < end and len(found) < limit:
             stop = min((offset // 65536 + 1) * 65536, end)
             found.append((stop - offset, int(offset // 65536 % 4 == 0)))
             offset = stop

@@ -150,7 +150,7 @@ def test_who_came_before_the_cut_reaches_nothing_beyond_it(
             with pytest.raises(OSError, match="ends at"):
                 guest.read_into(memoryview(bytearray(length)), offset)
             with pytest.raises(OSError, match="bytes now"):
-                guest.status(offset, length, "base:allocation")
+                guest.status(offset, length, "base:allocation", 9)
     assert machine.disks["vda"].read(CUT - 2, 2) == b"in"
     assert machine.disks["vda"].size == len(machine.disks["vda"].inner.data) == CUT  # type: ignore[attr-defined]
     guest.write(memoryview(b"ok"), CUT - 2)

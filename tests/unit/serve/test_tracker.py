@@ -169,11 +169,11 @@ def test_a_bitmap_that_is_invalid_is_not_on_offer(rig: Rig) -> None:
     export, context = DiskExport(rig.tracked), "qemu:dirty-bitmap:b"
     rig.device.write(memoryview(b"x"), 0)
     assert context in export.contexts()
-    assert rig.device.status(0, 2 * GRAIN, context) == [(GRAIN, 1), (GRAIN, 0)]
+    assert rig.device.status(0, 2 * GRAIN, context, 9) == [(GRAIN, 1), (GRAIN, 0)]
     rig.bitmap.invalidate(Reason.TRACKING_FAILED)
     assert context not in export.contexts()
     with pytest.raises(OSError, match="no valid bitmap"):
-        rig.device.status(0, 2 * GRAIN, context)
+        rig.device.status(0, 2 * GRAIN, context, 9)
 
 
 def test_a_write_is_refused_when_not_even_that_can_be_made_durable(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
