@@ -18,7 +18,8 @@ DIRTY = "qemu:dirty-bitmap:"
 _HOLE, _ZERO, _IS_DIRTY = 1, 2, 1
 _EXTENTS = 4096
 """Extents told at once."""
-_FIRST_WINDOW, _WINDOW = 64, 1 << 14
+_FIRST_WINDOW = 64
+_WINDOW = 1 << 14
 """Bytes of packed bits looked at in one step."""
 PIECE = 256 << 20
 """Bytes that a trim or a write of zeroes changes inside the gate at once: so long may a transaction wait for it."""

@@ -178,8 +178,8 @@ _PIECES = (
     Fault(
         "status-of-all-at-once",
         _EXPORT,
-        "_WINDOW = 1 << 14\n",
-        "_WINDOW = 1 << 19\n",
+        "_FIRST_WINDOW = 64\n",
+        "_FIRST_WINDOW = 1 << 24\n",
         _long("test_the_worst_bitmap_is_told_in_bounded_memory"),
     ),
     Fault(
