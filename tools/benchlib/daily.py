@@ -37,6 +37,7 @@ def daily(bench: Bench) -> list[Row]:
     if not _file_system(image):
         return []
     _history(bench, image)
+    bench.run(*incbak("-q", "prune", "--keep-last", str(BACKUPS)))
     keep = bench.directory / "kept"
     shutil.move(bench.repo, keep)
 
@@ -45,15 +46,21 @@ def daily(bench: Bench) -> list[Row]:
         shutil.rmtree(bench.repo, ignore_errors=True)
         shutil.copytree(keep, bench.repo, copy_function=lambda a, b: Path(b).hardlink_to(a))
 
-    def prune(rest: int, *more: str) -> Case:
-        command = incbak("-q", "prune", "--keep-last", str(rest), "--grace", "0", *more)
+    def never_pruned() -> None:
+        again()
+        shutil.rmtree(bench.repo / "needs")
+
+    def prune(rest: int) -> Case:
+        command = incbak("-q", "prune", "--keep-last", str(rest), "--grace", "0")
         return Case(f"prune, {BACKUPS - rest} backups go", command, again)
+
+    first = Case("the first prune, 1 backup goes", prune(BACKUPS - 1).command, never_pruned)
 
     copied = bench.directory / "copied"
     cases = [
         Case("check", incbak("-q", "check"), again),
         Case("check --read-data", incbak("-q", "check", "--read-data"), again),
-        prune(BACKUPS), prune(BACKUPS - 1), prune(BACKUPS // 2),
+        first, prune(BACKUPS), prune(BACKUPS - 1), prune(BACKUPS // 2), prune(1),
         Case("drill", incbak("-q", "drill", "--scratch-dir", str(bench.directory)), again),
         Case("drill --sample 5%", incbak("-q", "drill", "--sample", "5%"), again),
         Case("files ls", incbak("-q", "files", "ls", "latest", "/"), again),
@@ -82,9 +89,9 @@ def large(bench: Bench) -> list[Row]:
              Case("prune --dry-run", incbak("-q", "prune", "--keep-last", "1", "--dry-run")),
              Case("list", incbak("-q", "list"))]  # fmt: skip
     rows = _figures(bench, "1 TiB, index and tree only", cases)
-    last = Case("prune, 1 backup goes", incbak("-q", "prune", "--keep-last", "1", "--grace", "0"))
-    bench_once = Bench(bench.directory, 1, bench.disk, bench.data)
-    return rows + _figures(bench_once, "1 TiB, index and tree only", [last])
+    once = [Case("the first prune, nothing goes", incbak("-q", "prune", "--keep-last", "2", "--grace", "0")),
+            Case("prune, 1 backup goes", incbak("-q", "prune", "--keep-last", "1", "--grace", "0"))]  # fmt: skip
+    return rows + _figures(Bench(bench.directory, 1, bench.disk, bench.data), "1 TiB, index and tree only", once)
 
 
 def _figures(bench: Bench, work: str, cases: Sequence[Case]) -> list[Row]:
