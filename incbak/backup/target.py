@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from incbak.backup.sink import DiskSink, SinkExport
 from incbak.nbd.server import NbdServer
+from incbak.private import PrivateDirectory
 
 
 class SinkServer:
@@ -21,7 +20,7 @@ class SinkServer:
     def __init__(self, sinks: Mapping[str, DiskSink]) -> None:
         self._exports = {name: SinkExport(sink) for name, sink in sinks.items()}
         self._server = NbdServer(lambda: self._exports, max_connections=4 * max(len(sinks), 1))
-        self._directory: Path | None = None
+        self._directory: PrivateDirectory | None = None
 
     def __enter__(self) -> SinkServer:
         return self
@@ -32,9 +31,9 @@ class SinkServer:
     def path(self) -> Path:
         """A Unix socket that only this user can reach."""
         if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix="incbak-"))
-            self._server.listen_unix(self._directory / "sink.sock")
-        return self._directory / "sink.sock"
+            self._directory = PrivateDirectory()
+            self._server.listen_unix(self._directory.path / "sink.sock")
+        return self._directory.path / "sink.sock"
 
     def connected(self) -> socket.socket:
         """The engine's end of a new connection: nobody else can have it."""
@@ -46,7 +45,7 @@ class SinkServer:
         """End all connections."""
         self._server.stop(timeout=5)
         if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.close()
             self._directory = None
 
 

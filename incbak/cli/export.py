@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 import threading
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from incbak.export.overlay import Overlay
 from incbak.export.server import ImageExport
 from incbak.nbd.server import NbdServer
 from incbak.nbd.uri import NbdUri
+from incbak.private import PrivateDirectory
 from incbak.repo.repository import Repository
 from incbak.serve.systemd import notify
 
@@ -68,13 +68,13 @@ def export(
     wanted = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: wanted.set())
-    with tempfile.TemporaryDirectory(prefix="incbak-export-") as private:
+    with PrivateDirectory() as private:
         try:
             if tcp:
                 address = server.listen_tcp(*parse_tcp(tcp))
                 uris = [tcp_uri(each, address, tls) for each in exports]
             else:
-                path = server.listen_unix(socket or Path(private, "nbd.sock"))
+                path = server.listen_unix(socket or private / "nbd.sock")
                 uris = [str(NbdUri(each, path=str(path))) for each in exports]
             if here.json:
                 here.tell({"uris": uris})

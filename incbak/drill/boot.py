@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from incbak.export.image import BackupImage
 from incbak.export.overlay import Overlay
 from incbak.export.server import ImageExport
 from incbak.nbd.server import NbdServer
+from incbak.private import PrivateDirectory
 from incbak.repo.drills import BootDrill
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
@@ -60,7 +60,7 @@ def boot(repo: Repository, record: Record, disks: Sequence[DiskRecord], wanted: 
     """
     began = time.monotonic()
     with ExitStack() as stack:
-        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="incbak-drill-")))
+        private = stack.enter_context(PrivateDirectory())
         exports = {}
         for number, disk in enumerate(disks):
             overlay = Overlay(BackupImage(repo, record, disk), scratch)

@@ -5,12 +5,11 @@ It costs a copy of every byte, but keeps what the guest's safety needs: the conn
 
 from __future__ import annotations
 
-import shutil
 import socket
-import tempfile
 import threading
 from contextlib import suppress
-from pathlib import Path
+
+from incbak.private import PrivateDirectory
 
 _CHUNK = 1 << 20
 _CONNECT_SECONDS = 60.0
@@ -21,8 +20,8 @@ class Relay:
 
     def __init__(self, inner: socket.socket) -> None:
         self._inner = inner
-        self._directory = Path(tempfile.mkdtemp(prefix="incbak-"))
-        self.path = self._directory / "sink.sock"
+        self._directory = PrivateDirectory()
+        self.path = self._directory.path / "sink.sock"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
         self._listener.listen(1)
@@ -46,7 +45,7 @@ class Relay:
     def close(self) -> None:
         """Nobody else can connect; what is connected goes on."""
         self._listener.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.close()
 
 
 def _pass(source: socket.socket, sink: socket.socket) -> None:

@@ -14,7 +14,6 @@ import asyncio
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +36,7 @@ from incbak.engine.qemu_guard import GuardChannel
 from incbak.engine.served import bitmap_info
 from incbak.engine.session import Address, CommandFailed, Session
 from incbak.errors import DiskError, EngineError, ImageInUseError
+from incbak.private import PrivateDirectory
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,8 @@ class Daemon:
                 f"{image.path} is a {image.format} image, and {PROGRAM} is not installed",
                 hint="Install it (Debian: qemu-system-common), or convert the image to raw.",
             )
-        self._directory = Path(tempfile.mkdtemp(prefix="incbak-"))
+        self._private = PrivateDirectory()
+        self._directory = self._private.path
         try:
             driver = "host_device" if image.path.is_block_device() else "file"
             file = {"driver": driver, "node-name": _FILE, "filename": str(image.path), "auto-read-only": True}
@@ -270,7 +271,7 @@ class Daemon:
             with (self._directory / "log").open("wb") as errors:
                 self._channel = GuardChannel("child", command, errors=errors)
         except BaseException:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._private.close()
             raise
 
     async def connect(self) -> Session:
@@ -298,7 +299,7 @@ class Daemon:
     def close(self) -> None:
         """End it and wait for that; it stores bitmaps on its way out."""
         self._channel.close(_STORE_SECONDS)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._private.close()
 
 
 def _why_not(name: str, node: Mapping[str, Any], written: Collection[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from incbak import durable
 from incbak.disk.file import FileDisk, open_disk, probe_format
 from incbak.errors import DurabilityError, RestoreError
+from incbak.private import PrivateDirectory
 from incbak.restore.targets import DeviceTarget, FileTarget, NbdTarget, Target
 
 _START_SECONDS = 20.0
@@ -33,7 +33,8 @@ class Qcow2Target(Target):
                 raise RestoreError(f"{tool} is not installed", hint="Install it (Debian: qemu-utils), or restore raw.")
         self.name = str(path)
         self._file = FileTarget(path, size, force=force)
-        self._directory = Path(tempfile.mkdtemp(prefix="incbak-"))
+        self._private = PrivateDirectory()
+        self._directory = self._private.path
         self._server: subprocess.Popen[bytes] | None = None
         self._nbd: NbdTarget | None = None
         try:
@@ -84,7 +85,7 @@ class Qcow2Target(Target):
         if status:
             raise DurabilityError(f"cannot finish {self.name}: {self._said() or f'qemu-nbd ended with {status}'}")
         self._file.finish()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._private.close()
 
     def abandon(self) -> None:
         if self._nbd:
@@ -93,7 +94,7 @@ class Qcow2Target(Target):
             self._server.kill()
             self._server.wait()
         self._file.abandon()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._private.close()
 
 
 class InPlaceTarget(Target):

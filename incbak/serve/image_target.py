@@ -22,6 +22,7 @@ from incbak.disk.file import open_disk
 from incbak.errors import DurabilityError, IncbakError
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
+from incbak.private import PrivateDirectory
 from incbak.serve.jobs import TargetError
 from incbak.serve.schema import QmpError
 from incbak.serve.targets import OwnTarget
@@ -135,7 +136,7 @@ def _create(path: Path, size: int) -> None:
 
 def _connected() -> tuple[socket.socket, socket.socket]:
     """Our end of a connection, and the listening socket on which it waits; no name of it is left."""
-    with tempfile.TemporaryDirectory(prefix="incbak-") as directory:
+    with PrivateDirectory() as directory:
         listening, ours = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
         try:
             listening.bind(f"{directory}/nbd")

@@ -9,9 +9,7 @@ can be told from somebody else's, which is never touched.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from incbak.engine.session import CommandFailed, Session
 from incbak.errors import EngineError
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
+from incbak.private import PrivateDirectory
 
 T = TypeVar("T")
 
@@ -152,8 +151,7 @@ def _bits_of(client: NbdClient, context: str, place: Place) -> kernels.Bits:
 @asynccontextmanager
 async def private_server(session: Session) -> AsyncIterator[PrivateServer]:
     """Start QEMU's NBD server on a socket of ours; stop it in the end. Raises `EngineError` when it is in use."""
-    directory = Path(tempfile.mkdtemp(prefix="incbak-watch-"))
-    try:
+    with PrivateDirectory() as directory:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(directory / "nbd"))
             listener.listen(4)
@@ -168,8 +166,6 @@ async def private_server(session: Session) -> AsyncIterator[PrivateServer]:
                 await session.try_execute("nbd-server-stop")
         finally:
             await session.try_execute("blockdev-del", {"node-name": _MARK})
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 async def _start(session: Session) -> None:

@@ -1,0 +1,76 @@
+"""Private directories for sockets and what a helper says, and an end for those whose process was killed.
+
+Each has mode 0700 and is locked for as long as its process lives. Whoever makes the first of a process looks for others
+of the same user whose lock is free, takes away what incbak puts into them, and removes them if nothing else is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+_PREFIX = "incbak-private-"
+NAMES = ("nbd", "nbd.sock", "sink.sock", "qmp", "log")
+"""What incbak and its helpers make in them."""
+_YOUNG = 60.0
+"""Seconds for which one that is not locked may be about to be."""
+_swept = False
+
+
+class PrivateDirectory:
+    """A new directory below the system's for temporary files; `close` removes it. Raises `OSError`."""
+
+    def __init__(self) -> None:
+        global _swept
+        if not _swept:
+            _swept = True
+            sweep(Path(tempfile.gettempdir()))
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Idempotent; raises nothing."""
+        if self._fd >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def sweep(directory: Path) -> None:
+    """Remove private directories in ``directory`` whose processes are gone. Raises nothing."""
+    with suppress(OSError):
+        for path in directory.glob(_PREFIX + "*"):
+            with suppress(OSError):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        ours = found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
+        if not ours or abs(time.time() - found.st_mtime) < _YOUNG:
+            return
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in NAMES:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=fd)
+        path.rmdir()
+    finally:
+        os.close(fd)
