@@ -66,9 +66,9 @@ def crash_point(name: str) -> None:
     _strike(name)
 
 
-def passed() -> int:
-    """Crash points passed since :func:`arm` set one."""
-    return _seen.get(ANY, 0)
+def passed(name: str = ANY) -> int:
+    """How often a crash point was passed, or all together, since :func:`arm` set one."""
+    return _seen.get(name, 0)
 
 
 def _strike(name: str) -> None:

@@ -15,6 +15,7 @@ from incbak.disk.file import FileDisk, open_disk
 from incbak.errors import DiskError, DurabilityError, ImageInUseError, IncbakError, NbdError, RestoreError
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
+from incbak.restore.flushing import Flushing
 from incbak.units import format_size
 
 INCOMPLETE = ".incomplete"
@@ -80,6 +81,7 @@ class FileTarget(Target):
             raise ImageInUseError(f"another restore is writing to {self.temporary}") from None
         except OSError as e:
             raise RestoreError(f"cannot create {self.temporary}: {e.strerror}", hint="Check the path.") from e
+        self._flushing = Flushing(self._fd, self.name)
         durable.crash_point("restore.opened")
 
     def _check(self) -> None:
@@ -92,6 +94,7 @@ class FileTarget(Target):
         open_disk(self.path).close()
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
+        self._flushing.wrote(len(data))
         while len(data):
             done = os.pwrite(self._fd, data, offset)
             data, offset = memoryview(data)[done:], offset + done
@@ -101,15 +104,18 @@ class FileTarget(Target):
 
     def finish(self) -> None:
         durable.crash_point("restore.written")
+        self._flushing.finish()
         self._check()
         try:
             durable.commit(self.temporary, self.path, replace=self._force)
         except FileExistsError:
             raise RestoreError(f"{self.name} appeared during the restore; it is left alone") from None
         durable.crash_point("restore.named")
+        self._flushing.close()
         os.close(self._fd)
 
     def abandon(self) -> None:
+        self._flushing.close()
         with suppress(OSError):
             os.close(self._fd)
             self.temporary.unlink()

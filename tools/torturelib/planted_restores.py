@@ -17,6 +17,20 @@ def _device(test: str) -> tuple[str, ...]:
 
 FAULTS = (
     Fault(
+        "restore-flush-that-failed-passed-over",
+        _TARGETS,
+        "        self._flushing.finish()\n",
+        "",
+        _file("test_a_sync_on_the_way_that_fails_fails_the_restore"),
+    ),
+    Fault(
+        "restore-flush-after-one-that-failed",
+        "incbak/restore/flushing.py",
+        "                self._raise()\n                self._count = 0\n",
+        "                self._count = 0\n",
+        _file("test_the_first_sync_on_the_way_that_fails_is_final"),
+    ),
+    Fault(
         "restore-name-before-sync",
         _TARGETS,
         "            durable.commit(self.temporary, self.path, replace=self._force)\n",

@@ -15,6 +15,7 @@ from incbak.errors import DamagedError, DurabilityError, ImageInUseError, Restor
 from incbak.events import Event, Progress, Warned
 from incbak.extents import Extent
 from incbak.repo.tree import FANOUT
+from incbak.restore import flushing
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import FileTarget, open_target
 from tests.kit.cli import Incbak, content, differing
@@ -221,6 +222,33 @@ def test_a_sync_that_fails_leaves_nothing(made: Made, out: Path, point: str) -> 
     with pytest.raises(DurabilityError):
         _restore(made, out)
     assert list(out.parent.iterdir()) == ([out] if point == "durable.named" else [])
+
+
+def test_a_sync_on_the_way_that_fails_fails_the_restore(made: Made, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """faults row 31: the kernel tells once; the sync in the end goes well."""
+    monkeypatch.setattr(flushing, "STEP", CLUSTER)
+    durable.arm(fault_at="durable.sync:1:EIO")
+    with pytest.raises(DurabilityError, match=r"cannot sync .*disk\.raw: Input/output error"):
+        _restore(made, out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_the_first_sync_on_the_way_that_fails_is_final(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flushing, "STEP", 10)
+    durable.arm(fault_at="durable.sync:2:EIO")
+    with out.open("wb") as file:
+        flush = flushing.Flushing(file.fileno(), "it")
+        for _ in range(2):
+            for count in (9, 1):
+                flush.wrote(count)
+            assert flush._last
+            flush._last.exception()
+        for act in (lambda: flush.wrote(10), lambda: flush.wrote(10), flush.finish):
+            with pytest.raises(DurabilityError, match="cannot sync it"):
+                act()
+        flush.close()
+        flush.close()
+    assert durable.passed("durable.sync") == 2
 
 
 def test_a_full_disk_says_so_and_leaves_nothing(made: Made, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
