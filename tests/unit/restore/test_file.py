@@ -226,7 +226,7 @@ def test_a_sync_that_fails_leaves_nothing(made: Made, out: Path, point: str) -> 
 
 def test_a_sync_on_the_way_that_fails_fails_the_restore(made: Made, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """faults row 31: the kernel tells once; the sync in the end goes well."""
-    monkeypatch.setattr(flushing, "STEP", CLUSTER)
+    monkeypatch.setattr(flushing, "STEP", WHOLE)  # it is begun with the last write
     durable.arm(fault_at="durable.sync:1:EIO")
     with pytest.raises(DurabilityError, match=r"cannot sync .*disk\.raw: Input/output error"):
         _restore(made, out)
