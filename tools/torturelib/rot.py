@@ -26,6 +26,8 @@ def rot_round(world: World) -> None:
         for _ in range(rng.randrange(1, 20)):
             world.write()
         world.backup()
+    if rng.random() < 0.3:
+        world.command("-q", "prune", "--keep-last", "999")  # nothing goes, but what is needed is kept
     if rng.random() < 0.25:
         _bitmap_rots(world)
     else:
@@ -60,6 +62,8 @@ def _repository_rots(world: World) -> None:
         if refused and status == 0 and (kind, what) != ("backups", "gone"):
             raise LostError(f"backups {refused} do not restore, and check finds nothing: {what}")
         _backs_up(world, kind)
+        if kind == "needs":
+            _prunes(world)
     finally:
         shutil.rmtree(world.repo)
         sound.rename(world.repo)
@@ -104,6 +108,15 @@ def _backs_up(world: World, kind: str) -> None:
     if problem := difference(world.model.state(count), read_state(target)):
         raise LostError(f"a backup into a damaged repository is wrong: {problem}")
     world.outcomes.add("backups right after damage")
+
+
+def _prunes(world: World) -> None:
+    """What was kept for prunes is spoilt: the next one finds out anew what is needed."""
+    world.command("-q", "prune", "--keep-last", "2", "--grace", "0", "--repack-below", "100")
+    for entry in world.listed():
+        if (ident := str(entry["id"])) in world.backups and not _restores(world, ident):
+            raise LostError(f"backup {ident} does not restore after a prune")
+    world.outcomes.add("prunes right after damage")
 
 
 def _run(world: World, *argv: str) -> tuple[int, str]:
