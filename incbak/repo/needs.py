@@ -83,7 +83,7 @@ class Needs:
         """From now on these backups are meant.
 
         Raises `DamagedError` naming a backup when a page that is new cannot be read, or something that was not needed
-        yet is in no pack that stays; then as before.
+        yet is in no pack that stays; then it says nothing any more.
         """
         self._repo.index.refresh()
         wanted = _chains(records)
