@@ -82,6 +82,7 @@ def _emptied(directory: Path) -> None:
 
 def large(bench: Bench) -> list[Row]:
     """The same of a disk of 1 TiB without a hole: its index and tree, not its data."""
+    shutil.rmtree(bench.repo, ignore_errors=True)
     code = "import sys; from pathlib import Path; from benchlib.simulated import simulate; "
     code += f"simulate(Path(sys.argv[1]), {_LARGE}, 1000)"
     # in a process of its own: the memory of this one is the floor of what its children seem to take
