@@ -6,7 +6,7 @@ of them can pass for unneeded while another is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -82,12 +82,14 @@ class Counts:
 def _slices(
     pairs: Sequence[tuple[Keys, NDArray[np.uint32] | Numbers]], first: np.uint64, last: np.uint64
 ) -> list[tuple[Keys, Numbers]]:
-    """Of each pair of arrays what lies in a stretch of the keys."""
+    """Of each pair of arrays what lies in a stretch of the keys, copied; of the pair nothing stays mapped."""
     found = []
     for keys, numbers in pairs:
         part = _between(keys, first, last)
         if part.start < part.stop:
-            found.append((keys[part], numbers[part].astype(np.int64)))
+            found.append((keys[part].copy(), numbers[part].astype(np.int64)))
+        let_go(keys)
+        let_go(numbers)
     return found
 
 
@@ -123,9 +125,7 @@ def _summed(keys: Keys, numbers: Numbers) -> tuple[Keys, Numbers]:
 class Tally:
     """By how much the count of each key changes. Memory is bounded, however many there are."""
 
-    def __init__(self, now_and_then: Callable[[], None] = lambda: None) -> None:
-        """``now_and_then`` is called whenever some more keys have been sorted."""
-        self._now_and_then = now_and_then
+    def __init__(self) -> None:
         self._waiting: list[tuple[Keys, int]] = []
         self._pending = 0
         self._runs: list[tuple[Keys, Numbers]] = []
@@ -145,13 +145,9 @@ class Tally:
             keys, sums = _summed(np.concatenate([keys for keys, _ in self._waiting]), np.concatenate(numbers))
             self._runs.append((self._spool.put(keys), self._spool.put(sums)))
             self._waiting, self._pending = [], 0
-            self._now_and_then()
 
     def sums(self) -> Iterator[tuple[Keys, Numbers]]:
         """Every key that changes, in order, and by how much; in stretches."""
         self._sort()
         for first, last in ranges(sum(len(keys) for keys, _ in self._runs)):
             yield _summed(*_joined(_slices(self._runs, first, last)))
-            for keys, sums in self._runs:
-                let_go(keys)
-                let_go(sums)

@@ -48,6 +48,8 @@ VERIFY_UP_TO = 64 << 20
 _LARGE = 1 << 20
 _FEWER = 16
 """So many times more rows than keys are searched, rather than gone through."""
+_LOOK_UPS = 16
+"""Of single digests, after which what was read is let go: each may have brought in 2 MiB of every file."""
 SORTED = 1 << 12
 """Digests from which on it pays to look them up in their order."""
 
@@ -94,13 +96,14 @@ class IndexFile:
         if (len(data) <= VERIFY_UP_TO if verify is None else verify) and seal.check(body) != digest:
             raise DamagedError(f"index {name} does not match its digest", hint="Run: incbak check")
         self._data = data
-        self.let_go()
         at = _HEAD_SIZE
         self.packs = data[at : at + packs * PACK.itemsize].view(PACK)
         at += packs * PACK.itemsize
         self.keys: NDArray[np.uint64] = np.frombuffer(data, dtype="<u8", count=count, offset=at)
         self.places = np.frombuffer(data, dtype=PLACE, count=count, offset=at + 8 * count)
         self.names = [bytes(n).hex() for n in self.packs["name"]]
+        self._sizes = self.packs["size"].tolist()
+        self.let_go()
         self.usable = np.ones(packs, dtype=bool)
         self.lasting = self.usable
 
@@ -117,8 +120,7 @@ class IndexFile:
 
         Of these only the ``lasting`` ones are built on: not condemned, where all that is condemned is known.
         """
-        sizes = self.packs["size"].tolist()
-        self.usable = np.array([there.get(n) == s for n, s in zip(self.names, sizes, strict=True)], dtype=bool)
+        self.usable = np.array([there.get(n) == s for n, s in zip(self.names, self._sizes, strict=True)], dtype=bool)
         stays = [n not in condemned.packs and not condemned.unknown for n in self.names]
         self.lasting = self.usable & np.array(stays, dtype=bool)
 
@@ -200,6 +202,7 @@ class Index:
         self.files: list[IndexFile] = []
         self.damaged: list[str] = []
         self.condemned = Condemned()
+        self._looked_up = 0
         self.refresh()
 
     def refresh(self) -> None:
@@ -291,6 +294,9 @@ class Index:
             for row in file.rows(digest, int(keys[0])):
                 p = file.places[row]
                 found.append(Place(file.names[p["pack"]], *(int(p[f]) for f in ("offset", "stored", "raw", "codec"))))
+        self._looked_up += 1
+        if self._looked_up % _LOOK_UPS == 0:
+            self.let_go()
         return found
 
 

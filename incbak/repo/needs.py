@@ -108,7 +108,7 @@ class Needs:
             raise _DoubtError
 
     def _change(self, wanted: dict[Place, list[Link]], records: Sequence[Record]) -> None:
-        tally = Tally(self._repo.index.let_go)
+        tally = Tally()
         places = list(dict.fromkeys((*self._counted, *wanted)))
         for number, place in enumerate(places):
             self._report(Progress("", number, len(places), "looking through", "disks"))
@@ -208,7 +208,6 @@ class Needs:
             found = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
             for layer in reversed(self._layers):
                 found = laid_over(found, layer.between(first, last))
-                layer.let_go()
             keys, counts = found
             stays = counts > 0
             if stays.any():
