@@ -134,8 +134,8 @@ _REPO = (
     Fault(
         "repo-cut-packs-believed",
         _INDEX,
-        "[there.get(n) == s for n, s in zip(self.names, sizes, strict=True)]",
-        "[n in there for n, s in zip(self.names, sizes, strict=True)]",
+        "[there.get(n) == s for n, s in zip(self.names, self._sizes, strict=True)]",
+        "[n in there for n, s in zip(self.names, self._sizes, strict=True)]",
         unit("repo/test_formats", "test_blobs_in_packs_that_are_missing_or_cut_are_not_there"),
     ),
     Fault(
