@@ -12,7 +12,6 @@ The order, which is what makes it safe beside everything else:
 4. packs of which nothing is needed are *condemned* (`condemned`); then
 5. of those that are mostly garbage what is needed is copied into new packs, verified, durable and indexed; then they
    are condemned too;
-
 6. what was counted is kept for the next prune. Killed before, the next one counts from an older state, or anew.
 
 With a grace of nothing, 3 follows 4 and 5 at once: on a full disk 5 has room only then.
@@ -190,7 +189,7 @@ class _Prune:
     def _keep(self) -> None:
         try:
             self._needs.save()
-        except DurabilityError as e:
+        except (DurabilityError, OSError) as e:
             self._report(Warned(f"the next prune has to count anew what is needed: {e}"))
 
     def _count_the_rest(self, going: set[str], broken: list[DamagedError]) -> None:

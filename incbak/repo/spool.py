@@ -10,6 +10,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from incbak.errors import DurabilityError
+
 _IN_MEMORY = 16 << 20
 """Bytes of arrays that stay in memory."""
 
@@ -28,15 +30,19 @@ class Spool:
         self._size = 0
 
     def put(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The same array, to be kept from now on. Raises `OSError`."""
+        """The same array, to be kept from now on. Raises `DurabilityError`."""
         self._size += array.nbytes
         if self._size <= _IN_MEMORY or not len(array):
             return array
-        if self._file is None:
-            self._file = spool_file()
-        at = self._file.seek(0, os.SEEK_END)
-        self._file.write(np.ascontiguousarray(array).data)
-        self._file.flush()
+        try:
+            if self._file is None:
+                self._file = spool_file()
+            at = self._file.seek(0, os.SEEK_END)
+            self._file.write(np.ascontiguousarray(array).data)
+            self._file.flush()
+        except OSError as e:
+            what = f"cannot write a temporary file: {e.strerror}"
+            raise DurabilityError(what, hint="Free space in /var/tmp, or name another folder in TMPDIR.") from e
         return np.memmap(self._file, dtype=array.dtype, mode="r", offset=at, shape=array.shape)
 
 

@@ -105,7 +105,7 @@ _FILES = (
     Fault(
         "needs-need-room",
         _PRUNE,
-        '        except DurabilityError as e:\n            self._report(Warned(f"the next prune',
+        '        except (DurabilityError, OSError) as e:\n            self._report(Warned(f"the next prune',
         '        except ZeroDivisionError as e:\n            self._report(Warned(f"the next prune',
         _needs("test_a_disk_without_room_costs_the_next_prune_time_only"),
     ),

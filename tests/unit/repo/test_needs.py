@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -356,16 +357,33 @@ def test_a_disk_without_room_costs_the_next_prune_time_only(path: Path) -> None:
     made(path, [3])
     events: list[Event] = []
 
+    failure: Exception = DurabilityError("cannot write: No space left on device")
+
     def full(*_args: Any) -> None:
-        raise DurabilityError("cannot write: No space left on device")
+        raise failure
 
     with mock.patch.object(needs_file, "save", full):
         done = prune(Repository.open(path), LAST, None, Options(grace=0.0), events.append)
+        failure = OSError(errno.ENOSPC, "No space left on device")
+        prune(Repository.open(path), LAST, None, Options(grace=0.0))
     assert done.trouble is None
     assert done.freed > 0
     assert any(isinstance(e, Warned) and "No space left" in e.text for e in events)
     pruned(path)
     same_as_anew(path)
+
+
+def test_no_room_for_what_is_too_much_for_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told what to do, and nothing was removed."""
+    made(path, [1, 2])
+    made(path, [3])
+    monkeypatch.setattr(spool, "_IN_MEMORY", 0)
+    with Path("/dev/full").open("r+b", buffering=0) as full:
+        monkeypatch.setattr(spool, "spool_file", lambda: full)
+        with pytest.raises(DurabilityError, match="temporary file: No space left") as error:
+            pruned(path)
+    assert "TMPDIR" in error.value.hint
+    assert len(Repository.open(path).backups()) == 2
 
 
 def test_no_name_is_told_in_an_encrypted_repository(tmp_path: Path) -> None:
