@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from incbak.durable import crash_point, declare
+from incbak.engine.deadline import deadline
 from incbak.engine.qemu_guard import Guard
 from incbak.errors import EngineError
 
@@ -44,7 +45,7 @@ class Agent:
         sock = socket.socket(socket.AF_UNIX)
         sock.setblocking(False)
         try:
-            async with asyncio.timeout(SYNC_SECONDS):
+            async with deadline(SYNC_SECONDS):
                 await asyncio.get_running_loop().sock_connect(sock, str(path))
                 reader, writer = await asyncio.open_connection(sock=sock, limit=_LINE_LIMIT)
         except (OSError, TimeoutError) as e:
@@ -71,7 +72,7 @@ class Agent:
     async def _ask(self, command: str, arguments: dict[str, Any], timeout: float, expected: int | None = None) -> Any:
         request = {"execute": command} | ({"arguments": arguments} if arguments else {})
         try:
-            async with asyncio.timeout(timeout):
+            async with deadline(timeout):
                 self._writer.write(json.dumps(request).encode() + b"\n")
                 await self._writer.drain()
                 while True:

@@ -268,9 +268,7 @@ class DiskFilter:
                 if asyncio.get_running_loop().time() > deadline:
                     left.append(f"node {node}: {e}")
                     return
-                await asyncio.sleep(
-                    0.05
-                )  # what was above it may have requests in flight still, and holds it until then
+                await asyncio.sleep(0.05)  # requests in flight still hold it, of what was above it
 
     def close(self) -> None:
         """Let go of the scratch file and the socket."""

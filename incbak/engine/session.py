@@ -1,10 +1,9 @@
 """A QMP session with a deadline on every wait.
 
-Deadlines are `asyncio.timeout`: in Python 3.11 `asyncio.wait_for` forgets a cancellation that comes with the answer.
-
 A QEMU monitor serves one client at a time: while another is connected, ours gets no greeting. So `connect` waits for
 the greeting until its deadline, and then says that the monitor is busy. Every command has a deadline too, since a
-monitor that hangs must not hang a backup. Failures are `EngineError`; those that QEMU reports are `CommandFailed`.
+monitor that hangs must not hang a backup: `deadline`, not `asyncio.wait_for`, which in Python 3.11 forgets a
+cancellation that comes with the answer. Failures are `EngineError`; those that QEMU reports are `CommandFailed`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, Runstate, StateError
 
+from incbak.engine.deadline import deadline
 from incbak.errors import EngineError, UsageError
 
 GREETING_SECONDS = 20.0
@@ -90,7 +90,7 @@ class Session:
         held = sock.dup()  # asyncio owns the other; this one lives until close, for peers and guards
         client = QMPClient("incbak")
         try:
-            async with asyncio.timeout(timeout):
+            async with deadline(timeout):
                 await client.connect(sock)
         except TimeoutError as e:
             held.close()
@@ -136,7 +136,7 @@ class Session:
     ) -> Any:
         """Run a command and return its result. Raises `CommandFailed`, `EngineGone` or `EngineSilent`."""
         try:
-            async with asyncio.timeout(timeout):
+            async with deadline(timeout):
                 return await self._client.execute(command, dict(arguments or {}))
         except ExecuteError as e:
             raise CommandFailed(command, e.error_class, str(e)) from e
@@ -179,7 +179,7 @@ class Session:
         for listener in list(self._listeners):
             self.forget(listener)
         with suppress(QMPError, OSError, EOFError, TimeoutError):
-            async with asyncio.timeout(5):
+            async with deadline(5):
                 await self._client.disconnect()
         self._socket.close()
 

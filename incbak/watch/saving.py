@@ -13,6 +13,7 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap.saved import write_clean
 from incbak.disk.locks import writer_present
 from incbak.durable import crash_point, declare
+from incbak.engine.deadline import deadline
 from incbak.engine.session import EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
 from incbak.fingerprint import Fingerprint
@@ -131,7 +132,7 @@ async def _quit(session: Session) -> str:
     """`quit`, and wait until the monitor's connection has ended, which is after the images were closed; or why not."""
     try:
         await session.execute("quit", timeout=_QUIT_SECONDS)
-        async with asyncio.timeout(_QUIT_SECONDS):
+        async with deadline(_QUIT_SECONDS):
             await session.ended()
     except EngineGone:
         return ""

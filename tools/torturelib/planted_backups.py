@@ -342,6 +342,7 @@ _BACKUP = (
     ),
 )
 
+_DEADLINE = "incbak/engine/deadline.py"
 _QEMU = (
     Fault(
         "qemu-error-hidden-by-cont",
@@ -349,6 +350,20 @@ _QEMU = (
         "            elif self._error or await self._paused_by_error():\n",
         "            elif await self._paused_by_error():\n",
         unit("engine/test_qemu_jobs", "test_a_job_that_met_an_error_is_ended"),
+    ),
+    Fault(
+        "deadline-counts-a-stop",
+        _DEADLINE,
+        "if again and loop.time() - due > _LATE:",
+        "if False:",
+        unit("engine/test_deadline", "test_after_a_stop_the_peer_has_the_time_anew"),
+    ),
+    Fault(
+        "deadline-without-end",
+        _DEADLINE,
+        "timer = loop.call_later(seconds, up, False)",
+        "timer = loop.call_later(seconds, up, True)",
+        unit("engine/test_deadline", "test_a_silent_peer_is_given_up_however_often_the_loop_is_stopped"),
     ),
 )
 
