@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from torturelib import bitmapcut, planted, powercut
+from torturelib import bitmapcut, fscut, mounted, planted, powercut
 from torturelib.rounds import ROUNDS
 from torturelib.world import LostError, Outcomes, World
 
@@ -26,6 +26,9 @@ MEMORY = Path("/dev/shm")
 SCHEDULES = 6
 """Random power-cut schedules at each moment that has too many to try them all."""
 
+CUTS = 20
+"""Cuts of the disk below one story on a file system."""
+
 SESSIONS = 300
 """Sessions of a tracked disk, most of which end in a power cut, for each disk that is backed up under strace."""
 
@@ -33,7 +36,8 @@ SESSIONS = 300
 def main() -> int:
     """Run the campaign; 0 when nothing was lost."""
     parser = argparse.ArgumentParser(prog="tools/torture")
-    parser.add_argument("--target", choices=[*ROUNDS, "power", "live", "all"], default="all")
+    parser.add_argument("--target", choices=[*ROUNDS, "power", "filesystem", "live", "all"], default="all")
+    parser.add_argument("--kind", choices=[kind.name for kind in mounted.KINDS], help="of file system (default: any)")
     parser.add_argument("--rounds", type=int, help="stop after so many rounds (default: by time)")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -56,10 +60,18 @@ def main() -> int:
 
 def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
     """Worlds of a few rounds each until time or rounds are up; true when something was lost, or a command hung."""
-    targets = [*ROUNDS, "power"] if options.target == "all" else [options.target]
+    targets = [*ROUNDS, "power", "filesystem"] if options.target == "all" else [options.target]
     if shutil.which("strace") is None:
         print("without strace there are no power cuts", file=sys.stderr)
         targets = [t for t in targets if t != "power"]
+    kinds = [kind for kind in mounted.available() if options.kind in (None, kind.name)]
+    if not kinds:
+        print("no power cuts under a file system: they need root, nbdfuse, loop devices and mkfs", file=sys.stderr)
+        targets = [t for t in targets if t != "filesystem"]
+    if not targets:
+        raise SystemExit(2)
+    if "filesystem" in targets:
+        mounted.private_mounts()
     end = time.monotonic() + options.seconds
     top = options.keep or Path(tempfile.mkdtemp(prefix="incbak-torture-", dir=MEMORY if MEMORY.is_dir() else None))
     done = number = 0
@@ -72,6 +84,9 @@ def campaign(options: argparse.Namespace, outcomes: Outcomes) -> bool:
             if target == "power":
                 powercut.campaign(top / f"world-{number}", f"{options.seed}/{number}", SCHEDULES, outcomes)
                 bitmapcut.campaign(top / f"world-{number}/bitmap", f"{options.seed}/{number}", SESSIONS, outcomes)
+                done += 1
+            elif target == "filesystem":
+                fscut.campaign(top / f"world-{number}", rng, CUTS, outcomes, kinds)
                 done += 1
             else:
                 world, hurt = _begin(target, top / f"world-{number}", rng, outcomes)

@@ -49,7 +49,7 @@ class Model:
         All acknowledged writes must be there. The one in flight may have been written in part, block by block.
         """
         expected = self.state(self.acknowledged)
-        touched = {b for w in self.writes[self.acknowledged :] for b in _blocks(w)}
+        touched = {b for w in self.writes[self.acknowledged :] for b in blocks_of(w)}
         for block in expected.keys() | truth.keys():
             if block not in touched and expected.get(block) != truth.get(block):
                 return f"block {block} (offset {block * BLOCK}) of the image lost an acknowledged write"
@@ -58,14 +58,14 @@ class Model:
         return None
 
 
-def _blocks(write: Write) -> range:
+def blocks_of(write: Write) -> range:
     return range(write.offset // BLOCK, (write.offset + write.length - 1) // BLOCK + 1)
 
 
 def apply(state: State, write: Write) -> None:
     """Do ``write`` on ``state``."""
     position = 0
-    for block in _blocks(write):
+    for block in blocks_of(write):
         start = max(write.offset - block * BLOCK, 0)
         end = min(write.offset + write.length - block * BLOCK, BLOCK)
         piece = bytes(end - start) if write.data is None else write.data[position : position + end - start]
@@ -97,11 +97,11 @@ def read_state(path: Path) -> State:
         size, position = os.fstat(fd).st_size, 0
         while position < size:
             try:
-                position = os.lseek(fd, position, os.SEEK_DATA) // BLOCK * BLOCK
+                begin = os.lseek(fd, position, os.SEEK_DATA)
             except OSError:
                 break
-            end = os.lseek(fd, position, os.SEEK_HOLE)
-            for offset in range(position, end, BLOCK):
+            end = os.lseek(fd, begin, os.SEEK_HOLE)
+            for offset in range(begin // BLOCK * BLOCK, end, BLOCK):
                 data = os.pread(fd, BLOCK, offset).ljust(BLOCK, b"\0")
                 if any(data):
                     state[offset // BLOCK] = data

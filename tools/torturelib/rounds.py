@@ -120,7 +120,7 @@ def restore_round(world: World) -> None:
             world.write()
         world.backup()
     ident = rng.choice(sorted(world.backups))
-    target = world.root / "killed.raw"
+    target = world.aside / "killed.raw"
     target.unlink(missing_ok=True)
     crash = rng.choice((None, None, world.step("restore"), _point(rng, "restore.", "durable.")))
     child = world.spawn("-q", "restore", ident, str(target), crash_at=crash, log="restore")

@@ -47,30 +47,35 @@ class Outcomes:
 class World:
     """Everything below ``root``; deterministic but for the timing of kills."""
 
-    def __init__(self, root: Path, rng: Random, outcomes: Outcomes) -> None:
-        self.root, self.rng, self.outcomes = root, rng, outcomes
+    def __init__(self, root: Path, rng: Random, outcomes: Outcomes, aside: Path | None = None) -> None:
+        """What is there already is taken as it is. ``aside``: where sockets, restores and what was printed go."""
+        self.root, self.rng, self.outcomes, self.aside = root, rng, outcomes, aside or root
         self.image, self.repo = root / "disk.raw", root / "repo"
-        self.run = root / "run"
+        self.run = self.aside / "run"
         self.nbd, self.monitor = self.run / "nbd.sock", self.run / "qmp.sock"
-        self.model = Model(rng.choice((160 << 20, (130 << 20) + 512, (200 << 20) + 37)))
+        if self.image.exists():
+            self.model = Model(self.image.stat().st_size, read_state(self.image))
+        else:
+            self.model = Model(rng.choice((160 << 20, (130 << 20) + 512, (200 << 20) + 37)))
         self.backups: dict[str, State] = {}
         self.number = 0
         self.undisturbed: dict[str, tuple[float, int]] = {}
         """Seconds that the last whole run of each command took, and the crash points that it passed."""
         self.serve: Child | None = None
         self.client: NbdClient | None = None
-        root.mkdir(parents=True)
-        self.run.mkdir(mode=0o700)
-        with self.image.open("wb") as f:
-            f.truncate(self.model.size)
-        self.command("init", str(self.repo))
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.image.exists():
+            with self.image.open("wb") as f:
+                f.truncate(self.model.size)
+            self.command("init", str(self.repo))
 
     def spawn(self, *argv: str, crash_at: str | None = None, fault_at: str | None = None, log: str = "cmd") -> Child:
         """A command on this world's repository and state directory."""
         base = ["-r", str(self.repo), "--state-dir", str(self.root / "state")]
         if argv[0] == "init":
             base = base[2:]
-        return spawn([*base, *argv], self.root / log, crash_at=crash_at, fault_at=fault_at)
+        return spawn([*base, *argv], self.aside / log, crash_at=crash_at, fault_at=fault_at)
 
     def command(self, *argv: str) -> str:
         """A command that must succeed; its stdout."""
@@ -200,7 +205,7 @@ class World:
 
     def restore(self, ident: str) -> State:
         """The content of a backup, by the ordinary command."""
-        target = self.root / "restored.raw"
+        target = self.aside / "restored.raw"
         target.unlink(missing_ok=True)
         self.command("-q", "restore", ident, str(target))
         if (size := os.stat(target).st_size) != self.model.size:
