@@ -44,17 +44,15 @@ class BlobReader:
         self, digest: bytes, besides: Collection[str] = ()
     ) -> tuple[Place, bytes | memoryview, bytes | memoryview]:
         """Where it lies, its content, and how it is stored there."""
-        places = [p for p in self._index.places(digest) if p.pack not in besides]
-        if not places:
-            raise DamagedError(f"blob {digest.hex()} is not in the repository", hint="Run: incbak check --read-data")
-        failure: DamagedError | None = None
-        for place in places:
+        failure = DamagedError(f"blob {digest.hex()} is not in the repository", hint="Run: incbak check --read-data")
+        for place in self._index.places(digest):
+            if place.pack in besides:
+                continue
             try:
                 stored = self._fetch(place)
                 return place, self._verified(digest, place, stored), stored
             except DamagedError as e:
                 failure = e
-        assert failure
         raise failure
 
     def _fetch(self, place: Place) -> bytes:

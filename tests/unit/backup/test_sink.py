@@ -288,7 +288,7 @@ def test_where_anything_is_damaged_clusters_as_in_the_base_are_looked_up(repo: R
         sink.flush()
         keep(repo, sink)
         assert sink.counts.stored == CLUSTER
-    assert len(Repository.open(repo.storage.root).index.places(lost)) == 2
+    assert len(list(Repository.open(repo.storage.root).index.places(lost))) == 2
 
 
 # -- the pipeline --------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_damage_is_an_error_there_and_nowhere_else(tmp_path: Path) -> None:
     path = tmp_path / "repo"
     repo = new(path)
     record = back_up(repo, CONTENT)
-    place = repo.index.places(module.blob.digest_of(cluster(3)))[0]
+    place = next(repo.index.places(module.blob.digest_of(cluster(3))))
     pack = path / "packs" / place.pack
     data = bytearray(pack.read_bytes())
     data[place.offset + place.stored // 2] ^= 4

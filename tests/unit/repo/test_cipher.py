@@ -172,7 +172,7 @@ def test_swapped_blobs_are_noticed(path: Path) -> None:
     whole = bytearray(name.read_bytes())
     table = bytes(whole)
     index = opened(path).index
-    one, two = (index.places(opened(path).seal.digest(CONTENT[i]))[0] for i in (0, 1))
+    one, two = (next(index.places(opened(path).seal.digest(CONTENT[i]))) for i in (0, 1))
     assert one.stored == two.stored
     whole[one.offset : one.offset + one.stored] = table[two.offset : two.offset + two.stored]
     name.write_bytes(whole)

@@ -170,7 +170,7 @@ def test_a_damaged_copy_beside_a_whole_one_harms_nothing(made: tuple[Path, Recor
     repo.storage.write("damaged", "0" * 32, b'{"digests":["%s"],"backups":[]}' % digest.hex().encode())
     back_up(repo, CONTENT)
     repo.storage.remove("damaged", "0" * 32)
-    places = Repository.open(path).index.places(digest)
+    places = list(Repository.open(path).index.places(digest))
     assert len(places) == 2
     for place in places:
         pack_file = path / "packs" / place.pack
@@ -194,7 +194,7 @@ def test_every_copy_is_tried_where_one_index_file_names_them_all(made: tuple[Pat
     repo.storage.write("damaged", "0" * 32, b'{"digests":["%s"],"backups":[]}' % digest.hex().encode())
     back_up(Repository.open(path), CONTENT)
     rebuild_index(Repository.open(path))
-    places = Repository.open(path).index.places(digest)
+    places = list(Repository.open(path).index.places(digest))
     assert len({p.pack for p in places}) == 2
     for place in places:
         victim = path / "packs" / place.pack

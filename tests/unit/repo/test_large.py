@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from incbak.repo import pack
 from incbak.repo.check import check
 from incbak.repo.damage import add_note
 from incbak.repo.ids import new_id
-from incbak.repo.index import Index, encode
+from incbak.repo.index import Index, IndexFile, encode
 from incbak.repo.repository import Repository
 from tests.unit.repo.scene import back_up, new
 
@@ -45,6 +46,58 @@ def test_many_are_found_as_few_are(tmp_path: Path) -> None:
         for file in index.files:
             file.let_go()
     assert [bool(index.have(digests[i : i + 1])[0]) for i in order[:50]] == wanted[order[:50]].tolist()
+
+
+def several(repo: Repository, count: int, files: int) -> tuple[Index, np.ndarray]:
+    """An index of so many files, each with ``count`` digests; all digests, in that order. The first is in all files."""
+    digests = np.random.default_rng(2).integers(0, 256, (files * count, 32), dtype=np.uint8)
+    for number in range(files):
+        name = f"{number:032x}"
+        (repo.storage.root / "packs" / name).write_bytes(b"x" * 100)  # type: ignore[attr-defined]
+        entries = np.zeros(count + 1, dtype=pack.ENTRY)
+        mine = np.concatenate([digests[number * count : (number + 1) * count], digests[:1]])
+        entries["digest"] = np.ascontiguousarray(mine).view("V32").ravel()
+        repo.storage.write("index", new_id(), encode([(name, 100)], np.zeros(count + 1, dtype=np.uint32), entries))
+    return Index(repo.storage), digests
+
+
+def test_what_was_stored_together_is_looked_for_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all that is scattered is found as well."""
+    files, count = 12, 5000
+    index, digests = several(new(tmp_path / "repo"), count, files)
+    searched = list[int]()
+    find = IndexFile.find
+
+    def spy(self: IndexFile, digests: np.ndarray, *rest: object, **options: object) -> object:
+        searched.append(len(digests))
+        return find(self, digests, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(IndexFile, "find", spy)
+    for number in range(files):
+        searched.clear()
+        assert index.have(digests[number * count : (number + 1) * count]).all()
+        assert sum(searched) < 1.5 * count
+    mixed = np.random.default_rng(3).permutation(np.concatenate([digests, digests ^ 1]))
+    known = {row.tobytes() for row in digests}
+    assert index.have(mixed).tolist() == [row.tobytes() in known for row in mixed]
+
+
+def test_single_digests_are_looked_for_where_the_last_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the pages of a tree are; every place is told to who asks for all."""
+    files, count = 12, 200
+    index, digests = several(new(tmp_path / "repo"), count, files)
+    looked = list[str]()
+    rows = IndexFile.rows
+
+    def spy(self: IndexFile, digest: bytes, key: int) -> Iterator[int]:
+        looked.append(self.name)
+        return rows(self, digest, key)
+
+    monkeypatch.setattr(IndexFile, "rows", spy)
+    for row in digests[count : 2 * count]:
+        assert next(index.places(row.tobytes())).pack == f"{1:032x}"
+    assert len(looked) < count + files
+    assert {place.pack for place in index.places(digests[0].tobytes())} == {f"{n:032x}" for n in range(files)}
 
 
 def test_a_pack_whose_table_is_gone_by_its_turn_was_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ def _without_a_pack(path: Path, record: Record) -> None:
 
 
 def _pack_of(path: Path, record: Record) -> Path:
-    return path / "packs" / Repository.open(path).index.places(bytes.fromhex(record.disks[0].root))[0].pack
+    return path / "packs" / next(Repository.open(path).index.places(bytes.fromhex(record.disks[0].root))).pack
 
 
 def _without_an_index_file(path: Path, record: Record) -> None:
@@ -272,7 +272,7 @@ def test_the_last_good_backup_has_all_its_clusters(path: Path) -> None:
 
 
 def _rot(path: Path, digest: bytes) -> None:
-    place = Repository.open(path).index.places(digest)[0]
+    place = next(Repository.open(path).index.places(digest))
     file = path / "packs" / place.pack
     data = bytearray(file.read_bytes())
     data[place.offset + place.stored // 2] ^= 0x10

@@ -394,11 +394,11 @@ def _newest_index(path: Path) -> Path:
 
 
 def _pack_of(path: Path, record: Record) -> Path:
-    return path / "packs" / Repository.open(path).index.places(bytes.fromhex(record.disks[0].root))[0].pack
+    return path / "packs" / next(Repository.open(path).index.places(bytes.fromhex(record.disks[0].root))).pack
 
 
 def _spoil_page(path: Path, record: Record) -> None:
-    place = Repository.open(path).index.places(bytes.fromhex(record.disks[0].root))[0]
+    place = next(Repository.open(path).index.places(bytes.fromhex(record.disks[0].root)))
     _flip(path / "packs" / place.pack, place.offset + place.stored // 2)
 
 
@@ -473,7 +473,7 @@ def test_an_older_kept_backup_that_is_damaged_stops_it_too(path: Path) -> None:
 def test_the_whole_copy_of_what_is_rotten_stays(path: Path) -> None:
     """Stored again after a check: the first copy is rotten, and an index that was made anew has both in one file."""
     first = made(path, [1, 2])
-    place = Repository.open(path).index.places(blob.digest_of(cluster(1)))[0]
+    place = next(Repository.open(path).index.places(blob.digest_of(cluster(1))))
     _flip(path / "packs" / place.pack, place.offset + place.stored // 2)
     assert check(Repository.open(path), read_data=True).problems
     second = made(path, [1, 3])
@@ -492,7 +492,7 @@ def test_a_pack_that_has_nothing_but_spare_copies_stays(tmp_path: Path) -> None:
         path = tmp_path / f"turn{turn}"
         new(path)
         made(path, [1, 2])
-        place = Repository.open(path).index.places(blob.digest_of(cluster(1)))[0]
+        place = next(Repository.open(path).index.places(blob.digest_of(cluster(1))))
         _flip(path / "packs" / place.pack, place.offset + place.stored // 2)
         assert check(Repository.open(path), read_data=True).problems
         kept = made(path, [1, 2])
@@ -524,7 +524,7 @@ def test_a_pack_of_which_something_needed_is_rotten_stays(path: Path) -> None:
     """It says so; the rest of it can still be read."""
     made(path, list(range(1, 9)))
     kept = made(path, [7, 8])
-    place = Repository.open(path).index.places(blob.digest_of(cluster(8)))[0]
+    place = next(Repository.open(path).index.places(blob.digest_of(cluster(8))))
     _flip(path / "packs" / place.pack, place.offset + place.stored // 2)
     events: list[Event] = []
     done = settled(pruned(path, grace=0, events=events))
