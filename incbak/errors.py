@@ -22,6 +22,7 @@
     +-- EngineError                     an engine refused or failed a QMP command
     +-- BackupError                     a backup could not be made
     +-- RestoreError                    a restore could not be made
+    +-- SyncError                       a backup could not be copied to another repository
     +-- DrillError                      a restore was tried, and something was wrong
 
 Each carries ``code`` (a short word for scripts and logs), ``exit_code``, and a ``hint``: a sentence that
@@ -190,3 +191,9 @@ class DrillError(IncbakError):
     """A drill found something wrong, and no damage in the repository."""
 
     code = "drill"
+
+
+class SyncError(IncbakError):
+    """A backup could not be copied to another repository; it is not listed there."""
+
+    code = "sync"

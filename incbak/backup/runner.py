@@ -184,7 +184,7 @@ class _Attempt:
                 self._report(Notice(f"removed what an earlier run left: {removed}"))
             description = await self._engine.describe()
         disks = choose(description, self._options.disks, self._options.exclude)
-        damaged = await asyncio.to_thread(self._damaged, known.records)
+        damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
         known = Known(known.repository, known.cluster_size, known.records, damaged, known.unreadable)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
@@ -196,17 +196,6 @@ class _Attempt:
             message = f"disk {bad.name} would have to be read whole: {reason.text} ({reason})"
             raise FallbackRefusedError(message, reason=reason, hint="Run without --no-fallback, or make a full.")
         return description
-
-    def _damaged(self, records: Sequence[Record]) -> frozenset[str]:
-        """Backups that are no base: noted by a check, found wrong in this run, or missing a pack."""
-        noted = self._repo.damage().backups | self._distrusted
-        index = self._repo.index
-        index.refresh()
-        if index.complete:
-            return frozenset(noted)
-        seen: set[bytes] = set()
-        lost = {r.id for r in records if not self._repo.is_whole(r, seen)}
-        return frozenset(noted | lost)
 
     def _audit(self, planned: Planned) -> None:
         """Before anything is set up: look whether the bitmap tells the truth about a slice of the disk."""

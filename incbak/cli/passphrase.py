@@ -16,10 +16,13 @@ from typing import IO
 
 from incbak.errors import UsageError, WrongPassphraseError
 
-FILE, COMMAND, FD = "INCBAK_PASSWORD_FILE", "INCBAK_PASSWORD_COMMAND", "INCBAK_PASSWORD_FD"
+FD = "INCBAK_PASSWORD_FD"
 _NEW = "INCBAK_NEW_PASSWORD_"
 _LIMIT = 4096
-_HINT = f"Set {FILE}, {COMMAND} or {FD}, or run it on a terminal."
+_REPOSITORY = "the repository"
+_PREFIX = "INCBAK_PASSWORD_"
+TARGET_PREFIX = "INCBAK_TARGET_PASSWORD_"
+"""Of the other repository, where a command has two."""
 _DEADLINE = 60.0
 
 
@@ -33,6 +36,9 @@ class Passphrase:
     file: str = ""
     command: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    prefix: str = _PREFIX
+    """Of the variables in the environment."""
+    what: str = _REPOSITORY
     _known: bytes | None = None
 
     def __call__(self) -> bytes:
@@ -55,11 +61,11 @@ class Passphrase:
     def _find(self) -> bytes:
         found = self._given()
         if found is None:
-            found = _typed("passphrase of the repository: ")
+            found = _typed(f"passphrase of {self.what}: ", self.prefix, self.what)
         return found
 
     def _given(self) -> bytes | None:
-        found = _from_environment(self.environment, "INCBAK_PASSWORD_")
+        found = _from_environment(self.environment, self.prefix)
         if found is None and self.file:
             found = _from_file(self.file)
         if found is None and self.command:
@@ -145,9 +151,13 @@ def _clean(data: bytes, where: str) -> bytes:
     return found
 
 
-def _typed(prompt: str) -> bytes:
+def _hint(prefix: str) -> str:
+    return f"Set {prefix}FILE, {prefix}COMMAND or {prefix}FD, or run it on a terminal."
+
+
+def _typed(prompt: str, prefix: str = _PREFIX, what: str = _REPOSITORY) -> bytes:
     if not (sys.stdin and sys.stdin.isatty()):
-        raise WrongPassphraseError("the repository is encrypted, and no passphrase was given", hint=_HINT)
+        raise WrongPassphraseError(f"{what} is encrypted, and no passphrase was given", hint=_hint(prefix))
     try:
         found = getpass.getpass(prompt)
     except EOFError:
@@ -157,7 +167,7 @@ def _typed(prompt: str) -> bytes:
 
 def _typed_twice() -> bytes:
     if not (sys.stdin and sys.stdin.isatty()):
-        raise UsageError("no passphrase was given for what is to be encrypted", hint=_HINT)
+        raise UsageError("no passphrase was given for what is to be encrypted", hint=_hint(_PREFIX))
     first = _typed("new passphrase: ")
     if _typed("the same again: ") != first:
         raise UsageError("the two passphrases differ", hint="Nothing was changed.")

@@ -69,9 +69,15 @@ class Settings:
 
     def open(self) -> Repository:
         """The repository. Raises as `Repository.open`, and `DamagedError` when it was encrypted and is not now."""
-        path = self.repository_path()
+        return self._open(self.repository_path(), self._ask)
+
+    def open_other(self, path: Path, passphrase: Passphrase) -> Repository:
+        """Another repository than that of the options. Raises as `open`."""
+        return self._open(path, passphrase)
+
+    def _open(self, path: Path, passphrase: Callable[[], bytes]) -> Repository:
         self.memory.refuse_downgrade(path, Repository.look(path)[1])
-        return Repository.open(path, self._ask)
+        return Repository.open(path, passphrase)
 
     def _ask(self) -> bytes:
         return self.passphrase()

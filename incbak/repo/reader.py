@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -15,7 +15,8 @@ _GAP = 64 << 10
 """Blobs of one pack are read together when no more than this lies between them."""
 _RUN = 4 << 20
 
-Missing = Callable[[int, DamagedError], None]
+_Found = tuple[Place, bytes | memoryview, bytes | memoryview]
+"""Where a blob lies, its content, and how it is stored there."""
 
 
 class BlobReader:
@@ -27,23 +28,23 @@ class BlobReader:
 
     def read(self, digest: bytes) -> bytes | memoryview:
         """One blob. Raises `DamagedError` naming the digest and the pack."""
+        return self._anywhere(digest)[1]
+
+    def _anywhere(self, digest: bytes) -> _Found:
         try:
-            return self._whole(digest)[1]
+            return self._whole(digest)
         except DamagedError:
             if not self._index.stale():
                 raise
         self._index.refresh()  # a prune may have moved it since
-        return self._whole(digest)[1]
+        return self._whole(digest)
 
     def stored(self, digest: bytes, *, besides: Collection[str] = ()) -> tuple[Place, bytes | memoryview]:
         """One blob as it is stored, verified, from a pack that is not one of ``besides``. Raises as `read`."""
         place, _data, stored = self._whole(digest, besides)
         return place, stored
 
-    def _whole(
-        self, digest: bytes, besides: Collection[str] = ()
-    ) -> tuple[Place, bytes | memoryview, bytes | memoryview]:
-        """Where it lies, its content, and how it is stored there."""
+    def _whole(self, digest: bytes, besides: Collection[str] = ()) -> _Found:
         failure = DamagedError(f"blob {digest.hex()} is not in the repository", hint="Run: incbak check --read-data")
         for place in self._index.places(digest):
             if place.pack in besides:
@@ -85,6 +86,17 @@ class BlobReader:
 
         Neighbours in a pack are read with one call; every blob is verified.
         """
+        for row, found in self._many(digests):
+            yield row, found if isinstance(found, DamagedError) else found[1]
+
+    def stored_many(self, digests: Digests) -> Iterator[tuple[int, Place, bytes | memoryview]]:
+        """As `read_many`: (row, place, how it is stored there), verified. Raises `DamagedError`."""
+        for row, found in self._many(digests):
+            if isinstance(found, DamagedError):
+                raise found
+            yield row, found[0], found[2]
+
+    def _many(self, digests: Digests) -> Iterator[tuple[int, _Found | DamagedError]]:
         places = self._index.locate(digests)
         order = sorted(
             (i for i, place in enumerate(places) if place is not None),
@@ -119,7 +131,7 @@ class BlobReader:
 
     def _run(
         self, digests: Digests, places: list[Place | None], rows: list[int]
-    ) -> Iterator[tuple[int, bytes | memoryview | DamagedError]]:
+    ) -> Iterator[tuple[int, _Found | DamagedError]]:
         run = [(row, place) for row in rows if (place := places[row])]
         base = run[0][1].offset
         reach = max(place.offset + place.stored for _, place in run)
@@ -131,14 +143,14 @@ class BlobReader:
             digest = digests[row].tobytes()
             stored = data[place.offset - base : place.offset - base + place.stored]
             try:
-                yield row, self._verified(digest, place, stored)
+                yield row, (place, self._verified(digest, place, stored), stored)
             except DamagedError:
                 yield row, self._again(digest)
 
-    def _again(self, digest: bytes) -> bytes | memoryview | DamagedError:
+    def _again(self, digest: bytes) -> _Found | DamagedError:
         """Look at every place where it lies, in files that may have come since."""
         try:
-            return self.read(digest)
+            return self._anywhere(digest)
         except DamagedError as e:
             return e
 

@@ -41,6 +41,13 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     audit_turn: int | None = None
 
 
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a backup was copied from: the other repository's id, and the backup's ``seq`` there."""
+
+    repository: str
+    seq: int
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One backup: all disks of one VM at one instant. Times are ISO 8601 in UTC, for people; order is by ``seq``."""
 
@@ -61,6 +68,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     config: dict[str, Any] = {}
     attachments: dict[str, str] = {}
     notes: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def disk(self, name: str) -> DiskRecord | None:
         """The disk of that name."""
@@ -110,6 +118,8 @@ def _impossible(name: str, record: Record) -> str | None:
         return "its disks"
     if not (_is_time(record.started) and _is_time(record.finished)):
         return "its times"
+    if record.origin and not is_id(record.origin.repository):
+        return "its origin"
     for disk in record.disks:
         if not 0 <= disk.size <= MAX_DISK_SIZE:
             return f"a disk of {disk.size} bytes"

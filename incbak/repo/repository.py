@@ -6,7 +6,7 @@ import hmac
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -260,6 +260,15 @@ class Repository:
             return False
         seen |= trail
         return True
+
+    def unsound(self, records: Sequence[Record]) -> frozenset[str]:
+        """The ids of those that are no base: noted by a check, or, where a pack is missing, not whole."""
+        noted = self.damage().backups
+        self.index.refresh()
+        if self.index.complete:
+            return noted
+        seen: set[bytes] = set()
+        return noted | {r.id for r in records if not self.is_whole(r, seen)}
 
     def damage(self) -> Damage:
         """What earlier checks found."""

@@ -95,6 +95,10 @@ def details(record: Record, *, pinned: bool = False) -> str:
     ]
     if record.tags:
         lines.append(f"tags      {', '.join(record.tags)}")
+    if record.origin:
+        lines.append(
+            f"copied    from repository {record.origin.repository[:8]}, where it is number {record.origin.seq}"
+        )
     if pinned:
         lines.append("pinned    no prune removes it")
     for d in record.disks:

@@ -1,0 +1,94 @@
+"""``incbak sync``."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from incbak.cli.passphrase import TARGET_PREFIX, Passphrase
+from incbak.cli.settings import Settings, common, printable, settings
+from incbak.errors import DamagedError, IncompleteError
+from incbak.repo.record import Record
+from incbak.sync.copy import Options, Outcome, plan, sync
+from incbak.units import format_size, parse_duration
+
+
+@click.command("sync", short_help="Copy backups to another repository.")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--name", "names", multiple=True, metavar="VM", help="Only backups of this VM; may be repeated.")
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="At most the newest N of each VM.")
+@click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run on the VM in TARGET.")
+@click.option("--dry-run", is_flag=True, help="Say what would be copied.")
+@common
+def sync_command(target: Path, names: tuple[str, ...], last: int | None, lock_wait: str, dry_run: bool) -> None:
+    """Copy the backups that were made since the last sync to TARGET, another repository, oldest first.
+
+    Only what TARGET lacks is read, and all of it is verified. The copies keep their ids; what was pruned from TARGET
+    does not come back, so it can keep more, or less, than the repository itself. A backup of which something is damaged
+    is passed over; if others were copied, this exits with 3. Either may be encrypted: TARGET's passphrase comes from
+    INCBAK_TARGET_PASSWORD_FILE, INCBAK_TARGET_PASSWORD_COMMAND or INCBAK_TARGET_PASSWORD_FD, or is asked for.
+
+    \b
+    Example:
+      incbak init /mnt/offsite
+      incbak -r /backup sync /mnt/offsite
+    """
+    here = settings()
+    options = Options(names, last, parse_duration(lock_wait), memory=here.memory)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    passphrase = Passphrase(prefix=TARGET_PREFIX, what="the target")
+    source, other = here.open(), here.open_other(target, passphrase)
+    console = here.reporter()
+    try:
+        if dry_run:
+            planned = plan(source, other, options, console)
+            records = [r for each in planned.copy.values() for r in each]
+            done = Outcome([], dict(planned.refused), planned.held, source.unreadable)
+            _tell(here, "copy", records)
+        else:
+            done = sync(source, other, options, console)
+            _tell(here, "copied", done.copied)
+    finally:
+        console.end()
+        source.close()
+        other.close()
+    _conclude(here, done)
+
+
+def _tell(here: Settings, action: str, records: list[Record]) -> None:
+    size = sum(d.stored for r in records for d in r.disks)
+    if here.json:
+        for record in records:
+            here.tell(_as_json(record, action))
+    for record in records:
+        stored = f", stored {format_size(sum(d.stored for d in record.disks))}" if action == "copied" else ""
+        here.say(f"{record.vm}: {record.id[:8]} of {record.started}{stored}")
+    if action == "copied":
+        here.say(f"{len(records)} backups copied, {format_size(size)} stored")
+    else:
+        here.say(f"would copy {len(records)} backups")
+
+
+def _as_json(record: Record, action: str) -> dict[str, Any]:
+    stored = sum(d.stored for d in record.disks) if action == "copied" else None
+    return {"id": record.id, "vm": record.vm, "action": action, "stored": stored}
+
+
+def _conclude(here: Settings, done: Outcome) -> None:
+    """Raises what went wrong, if anything did."""
+    failed = list(done.failed.items())
+    if here.json:
+        for what, error in failed:
+            here.tell({"what": what, "action": "failed", "error": str(error)})
+    for _, error in failed[0 if done.copied else 1 :]:
+        click.echo(printable(f"incbak: not copied: {error}"), err=True)
+    if failed and not done.copied:
+        raise failed[0][1]
+    if failed:
+        raise IncompleteError(f"{len(failed)} could not be copied", hint="Why is above. The others are copied.")
+    if done.unreadable:
+        why = "; ".join(done.unreadable.values())
+        raise DamagedError(f"{len(done.unreadable)} records cannot be read: {why}", hint="Run: incbak check")

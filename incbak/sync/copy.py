@@ -1,0 +1,209 @@
+"""Copying the backups of a plan, one after the other."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from incbak import durable
+from incbak.errors import DamagedError, DurabilityError, IncbakError, LockedError, SyncError, UsageError
+from incbak.events import Progress, Reporter, Warned, silent
+from incbak.repo.blob import ZERO_DIGEST
+from incbak.repo.index import Digests
+from incbak.repo.memory import Memory
+from incbak.repo.record import DiskRecord, Origin, Record
+from incbak.repo.repository import Repository
+from incbak.repo.tree import TreeReader, TreeUpdate, differing
+from incbak.repo.writer import Writer
+from incbak.sync.carry import Carry, carrier, same_names
+from incbak.sync.plan import Plan, make_plan
+
+_BATCH = 8 << 20
+"""Bytes of clusters that one thread reads and stores at once."""
+
+durable.declare("sync.backup-copied")
+
+Run = tuple[NDArray[np.int64], Digests]
+"""Numbers of clusters, and their digests in the source."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """``names``: of which VMs, all if there are none. ``last``: so many of each at most. ``lock_wait`` in seconds."""
+
+    names: Sequence[str] = ()
+    last: int | None = None
+    lock_wait: float = 0.0
+    level: int = 1
+    memory: Memory | None = None
+    """What this host remembers of repositories."""
+
+
+@dataclass
+class Outcome:
+    """``copied``: records as they are in the target now. ``failed``: VMs, or backups by their id, and why.
+
+    ``unreadable``: records that the source lists and that cannot be read.
+    """
+
+    copied: list[Record] = field(default_factory=list)
+    failed: dict[str, IncbakError] = field(default_factory=dict)
+    held: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def plan(source: Repository, target: Repository, options: Options, report: Reporter = silent) -> Plan:
+    """What `sync` would copy. Raises `UsageError`, `DamagedError`."""
+    if source.id == target.id:
+        raise UsageError("the two are the same repository, or one is a copy of the other's files",
+                         hint="Make the other with: incbak init")  # fmt: skip
+    if source.cluster_size != target.cluster_size:
+        sizes = f"{source.cluster_size} and {target.cluster_size} bytes"
+        raise UsageError(f"the repositories have clusters of {sizes}",
+                         hint="Make the other with: incbak init --cluster-size")  # fmt: skip
+    for repo in (source, target):
+        for what in options.memory.troubles(repo) if options.memory else []:
+            report(Warned(what))
+    theirs = target.backups()
+    if target.unreadable:
+        raise DamagedError(f"the target's list of backups is not whole: {next(iter(target.unreadable.values()))}")
+    return make_plan(source.backups(), theirs, source.id, options.names, options.last)
+
+
+def sync(source: Repository, target: Repository, options: Options, report: Reporter = silent) -> Outcome:
+    """Copy what the target lacks. A backup that cannot be copied does not stop the others; trouble in writing does.
+
+    Raises `UsageError` and `DamagedError` before anything is done, `DurabilityError` when the target cannot be written.
+    """
+    planned = plan(source, target, options, report)
+    done = Outcome(failed=dict(planned.refused), held=planned.held, unreadable=dict(source.unreadable))
+    for vm, records in planned.copy.items():
+        try:
+            with target.vm_lock(vm, options.lock_wait) as still_locked:
+                for record in records:
+                    if record.id in target.storage.list("backups"):
+                        continue  # another sync has copied it while this one waited
+                    try:
+                        done.copied.append(_Copy(source, target, record, options, report).run(still_locked))
+                    except (DamagedError, SyncError) as e:
+                        if record.id in source.storage.list("backups"):  # else it was pruned meanwhile
+                            done.failed[record.id] = e
+        except LockedError as e:
+            done.failed[vm] = e
+    return done
+
+
+class _Copy:
+    """Of one backup."""
+
+    def __init__(
+        self, source: Repository, target: Repository, record: Record, options: Options, report: Reporter
+    ) -> None:
+        self._source, self._target, self._record = source, target, record
+        self._options, self._report = options, report
+
+    def run(self, still_locked: Callable[[], None]) -> Record:
+        """The record in the target. Raises `IncbakError`: then it is not there."""
+        bases = self._bases()
+        try:
+            made = self._once(bases, still_locked)
+        except DamagedError:
+            if not bases:
+                raise
+            made = self._once([], still_locked)  # perhaps it was the base in the target that cannot be read
+        durable.crash_point("sync.backup-copied")
+        if self._options.memory:
+            try:
+                self._options.memory.remember(self._target, made)
+            except DurabilityError as e:
+                self._report(Warned(f"backup {made.id[:8]} is copied, but this host cannot remember it: {e}"))
+        return made
+
+    def _bases(self) -> list[tuple[Record, Record]]:
+        """Backups of the VM that both have, the newest first: as in the source, and as in the target."""
+        theirs = {r.id: r for r in self._target.backups(self._record.vm)}
+        unsound = self._target.unsound(list(theirs.values()))
+        both = [r for r in self._source.backups(self._record.vm) if r.id in theirs and r.id not in unsound]
+        return [(r, theirs[r.id]) for r in reversed(both)]
+
+    def _once(self, bases: Sequence[tuple[Record, Record]], still_locked: Callable[[], None]) -> Record:
+        with (
+            self._target.writer(still_locked, self._options.level) as writer,
+            ThreadPoolExecutor(os.cpu_count() or 1, "sync") as threads,
+        ):
+            carry = carrier(self._source.reader(), self._source.seal, writer)
+            disks = tuple(self._disk(disk, bases, writer, carry, threads) for disk in self._record.disks)
+            everything = self._target.backups()
+            made = msgspec.structs.replace(
+                self._record,
+                seq=max((r.seq for r in everything), default=0) + 1,
+                disks=disks,
+                origin=Origin(self._source.id, self._record.seq),
+            )
+            writer.commit(made)
+        return made
+
+    def _disk(
+        self,
+        disk: DiskRecord,
+        bases: Sequence[tuple[Record, Record]],
+        writer: Writer,
+        carry: Carry,
+        threads: ThreadPoolExecutor,
+    ) -> DiskRecord:
+        before = writer.stored
+        base, there = next(
+            ((b, t) for x, y in bases if (b := x.disk(disk.name)) and (t := y.disk(disk.name)) and b.size == disk.size),
+            (None, None),
+        )
+        tree = self._source.tree(disk)
+        update = self._target.update(writer, there, disk.size)
+        old = self._source.tree(base) if base else TreeReader(self._source.reader().read, ZERO_DIGEST, tree.clusters)
+        self._carried(self._runs(old, tree, disk), carry, update, threads)
+        root = update.finish().hex()
+        if same_names(self._source.seal, writer.seal) and root != disk.root:
+            raise SyncError(f"disk {disk.name} of backup {self._record.id[:8]} came out different; it was not copied")
+        return msgspec.structs.replace(disk, root=root, stored=writer.stored - before, bitmap=None)
+
+    def _runs(self, old: TreeReader, tree: TreeReader, disk: DiskRecord) -> Iterator[Run]:
+        """What differs, in batches."""
+        size, most = self._source.cluster_size, max(_BATCH // self._source.cluster_size, 1)
+        what = f"{self._record.vm} {disk.name}, {self._record.id[:8]}"
+        numbers, digests, waiting = list[NDArray[np.int64]](), list[Digests](), 0
+        for first, count in differing(old, tree):
+            for start in range(first, first + count, most):
+                part = min(most, first + count - start)
+                numbers.append(np.arange(start, start + part))
+                digests.append(tree.digests(start, part))
+                waiting += part
+                if waiting >= most:
+                    yield np.concatenate(numbers), np.concatenate(digests)
+                    numbers, digests, waiting = [], [], 0
+                    self._report(Progress(what, min((start + part) * size, disk.size), disk.size, "copying"))
+        if waiting:
+            yield np.concatenate(numbers), np.concatenate(digests)
+
+    @staticmethod
+    def _carried(runs: Iterator[Run], carry: Carry, update: TreeUpdate, threads: ThreadPoolExecutor) -> None:
+        """Several batches at once; they come to ``update`` in their order."""
+        flying: deque[tuple[NDArray[np.int64], Future[Digests]]] = deque()
+        limit = 2 * (os.cpu_count() or 1)
+        try:
+            for numbers, digests in runs:
+                if len(flying) >= limit:
+                    waited, future = flying.popleft()
+                    update.set(waited, future.result())
+                flying.append((numbers, threads.submit(carry, digests)))
+            while flying:
+                waited, future = flying.popleft()
+                update.set(waited, future.result())
+        finally:
+            for _, future in flying:
+                future.cancel()
