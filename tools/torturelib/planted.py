@@ -72,14 +72,14 @@ def table() -> list[Fault]:
         planted_report,
         planted_restores,
         planted_serve,
+        planted_sync,
         planted_watch,
     )
 
     tables = (
         *(planted_bitmaps, planted_nbd, planted_nbd_long, planted_serve, planted_qmp, planted_backups),
         *(planted_restores, planted_watch, planted_prune, planted_proof, planted_files, planted_report),
-        planted_keys,
-        planted_needs,
+        *(planted_keys, planted_needs, planted_sync),
     )
     faults = [fault for each in tables for fault in each.FAULTS]
     if len({f.name for f in faults}) != len(faults):

@@ -251,16 +251,16 @@ _BACKUP = (
     ),
     Fault(
         "runner-lost-packs-not-seen",
-        _RUNNER,
-        "        return frozenset(noted | lost)\n",
-        "        return frozenset(noted)\n",
+        "incbak/repo/repository.py",
+        "        return noted | {r.id for r in records if not self.is_whole(r, seen)}\n",
+        "        return noted\n",
         _runner("test_a_base_whose_pages_are_whole_and_whose_clusters_are_lost_is_none"),
     ),
     Fault(
         "runner-only-the-newest-looked-at",
-        _RUNNER,
-        "        lost = {r.id for r in records if not",
-        "        lost = {r.id for r in records[-1:] if not",
+        "incbak/repo/repository.py",
+        "        return noted | {r.id for r in records if not",
+        "        return noted | {r.id for r in records[-1:] if not",
         _runner("test_an_older_backup_that_is_damaged_too_is_no_base_either"),
     ),
     Fault(
