@@ -26,6 +26,7 @@ WORK = {
     "full": work.full,
     "encrypted": work.encrypted,
     "second": work.second,
+    "sync": work.sync,
     "incremental": work.incremental,
     "fallback": work.fallback,
     "restore": work.restore,
@@ -63,7 +64,7 @@ def main() -> None:
 def _measure(top: Path, chosen: list[str], runs: int, size: int) -> list[rows.Row]:
     disk = top / "disk.raw"
     data = 0
-    if set(chosen) & {"full", "encrypted", "second", "fallback", "restore"}:
+    if set(chosen) & {"full", "encrypted", "second", "sync", "fallback", "restore"}:
         data = make_disk(disk, size)
         print(f"the disk: {format_size(disk.stat().st_size)} with {format_size(data)} of files", file=sys.stderr)
     bench = rows.Bench(top, runs, disk, data)

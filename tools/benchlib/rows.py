@@ -12,7 +12,8 @@ from typing import Any
 
 from benchlib.runs import Case, emptied, in_turns, incbak
 
-_SECRET = {"RESTIC_PASSWORD": "x", "BORG_PASSPHRASE": "x", "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
+_SECRET = {"RESTIC_PASSWORD": "x", "RESTIC_FROM_PASSWORD": "x",
+           "BORG_PASSPHRASE": "x", "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
            "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes"}  # fmt: skip
 
 

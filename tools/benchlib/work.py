@@ -170,6 +170,38 @@ def encrypted(bench: Bench) -> list[Row]:
     return rows
 
 
+def sync(bench: Bench) -> list[Row]:
+    """A backup copied to an empty second repository, encrypted as restic's are, and plain; the limit: copying files."""
+    passphrase, other, copied = bench.directory / "passphrase", bench.directory / "other", bench.directory / "copied"
+    passphrase.write_text("x\n")
+    passphrase.chmod(0o600)
+    bench.forget()
+    bench.run(*incbak("-q", "full", bench.disk, "--name", "vm"))
+
+    def new(*how: str) -> None:
+        emptied(other)()
+        bench.run("env", f"INCBAK_PASSWORD_FILE={passphrase}", *incbak("-q", "init", other, *how))
+
+    here, theirs = bench.directory / "restic", bench.directory / "restic2"
+
+    def new_restic() -> None:
+        emptied(theirs)()
+        bench.run("restic", "init", "-q", "-r", theirs, "--from-repo", here, "--copy-chunker-params")
+
+    command, secret = incbak("-q", "sync", other), {"INCBAK_TARGET_PASSWORD_FILE": str(passphrase)}
+    cases = [Case("incbak", command, lambda: new("--encrypt"), env=secret), Case("incbak, plain", command, new)]
+    for case in _rivals(bench, fresh=True):
+        if case.name == "restic":
+            case.before()
+            bench.run(*case.command)
+            cases.append(Case("restic copy", ["restic", "-q", "-r", theirs, "copy", "--from-repo", here], new_restic))
+    cases.append(Case("limit: cp -r", _synced(f"cp -r {bench.repo} {copied}", f"-f {copied}"), emptied(copied)))
+    rows = bench.compare("sync of one backup", cases, {"restic copy": ">= 2"})
+    for left in (other, copied, theirs):
+        emptied(left)()
+    return rows
+
+
 def second(bench: Bench) -> list[Row]:
     """A second full with nothing changed."""
     bench.forget()
@@ -268,6 +300,6 @@ def restore(bench: Bench) -> list[Row]:
     return rows
 
 
-def _synced(command: str, out: Path) -> list[str | Path]:
+def _synced(command: str, out: Path | str) -> list[str | Path]:
     """A shell command, and the sync that we make too."""
     return ["sh", "-c", f"{command} && sync {out}"]

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from incbak.errors import IncbakError
 from torturelib.model import State, Write, blocks_of, difference
 from torturelib.mounted import Disk, Kind, Log, mount, recording
 from torturelib.pruning import prune_round
@@ -87,7 +88,10 @@ class _World(World):
             return False
         if self.rng.random() < 0.2:
             assert self.client
-            self.client.flush()
+            try:
+                self.client.flush()
+            except (IncbakError, OSError):
+                return False
             self._flushed()
         return True
 

@@ -81,36 +81,59 @@ def _run(*argv: str | Path) -> str:
 @contextmanager
 def recording(root: Path, kind: Kind, options: str) -> Iterator[Path]:
     """A new file system below ``root``, mounted at what is yielded; its log is ``root/log``."""
-    image, place = root / "device", root / "mounted"
+    image = root / "device"
     image.touch()
+    command = [sys.executable, "-m", "torturelib.recorder", str(root), str(kind.size)]
     with ExitStack() as stack:
-        command = [sys.executable, "-m", "torturelib.recorder", str(root), str(kind.size)]
         recorder = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         assert recorder.stdout
         if recorder.stdout.readline() != b"ready\n":
             raise RuntimeError("the recorder has not started")
-        server = ["nbdfuse", str(image), f"nbd+unix:///?socket={root / 'sock'}"]
-        fuse = stack.enter_context(subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *server]))
-        end = time.monotonic() + _PATIENCE
-        while image.stat().st_size != kind.size:
-            if fuse.poll() is not None or time.monotonic() > end:
-                raise RuntimeError("nbdfuse has not mounted the disk")
-            time.sleep(0.01)
-        stack.callback(_run, "fusermount3", "-u", image)
+        stack.enter_context(_fuse(image, root / "sock", kind.size))
         _run(*kind.make, image)
-        stack.enter_context(mount(image, kind, options, place))
-        yield place
+        yield stack.enter_context(mount(image, kind, options, root / "mounted"))
 
 
 @contextmanager
-def mount(image: Path, kind: Kind, options: str, place: Path) -> Iterator[None]:
+def _fuse(image: Path, sock: Path, size: int) -> Iterator[None]:
+    """The disk behind ``sock`` as the file ``image``."""
+    server = ["nbdfuse", str(image), f"nbd+unix:///?socket={sock}"]
+    process = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *server])
+    try:
+        end = time.monotonic() + _PATIENCE
+        while image.stat().st_size != size:
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError("nbdfuse has not mounted the disk")
+            time.sleep(0.01)
+        yield
+    finally:
+        _unmount("fusermount3", "-u", image)
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def mount(image: Path, kind: Kind, options: str, place: Path) -> Iterator[Path]:
     """``image`` at ``place``; after a cut, the file system recovers by itself."""
     place.mkdir(exist_ok=True)
     _run("mount", "-t", kind.name, "-o", f"loop,{options}", image, place)
     try:
-        yield
+        yield place
     finally:
-        _run("umount", place)
+        _unmount("umount", place)
+
+
+def _unmount(*command: str | Path) -> None:
+    """Whoever still has files open there is waited for, then left alone; an error would hide why it is so."""
+    end = time.monotonic() + 5
+    while subprocess.run(command, capture_output=True, check=False).returncode:
+        if time.monotonic() > end:
+            subprocess.run([*command[:-1], "-z" if command[0] == "fusermount3" else "-l", command[-1]], check=False)
+            return
+        time.sleep(0.1)
 
 
 class Log:

@@ -22,8 +22,8 @@ FAULTS = (
     Fault(
         "sync-damage-passed-over",
         "incbak/repo/reader.py",
-        "            if isinstance(found, DamagedError):\n                raise found\n            yield row, found[0], found[2]",
-        "            if not isinstance(found, DamagedError):\n                yield row, found[0], found[2]",
+        "                raise found\n            yield row, found[0], found[2]",
+        "                continue\n            yield row, found[0], found[2]",
         _copying("test_what_is_damaged_in_the_source_is_passed_over"),
     ),
     Fault(
