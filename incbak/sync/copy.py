@@ -32,6 +32,8 @@ durable.declare("sync.backup-copied")
 
 Run = tuple[NDArray[np.int64], Digests]
 """Numbers of clusters, and their digests in the source."""
+_Pair = tuple[Record, Record]
+"""A backup as it stands in the source, and in the target."""
 
 
 @dataclass(frozen=True)
@@ -87,73 +89,84 @@ def sync(source: Repository, target: Repository, options: Options, report: Repor
     for vm, records in planned.copy.items():
         try:
             with target.vm_lock(vm, options.lock_wait) as still_locked:
-                for record in records:
-                    if record.id in target.storage.list("backups"):
-                        continue  # another sync has copied it while this one waited
-                    try:
-                        done.copied.append(_Copy(source, target, record, options, report).run(still_locked))
-                    except (DamagedError, SyncError) as e:
-                        if record.id in source.storage.list("backups"):  # else it was pruned meanwhile
-                            done.failed[record.id] = e
+                _Copier(source, target, vm, still_locked, options, report).copy(records, done)
         except LockedError as e:
             done.failed[vm] = e
     return done
 
 
-class _Copy:
-    """Of one backup."""
+class _Copier:
+    """Of one VM, which is locked in the target."""
 
     def __init__(
-        self, source: Repository, target: Repository, record: Record, options: Options, report: Reporter
+        self,
+        source: Repository,
+        target: Repository,
+        vm: str,
+        still_locked: Callable[[], None],
+        options: Options,
+        report: Reporter,
     ) -> None:
-        self._source, self._target, self._record = source, target, record
+        self._source, self._target, self._still_locked = source, target, still_locked
         self._options, self._report = options, report
+        everything = target.backups()
+        self._seq = max((r.seq for r in everything), default=0)
+        self._theirs = {r.id: r for r in everything if r.vm == vm}
+        self._unsound = target.unsound(list(self._theirs.values()))
+        self._ours = source.backups(vm)
 
-    def run(self, still_locked: Callable[[], None]) -> Record:
+    def copy(self, records: Sequence[Record], done: Outcome) -> None:
+        """These, oldest first. Raises `DurabilityError`, `LockedError`."""
+        for record in records:
+            if record.id in self._theirs:
+                continue  # another sync has copied it while this one waited
+            try:
+                made = self._one(record)
+            except (DamagedError, SyncError) as e:
+                if record.id in self._source.storage.list("backups"):  # else it was pruned meanwhile
+                    done.failed[record.id] = e
+                continue
+            self._theirs[made.id] = made
+            self._seq = made.seq
+            done.copied.append(made)
+            durable.crash_point("sync.backup-copied")
+            self._remember(made)
+
+    def _one(self, record: Record) -> Record:
         """The record in the target. Raises `IncbakError`: then it is not there."""
-        bases = self._bases()
+        sound = [r for r in self._ours if r.id in self._theirs and r.id not in self._unsound]
+        bases = [(r, self._theirs[r.id]) for r in reversed(sound)]
         try:
-            made = self._once(bases, still_locked)
+            return self._once(record, bases)
         except DamagedError:
             if not bases:
                 raise
-            made = self._once([], still_locked)  # perhaps it was the base in the target that cannot be read
-        durable.crash_point("sync.backup-copied")
+        return self._once(record, [])  # perhaps it was the base in the target that cannot be read
+
+    def _remember(self, made: Record) -> None:
         if self._options.memory:
             try:
                 self._options.memory.remember(self._target, made)
             except DurabilityError as e:
                 self._report(Warned(f"backup {made.id[:8]} is copied, but this host cannot remember it: {e}"))
-        return made
 
-    def _bases(self) -> list[tuple[Record, Record]]:
-        """Backups of the VM that both have, the newest first: as in the source, and as in the target."""
-        theirs = {r.id: r for r in self._target.backups(self._record.vm)}
-        unsound = self._target.unsound(list(theirs.values()))
-        both = [r for r in self._source.backups(self._record.vm) if r.id in theirs and r.id not in unsound]
-        return [(r, theirs[r.id]) for r in reversed(both)]
-
-    def _once(self, bases: Sequence[tuple[Record, Record]], still_locked: Callable[[], None]) -> Record:
+    def _once(self, record: Record, bases: Sequence[_Pair]) -> Record:
         with (
-            self._target.writer(still_locked, self._options.level) as writer,
+            self._target.writer(self._still_locked, self._options.level) as writer,
             ThreadPoolExecutor(os.cpu_count() or 1, "sync") as threads,
         ):
             carry = carrier(self._source.reader(), self._source.seal, writer)
-            disks = tuple(self._disk(disk, bases, writer, carry, threads) for disk in self._record.disks)
-            everything = self._target.backups()
-            made = msgspec.structs.replace(
-                self._record,
-                seq=max((r.seq for r in everything), default=0) + 1,
-                disks=disks,
-                origin=Origin(self._source.id, self._record.seq),
-            )
+            disks = tuple(self._disk(record, disk, bases, writer, carry, threads) for disk in record.disks)
+            origin = Origin(self._source.id, record.seq)
+            made = msgspec.structs.replace(record, seq=self._seq + 1, disks=disks, origin=origin)
             writer.commit(made)
         return made
 
     def _disk(
         self,
+        record: Record,
         disk: DiskRecord,
-        bases: Sequence[tuple[Record, Record]],
+        bases: Sequence[_Pair],
         writer: Writer,
         carry: Carry,
         threads: ThreadPoolExecutor,
@@ -166,16 +179,16 @@ class _Copy:
         tree = self._source.tree(disk)
         update = self._target.update(writer, there, disk.size)
         old = self._source.tree(base) if base else TreeReader(self._source.reader().read, ZERO_DIGEST, tree.clusters)
-        self._carried(self._runs(old, tree, disk), carry, update, threads)
+        what = f"{record.vm} {disk.name}, {record.id[:8]}"
+        self._carried(self._runs(old, tree, disk, what), carry, update, threads)
         root = update.finish().hex()
         if same_names(self._source.seal, writer.seal) and root != disk.root:
-            raise SyncError(f"disk {disk.name} of backup {self._record.id[:8]} came out different; it was not copied")
+            raise SyncError(f"disk {disk.name} of backup {record.id[:8]} came out different; it was not copied")
         return msgspec.structs.replace(disk, root=root, stored=writer.stored - before, bitmap=None)
 
-    def _runs(self, old: TreeReader, tree: TreeReader, disk: DiskRecord) -> Iterator[Run]:
+    def _runs(self, old: TreeReader, tree: TreeReader, disk: DiskRecord, what: str) -> Iterator[Run]:
         """What differs, in batches."""
         size, most = self._source.cluster_size, max(_BATCH // self._source.cluster_size, 1)
-        what = f"{self._record.vm} {disk.name}, {self._record.id[:8]}"
         numbers, digests, waiting = list[NDArray[np.int64]](), list[Digests](), 0
         for first, count in differing(old, tree):
             for start in range(first, first + count, most):

@@ -36,15 +36,15 @@ FAULTS = (
     Fault(
         "sync-on-an-unsound-base",
         _COPY,
-        " and r.id not in unsound]",
+        " and r.id not in self._unsound]",
         "]",
         _copying("test_a_base_that_is_damaged_in_the_target"),
     ),
     Fault(
         "sync-gives-up-with-the-base",
         _COPY,
-        "            if not bases:\n                raise\n",
-        "            raise\n",
+        "            if not bases:\n                raise\n        return",
+        "            raise\n        return",
         _copying("test_a_base_whose_page_has_rotted_in_the_target"),
     ),
     Fault(
@@ -57,8 +57,8 @@ FAULTS = (
     Fault(
         "sync-copies-what-is-there",
         _COPY,
-        '                    if record.id in target.storage.list("backups"):\n',
-        "                    if False:\n",
+        "            if record.id in self._theirs:\n",
+        "            if False:\n",
         _copying("test_what_another_sync_copied_meanwhile_is_not_copied_again"),
     ),
     Fault(
