@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +135,10 @@ def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> I
         return Done(name, process.returncode, out, err)
 
     with _interruptible(), ThreadPoolExecutor(max(jobs, 1), "vm") as pool:
-        work = [pool.submit(one, name) for name in names]
+        work: list[Future[Done]] = []
         try:
+            for name in names:
+                work.append(pool.submit(one, name))
             for each in as_completed(work):
                 yield each.result()
         except BaseException:

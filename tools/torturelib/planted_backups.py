@@ -367,4 +367,14 @@ _QEMU = (
     ),
 )
 
-FAULTS = (*_REPO, *_BACKUP, *_QEMU)
+_ALL = (
+    Fault(
+        "all-signal-while-starting",
+        "incbak/cli/configured.py",
+        "        try:\n            for name in names:\n                work.append(pool.submit(one, name))\n",
+        "        for name in names:\n            work.append(pool.submit(one, name))\n        try:\n",
+        ("tests/story/test_fleet.py::test_a_signal_while_they_are_started_ends_all_of_them",),
+    ),
+)
+
+FAULTS = (*_REPO, *_BACKUP, *_QEMU, *_ALL)
