@@ -37,6 +37,8 @@ def config() -> None:
       daily = 14
       [vms.web1.hooks]
       failed = ["/usr/local/bin/page-me"]
+      [sync]
+      target = "/mnt/offsite"
     """
 
 
@@ -71,8 +73,8 @@ def schedule() -> None:
 @click.option("--to", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the units there.")
 @common
 def show(kind: str, to: Path | None) -> None:
-    """Print lines for /etc/cron.d, or units for /etc/systemd/system: backups of all VMs each night, and for each VM
-    whose table says so, incbak serve or incbak watch.
+    """Print lines for /etc/cron.d, or units for /etc/systemd/system: backups of all VMs each night, drills, prunes and
+    syncs where the configuration has their tables, and for each VM whose table says so, incbak serve or incbak watch.
 
     \b
     Example:

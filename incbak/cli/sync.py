@@ -10,21 +10,22 @@ import click
 
 from incbak.cli.passphrase import TARGET_PREFIX, Passphrase
 from incbak.cli.settings import Settings, common, printable, settings
-from incbak.errors import DamagedError, IncompleteError
+from incbak.errors import DamagedError, IncompleteError, UsageError
 from incbak.repo.record import Record
 from incbak.sync.copy import Options, Outcome, plan, sync
 from incbak.units import format_size, parse_duration
 
 
 @click.command("sync", short_help="Copy backups to another repository.")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path), required=False)
 @click.option("--name", "names", multiple=True, metavar="VM", help="Only backups of this VM; may be repeated.")
 @click.option("--last", type=click.IntRange(min=1), metavar="N", help="At most the newest N of each VM.")
 @click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run on the VM in TARGET.")
 @click.option("--dry-run", is_flag=True, help="Say what would be copied.")
 @common
-def sync_command(target: Path, names: tuple[str, ...], last: int | None, lock_wait: str, dry_run: bool) -> None:
-    """Copy the backups that were made since the last sync to TARGET, another repository, oldest first.
+def sync_command(target: Path | None, names: tuple[str, ...], last: int | None, lock_wait: str, dry_run: bool) -> None:
+    """Copy the backups that were made since the last sync to TARGET, another repository, oldest first; without TARGET,
+    to that of the table [sync] in the configuration.
 
     Only what TARGET lacks is read, and all of it is verified. The copies keep their ids; what was pruned from TARGET
     does not come back, so it can keep more, or less, than the repository itself. A backup of which something is damaged
@@ -39,8 +40,8 @@ def sync_command(target: Path, names: tuple[str, ...], last: int | None, lock_wa
     here = settings()
     options = Options(names, last, parse_duration(lock_wait), memory=here.memory)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    passphrase = Passphrase(prefix=TARGET_PREFIX, what="the target")
-    source, other = here.open(), here.open_other(target, passphrase)
+    path, passphrase = _target(here, target)
+    source, other = here.open(), here.open_other(path, passphrase)
     console = here.reporter()
     try:
         if dry_run:
@@ -56,6 +57,19 @@ def sync_command(target: Path, names: tuple[str, ...], last: int | None, lock_wa
         source.close()
         other.close()
     _conclude(here, done)
+
+
+def _target(here: Settings, given: Path | None) -> tuple[Path, Passphrase]:
+    """Where it is, and its passphrase. Raises `UsageError`."""
+    if given:
+        return given, Passphrase(prefix=TARGET_PREFIX, what="the target")
+    said = here.configuration().sync
+    if not said.target:
+        raise UsageError(
+            "missing argument TARGET", hint="Name another repository, or write [sync] in the configuration."
+        )
+    passphrase = Passphrase(said.password_file, said.password_command, prefix=TARGET_PREFIX, what="the target")
+    return Path(said.target), passphrase
 
 
 def _tell(here: Settings, action: str, records: list[Record]) -> None:

@@ -26,6 +26,10 @@
 
     [vms.web1.hooks]
     failed = ["/usr/local/bin/page-me"]
+
+    [sync]                          # a second place for the backups, for incbak sync
+    target = "/mnt/offsite"
+    password-file = "/root/offsite.pass"  # if it is encrypted; or password-command
 """
 
 from __future__ import annotations
@@ -100,11 +104,20 @@ class Vm(Defaults, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_o
     serve: dict[str, str] = {}
 
 
+class Sync(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """Where ``incbak sync`` copies backups to."""
+
+    target: str = ""
+    password_file: str = ""
+    password_command: tuple[str, ...] = ()
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     defaults: Defaults = Defaults()
     vms: dict[str, Vm] = {}
+    sync: Sync = Sync()
 
     def vm(self, name: str) -> Vm:
         """With the defaults filled in. Raises `KeyError`."""
@@ -148,13 +161,16 @@ def _check_owner(path: Path, info: os.stat_result) -> None:
 
 
 def _decoded(path: Path, tree: Mapping[str, Any]) -> Config:
-    tables: list[tuple[str, Any, type[msgspec.Struct]]] = [("defaults", tree.get("defaults", {}), Defaults)]
+    tables: list[tuple[str, Any, type[msgspec.Struct]]] = [
+        ("defaults", tree.get("defaults", {}), Defaults),
+        ("sync", tree.get("sync", {}), Sync),
+    ]
     vms = tree.get("vms", {})
     if not isinstance(vms, dict):
         raise UsageError(f"{path}: vms: expected a table for each VM", hint="Write [vms.NAME].")
     tables += [(f"vms.{name}", table, Vm) for name, table in vms.items()]
-    for key in tree.keys() - {"defaults", "vms"}:
-        raise UsageError(f"{path}: {key}: no such key", hint="There are [defaults] and [vms.NAME].")
+    for key in tree.keys() - {"defaults", "vms", "sync"}:
+        raise UsageError(f"{path}: {key}: no such key", hint="There are [defaults], [vms.NAME] and [sync].")
     found: dict[str, Any] = {}
     for key, table, kind in tables:
         try:
@@ -162,12 +178,17 @@ def _decoded(path: Path, tree: Mapping[str, Any]) -> Config:
         except msgspec.ValidationError as e:
             what, _, where = str(e).partition(" - at `$")
             raise UsageError(f"{path}: {key}{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from e
-    return Config(found.pop("defaults"), {key.removeprefix("vms."): vm for key, vm in found.items()})
+    defaults, sync = found.pop("defaults"), found.pop("sync")
+    return Config(defaults, {key.removeprefix("vms."): vm for key, vm in found.items()}, sync)
 
 
 def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
     """(key, what is wrong, what to do) for each value that no command would take."""
     yield from _shared("defaults", config.defaults)
+    yield from _passwords("sync", config.sync)
+    yield from _relative("sync", {"target": config.sync.target})
+    if config.sync != Sync() and not config.sync.target:
+        yield "sync.target", "missing", "Write the path of the other repository."
     for name, vm in config.vms.items():
         key = f"vms.{name}"
         if not _NAME.fullmatch(name):
@@ -187,9 +208,7 @@ def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
     paths = {"repository": values.repository, "state-dir": values.state_dir, "scratch-dir": values.scratch_dir}
-    paths |= {"password-file": values.password_file, "password-command": (*values.password_command, "")[0]}
-    if values.password_file and values.password_command:
-        yield f"{key}.password-command", "there is a password-file too", "Leave one, so that it is clear which counts."
+    yield from _passwords(key, values)
     yield from _relative(key, paths)
     parsed: Mapping[str, tuple[str, Callable[[str], Any]]] = {
         "lock-wait": (values.lock_wait, parse_duration),
@@ -211,6 +230,14 @@ def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
     if hooks := values.hooks:
         commands = {"before": hooks.before, "after": hooks.after, "failed": hooks.failed}
         yield from _relative(f"{key}.hooks", {name: command[0] for name, command in commands.items() if command})
+
+
+def _passwords(key: str, values: Defaults | Sync) -> Iterator[tuple[str, str, str]]:
+    if values.password_file and values.password_command:
+        yield f"{key}.password-command", "there is a password-file too", "Leave one, so that it is clear which counts."
+    yield from _relative(
+        key, {"password-file": values.password_file, "password-command": (*values.password_command, "")[0]}
+    )
 
 
 def _relative(key: str, paths: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

@@ -36,6 +36,8 @@ def cron(program: str, path: Path, config: Config, user: str) -> str:
     ]
     if _prunes(config):
         lines += ["# Backups that no rule keeps go.", line("45 5 * * *", "prune", "--all")]
+    if config.sync.target:
+        lines += ["# What the second place lacks is copied there.", line("30 4 * * *", "sync")]
     return "\n".join([*lines, ""])
 
 
@@ -53,6 +55,10 @@ def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
     if _prunes(config):
         units["incbak-prune.service"] = _job("Backups that no rule keeps go", program, path, "prune", "--all")
         units["incbak-prune.timer"] = _timer("Backups that no rule keeps go", "05:45")
+    if config.sync.target:
+        what = "Backups are copied to the second place"
+        units["incbak-sync.service"] = _job(what, program, path, "sync")
+        units["incbak-sync.timer"] = _timer(what, "04:30")
     for name, _ in sorted(config.vms.items()):
         vm = config.vm(name)
         if vm.serve:

@@ -120,6 +120,26 @@ def test_the_repository_of_all_vms_is_that_of_other_commands_too(fleet: Fleet) -
     assert "repositry" in fleet.run("doctor").out
 
 
+def test_the_second_place_is_that_of_the_configuration(fleet: Fleet) -> None:
+    """With its passphrase; the command line says otherwise."""
+    secret, other, plain = (fleet.root / name for name in ("secret", "other", "plain"))
+    secret.write_text("x")
+    secret.chmod(0o600)
+    fleet.write(TWO + f'[sync]\ntarget = "{other}"\npassword-file = "{secret}"\n')
+    fleet("init", "--encrypt", other, env={"INCBAK_PASSWORD_FILE": str(secret)})
+    fleet("init", plain)
+    fleet("full", "--all")
+    assert fleet("sync").out.splitlines()[-1].startswith("2 backups copied")
+    assert fleet("sync", plain).out.splitlines()[-1].startswith("2 backups copied")
+    assert fleet("sync", "--name", "web1").out == "0 backups copied, 0 B stored\n"
+    assert len(fleet("-r", other, "--json", "list", env={"INCBAK_PASSWORD_FILE": str(secret)}).objects()) == 2
+    assert "  sync --config " in fleet("schedule", "show", "cron").out.replace("-q sync", "  sync")
+    assert "incbak-sync.timer" in fleet("schedule", "show", "systemd").out
+    fleet.write(TWO)
+    assert fleet.run("sync").code == 2
+    assert " sync " not in fleet("schedule", "show", "cron").out
+
+
 def test_all_of_them_and_one_that_fails_does_not_stop_the_others(fleet: Fleet) -> None:
     fleet.write(TWO)
     made = fleet("incremental", "--all")
@@ -218,6 +238,10 @@ def _children(pid: int) -> list[int]:
     [
         ("[vms.web1", "incbak.toml: "),
         ("[vm.web1]\nsource='/x'", "vm: no such key"),
+        ("[sync]\ntarget='offsite'", "sync.target: not an absolute path: 'offsite'"),
+        ("[sync]\npassword-file='/x'", "sync.target: missing"),
+        ("[sync]\ntarget='/x'\npassword-file='/x'\npassword-command=['/y']", "sync.password-command: there is a"),
+        ("[sync]\nkeep=1", "sync: object contains unknown field `keep`"),
         ("[vms.web1]\n", "vms.web1: object missing required field `source`"),
         ("[vms.web1]\nsource='/x'\nquiese=true", "vms.web1: object contains unknown field `quiese`"),
         ("[vms.web1]\nsource=7", "vms.web1.source: expected `str`, got `int`"),

@@ -94,7 +94,7 @@ def test_wrong_arguments(two: Two, tmp_path: Path) -> None:
     two.back_up()
     two.incbak("init", tmp_path / "coarse", "--cluster-size", "128K")
     for argv, code, said in (
-        (["sync"], 2, "Missing argument 'TARGET'"),
+        (["sync"], 2, "missing argument TARGET"),
         (["sync", tmp_path / "nowhere"], 10, "does not exist"),
         (["sync", tmp_path], 10, "is not a repository"),
         (["sync", two.incbak.repo], 2, "the two are the same repository"),
