@@ -51,6 +51,7 @@ _FEWER = 16
 _LOOK_UPS = 16
 """Of single digests, after which what was read is let go: each may have brought in 2 MiB of every file."""
 _SAMPLE = 32
+"""Digests by which it is judged, for its square of them or more, which file they are in."""
 SORTED = 1 << 12
 """Digests from which on it pays to look them up in their order."""
 
@@ -280,14 +281,15 @@ class Index:
 
     def _likely(self, digests: Digests, keys: NDArray[np.uint64]) -> list[IndexFile]:
         """All files, those first in which most of a sample is: what is looked up together was often stored together."""
+        files = self.files  # another thread may put other ones in their place
         if len(keys) < _SAMPLE * _SAMPLE:
-            return self.files
+            return files
         step = len(keys) // _SAMPLE
         hits: dict[str, int] = {}
-        for file in self.files:
+        for file in files:
             hits[file.name] = int(np.count_nonzero(file.find(digests[::step], keys[::step]) >= 0))
             file.let_go()
-        return sorted(self.files, key=lambda file: -hits[file.name])
+        return sorted(files, key=lambda file: -hits[file.name])
 
     def locate(self, digests: Digests) -> list[Place | None]:
         """One place for each digest, or ``None``."""

@@ -82,6 +82,23 @@ def test_what_was_stored_together_is_looked_for_in_one_file(tmp_path: Path, monk
     assert index.have(mixed).tolist() == [row.tobytes() in known for row in mixed]
 
 
+def test_a_refresh_beside_a_look_up_does_not_disturb_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = new(tmp_path / "repo")
+    index, digests = several(repo, 200, 8)
+    find = IndexFile.find
+
+    def meanwhile(self: IndexFile, digests: np.ndarray, *rest: object, **options: object) -> object:
+        name = new_id()
+        (tmp_path / "repo" / "packs" / name).write_bytes(b"x" * 100)
+        entries = np.zeros(1, dtype=pack.ENTRY)
+        repo.storage.write("index", new_id(), encode([(name, 100)], np.zeros(1, dtype=np.uint32), entries))
+        index.refresh()
+        return find(self, digests, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(IndexFile, "find", meanwhile)
+    assert index.have(digests).all()
+
+
 def test_single_digests_are_looked_for_where_the_last_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the pages of a tree are; every place is told to who asks for all."""
     files, count = 12, 200
