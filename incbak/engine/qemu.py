@@ -161,8 +161,8 @@ class QemuEngine(Engine):
         finally:
             for disk in disks:
                 disk.close()
-        if frozen.why:
-            log.warning("the guest was not frozen: %s", frozen.why)
+            if frozen.why:
+                log.warning("the guest was not frozen: %s", frozen.why)
         return RunResult({d.disk: r for d, r in zip(disks, results, strict=True)}, frozen.state, tuple(notes))
 
     def _limit(self, count: int) -> int:
