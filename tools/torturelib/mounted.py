@@ -3,7 +3,7 @@
 The kernel's file system is on a loop device, that on a FUSE file (``nbdfuse``), and that on the `recorder`; so the log
 has what the kernel wrote, in which order, and where it waited for a flush. A disk promises no more than that: at a cut,
 of what was written since the last flush each page of 4 KiB holds any of the versions that it has had. (Where only 512
-bytes are atomic, XFS does not always mount again: it takes a torn buffer for the newer one.)
+bytes are atomic, XFS itself does not always mount again.)
 
 Mounts are made in a mount namespace of this process (`private_mounts`), so that they go when it does.
 """

@@ -75,7 +75,7 @@ def test_a_job_that_ends_waits_for_a_write_in_flight(tmp_path: Path) -> None:
     faults, disk = Faults(), _disk()
     with Machine(tmp_path, {"vda": FaultyDisk(disk, faults)}) as machine:
         machine("block-dirty-bitmap-add", node="vda", name="b")
-        peer = machine.target("t0", SIZE)
+        machine.target("t0", SIZE)
         _write(machine, 2 * GRAIN, b"x")
         job = {"sync": "bitmap", "bitmap": "b", "bitmap-mode": "on-success", "job-id": "j", "speed": 1}
         machine("blockdev-backup", {"device": "vda", "target": "t0", **job})
@@ -85,13 +85,16 @@ def test_a_job_that_ends_waits_for_a_write_in_flight(tmp_path: Path) -> None:
         guest.start()
         wait_until(lambda: faults.seen["write"] == 2, "the write is under way")
         machine("block-job-set-speed", device="j", speed=0)
-        wait_until(lambda: peer.wrote, "the job has copied")
-        time.sleep(0.2)
-        early = [event for event, _data in list(machine.events) if event == "BLOCK_JOB_COMPLETED"]
+
+        def early() -> list[str]:
+            return [event for event, _data in list(machine.events) if event == "BLOCK_JOB_COMPLETED"]
+
+        wait_until(lambda: machine.tracked["vda"].gate._draining or early(), "the job is about to end")
+        too_early = early()
         faults.stall["write"].set()
         guest.join(10)
         machine.ended("j")
-        assert early == []
+        assert too_early == []
         assert machine.tracked["vda"].bitmaps["b"].runs().tolist() == [[9, 1]]
 
 
