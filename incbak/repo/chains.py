@@ -151,12 +151,14 @@ def _runs(chain: Sequence[Link]) -> list[Link]:
 
 
 def _differing(tree: TreeReader, old: Sequence[Link], new: Sequence[Link]) -> NDArray[np.int64]:
-    """The rows of the page that may make a difference: not those that are the same in all links but the first."""
+    """The rows of the page that may make a difference: not those that are the same in all links but the first, which
+    both chains have; unless one is only that.
+    """
     page = _words(_page(tree, new[-1]))
     found = np.zeros(len(page), dtype=bool)
     for link in {link.digest: link for link in (*old[1:], *new[1:])}.values():
         found |= (_words(_page(tree, link)) != page).any(axis=1)
-    if len(old) == 1 or len(new) == 1:
+    if len(old) == 1:
         found |= (_words(_page(tree, old[0])) != page).any(axis=1)
     return np.flatnonzero(found)
 

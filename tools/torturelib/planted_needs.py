@@ -127,10 +127,10 @@ _COUNTED = (
         _prune("test_where_a_listed_backup_needs_what_is_condemned_nothing_is_removed"),
     ),
     Fault(
-        "needs-of-what-is-removed-last",
+        "needs-of-what-comes-last",
         _CHAINS,
-        "    if len(old) == 1 or len(new) == 1:\n",
         "    if len(old) == 1:\n",
+        "    if False:\n",
         _chains("test_whatever_joins_and_leaves"),
     ),
     Fault(
