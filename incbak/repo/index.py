@@ -66,19 +66,23 @@ def prefixes(digests: Digests) -> NDArray[np.uint64]:
 
 def encode(packs: list[tuple[str, int]], numbers: NDArray[np.uint32], entries: Entries, seal: Seal = PLAIN) -> bytes:
     """An index file of ``entries``, the i-th of which lies in ``packs[numbers[i]]``."""
+    count, packs_end = len(entries), _HEAD_SIZE + len(packs) * PACK.itemsize
     digests = np.frombuffer(entries["digest"].tobytes(), dtype=np.uint8).reshape(-1, 32)
     keys = prefixes(digests)
     order = np.argsort(keys, kind="stable")
-    places = np.zeros(len(entries), dtype=PLACE)
-    places["rest"] = np.ascontiguousarray(digests[:, 8:]).view("V24").ravel()
-    places["pack"] = numbers
-    for field in ("offset", "stored", "raw", "codec"):
-        places[field] = entries[field]
+    made = bytearray(packs_end + count * (keys.itemsize + PLACE.itemsize))  # filled in place: it may be large
     table = np.array([(bytes.fromhex(name), size) for name, size in packs], dtype=PACK)
-    body = table.tobytes() + keys[order].tobytes() + places[order].tobytes()
-    head = _HEAD.pack(MAGIC, VERSION, len(packs), len(entries), seal.check(body))
+    made[_HEAD_SIZE:packs_end] = table.tobytes()
+    np.frombuffer(made, dtype="<u8", count=count, offset=packs_end)[:] = keys[order]
+    places = np.frombuffer(made, dtype=PLACE, count=count, offset=packs_end + count * keys.itemsize)
+    places["rest"] = np.ascontiguousarray(digests[order, 8:]).view("V24").ravel()
+    places["pack"] = numbers[order]
+    for field in ("offset", "stored", "raw", "codec"):
+        places[field] = entries[field][order]
+    head = _HEAD.pack(MAGIC, VERSION, len(packs), count, seal.check(memoryview(made)[_HEAD_SIZE:]))
     head = head.ljust(_HEAD_SIZE - _CHECKSUM, b"\0")
-    return head + seal.check(head)[:_CHECKSUM] + body
+    made[:_HEAD_SIZE] = head + seal.check(head)[:_CHECKSUM]
+    return bytes(made)
 
 
 class IndexFile:
