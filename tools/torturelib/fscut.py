@@ -182,13 +182,13 @@ def _examine(world: World, story: Story, number: int) -> None:
             raise LostError(f"backups that were reported are not listed: {sorted(missing)}")
         _compare(world, story, found)
         if world.rng.random() < 0.5:
-            _prune(world, story)
+            _prune(world)
         world.start()
         world.backup()
         for _ in range(5):
             world.write()
         world.backup()
-        _prune(world, story)
+        _prune(world)
         world.stop()
         world.command("-q", "check", "--read-data")
     finally:
@@ -205,7 +205,7 @@ def _compare(world: World, story: Story, found: set[str]) -> None:
         world.outcomes.add("restores after cuts")
 
 
-def _prune(world: World, story: Story) -> None:
+def _prune(world: World) -> None:
     world.command("-q", "prune", "--keep-last", "2", "--grace", "0", "--repack-below", "100")
     left = {str(entry["id"]) for entry in world.listed()}
     for ident in left:
