@@ -44,7 +44,8 @@ packs, then what the index says of them, then the condemnation. What is condemne
 business (`seal`, `cipher`); every place that hashes or encodes asks it. What a host remembers of a repository, to
 notice that it was put back or replaced, is in `memory`.
 
-**Which operation beside which**, in any number of processes of one host
+**Which operation beside which**, in any number of processes of one host. A sync (`incbak.sync`) reads its
+source; in its target it is a backup, with the same locks.
 
 ==============  ==============  ==============  ==============  ==============  ==============
 ..              backup          restore, read   check           rebuild-index   prune
