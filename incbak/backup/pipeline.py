@@ -24,14 +24,10 @@ Unchanged = Callable[[int, Digests], "NDArray[np.bool_] | None"]
 
 
 class Pipeline:
-    """Workers of one backup run. The first failure stops it, and is raised by every later call.
+    """Workers of one backup run. The first failure stops it, and is raised by every later call."""
 
-    ``verify``: each compressed blob is decompressed and compared before it is stored, so that bad memory or a faulty
-    codec spoils a run and not a backup (faults row 86).
-    """
-
-    def __init__(self, writer: Writer, cluster_size: int, *, threads: int | None = None, verify: bool = True) -> None:
-        self.writer, self.cluster_size, self.verify = writer, cluster_size, verify
+    def __init__(self, writer: Writer, cluster_size: int, *, threads: int | None = None) -> None:
+        self.writer, self.cluster_size = writer, cluster_size
         self._queue: queue.SimpleQueue[tuple[int, memoryview, Unchanged, Done] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._bytes = 0
@@ -100,16 +96,8 @@ class Pipeline:
             wanted = digests.any(axis=1)
             rows = np.flatnonzero(wanted if known is None else wanted & ~known)
             rows = rows[~self.writer.have(digests[rows])] if len(rows) else rows
-            stored = sum(self._store(digests[i].tobytes(), clusters[i * step : (i + 1) * step]) for i in rows.tolist())
+            add = self.writer.add_content
+            stored = sum(add(digests[i].tobytes(), clusters[i * step : (i + 1) * step]) for i in rows.tolist())
         else:
             stored = 0
         done(first, digests, stored)
-
-    def _store(self, digest: bytes, data: memoryview) -> int:
-        seal = self.writer.seal
-        codec, stored = seal.encode(digest, data, self.writer.level)
-        if stored is data:
-            stored = bytes(data)
-        if self.verify and seal.digest(seal.decode(digest, codec, stored, len(data))) != digest:
-            raise BackupError("a cluster came out wrong when it was decompressed again; nothing of it was stored")
-        return self.writer.add(digest, codec, stored, len(data))

@@ -126,7 +126,7 @@ def unlock(storage: Storage, repository: str, passphrase: bytes) -> bytes:
     if bad:
         what = f"the passphrase opens none of the keys that can be read ({len(bad)} cannot: {'; '.join(bad.values())})"
         raise WrongPassphraseError(what, hint="Nothing was touched.")
-    raise WrongPassphraseError("the passphrase does not open the repository", hint="Nothing was touched.")
+    raise WrongPassphraseError(f"the passphrase does not open repository {repository[:8]}", hint="Nothing was touched.")
 
 
 def remove_key(storage: Storage, start: str) -> str:

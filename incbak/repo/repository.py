@@ -322,7 +322,7 @@ class Repository:
     def update(self, writer: Writer, base: DiskRecord | None, size: int) -> TreeUpdate:
         """A tree update for a disk of ``size`` bytes from the tree of ``base``, or from nothing."""
         root = bytes.fromhex(base.root) if base else None
-        return TreeUpdate(self.reader().read, writer.add_page, root, clusters_in(size, self.cluster_size))
+        return TreeUpdate(self.reader().read, writer.add_new, root, clusters_in(size, self.cluster_size))
 
     def close(self) -> None:
         """Release files."""

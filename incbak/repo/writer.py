@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from incbak import durable
-from incbak.errors import DurabilityError, IncbakError
+from incbak.errors import BackupError, DurabilityError, IncbakError
 from incbak.repo import pack, record
 from incbak.repo.ids import new_id
 from incbak.repo.index import Digests, Index, encode
@@ -124,11 +124,27 @@ class Writer:
                 self._write_buffer()
         return size
 
-    def add_page(self, data: bytes) -> bytes:
-        """Store a page of a tree unless it is there; its digest."""
+    def add_content(self, digest: bytes, data: bytes | memoryview) -> int:
+        """As `add`, of content that is not encoded yet.
+
+        It is decoded and compared before it is stored, so that bad memory or a faulty codec spoils a run and not a
+        backup (faults row 86). Raises `BackupError` then.
+        """
+        codec, stored = self.seal.encode(digest, data, self.level)
+        if stored is data:
+            stored = bytes(data)
+        if self.seal.digest(self.seal.decode(digest, codec, stored, len(data))) != digest:
+            raise BackupError(
+                f"blob {digest.hex()} came out wrong when it was decoded again; nothing of it was stored",
+                hint="Test the memory of this host, then run it again.",
+            )
+        return self.add(digest, codec, stored, len(data))
+
+    def add_new(self, data: bytes | memoryview) -> bytes:
+        """Store content, as a page of a tree, unless it is there; its digest."""
         digest = self.seal.digest(data)
         if not self.have(np.frombuffer(digest, dtype=np.uint8).reshape(1, -1))[0]:
-            self.add(digest, *self.seal.encode(digest, data, self.level), len(data))
+            self.add_content(digest, data)
         return digest
 
     def _begin(self) -> None:

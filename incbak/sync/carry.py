@@ -6,8 +6,6 @@ from typing import Protocol
 
 import numpy as np
 
-from incbak.errors import BackupError
-from incbak.repo.blob import DIGEST
 from incbak.repo.index import Digests
 from incbak.repo.reader import BlobReader
 from incbak.repo.seal import Seal
@@ -20,7 +18,7 @@ class Carry(Protocol):
     def __call__(self, digests: Digests) -> Digests:
         """Have the target store this content of the source; the digests there. Shapes (n, 32); zero stays zero.
 
-        Raises `DamagedError` when the source does not have it whole, `DurabilityError`.
+        Raises `DamagedError` when the source does not have it whole, `BackupError`, `DurabilityError`.
         """
 
 
@@ -49,7 +47,7 @@ class _AsStored:
 
 
 class _Anew:
-    """Content is opened, and closed under the target's key; it is compared before it is stored (faults row 86)."""
+    """Content is opened, and closed under the target's key."""
 
     def __init__(self, reader: BlobReader, writer: Writer) -> None:
         self._reader, self._writer = reader, writer
@@ -60,16 +58,5 @@ class _Anew:
         for row, data in self._reader.read_many(digests[wanted]):
             if isinstance(data, Exception):
                 raise data
-            found[wanted[row]] = np.frombuffer(self._store(data), dtype=np.uint8)
+            found[wanted[row]] = np.frombuffer(self._writer.add_new(data), dtype=np.uint8)
         return found
-
-    def _store(self, data: bytes | memoryview) -> bytes:
-        seal = self._writer.seal
-        digest = seal.digest(data)
-        if self._writer.have(np.frombuffer(digest, dtype=np.uint8).reshape(1, DIGEST))[0]:
-            return digest
-        codec, stored = seal.encode(digest, data, self._writer.level)
-        if seal.digest(seal.decode(digest, codec, stored, len(data))) != digest:
-            raise BackupError("a cluster came out wrong when it was opened again; nothing of it was stored")
-        self._writer.add(digest, codec, bytes(stored), len(data))
-        return digest

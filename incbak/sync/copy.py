@@ -75,7 +75,8 @@ def plan(source: Repository, target: Repository, options: Options, report: Repor
             report(Warned(what))
     theirs = target.backups()
     if target.unreadable:
-        raise DamagedError(f"the target's list of backups is not whole: {next(iter(target.unreadable.values()))}")
+        what = f"the target's list of backups is not whole: {next(iter(target.unreadable.values()))}"
+        raise DamagedError(what, hint=f"Run: incbak -r {target.storage.root} check")
     return make_plan(source.backups(), theirs, source.id, options.names, options.last)
 
 
@@ -183,7 +184,8 @@ class _Copier:
         self._carried(self._runs(old, tree, disk, what), carry, update, threads)
         root = update.finish().hex()
         if same_names(self._source.seal, writer.seal) and root != disk.root:
-            raise SyncError(f"disk {disk.name} of backup {record.id[:8]} came out different; it was not copied")
+            what = f"disk {disk.name} of backup {record.id[:8]} came out different; it was not copied"
+            raise SyncError(what, hint="Run incbak check --read-data on both repositories.")
         return msgspec.structs.replace(disk, root=root, stored=writer.stored - before, bitmap=None)
 
     def _runs(self, old: TreeReader, tree: TreeReader, disk: DiskRecord, what: str) -> Iterator[Run]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torturelib.planted import Fault, unit
 
 _DURABLE = "incbak/durable.py"
-_RUNNER, _PLAN, _SINK, _PIPELINE = (f"incbak/backup/{name}.py" for name in ("runner", "plan", "sink", "pipeline"))
+_RUNNER, _PLAN, _SINK = (f"incbak/backup/{name}.py" for name in ("runner", "plan", "sink"))
 _WRITER, _READER, _INDEX, _REPOSITORY = (
     f"incbak/repo/{name}.py" for name in ("writer", "reader", "index", "repository")
 )
@@ -334,11 +334,18 @@ _BACKUP = (
         unit("backup/test_sink", "test_an_earlier_write_that_is_slow_does_not_win"),
     ),
     Fault(
-        "pipeline-codec-not-verified",
-        _PIPELINE,
-        "        if self.verify and seal.digest",
-        "        if False and seal.digest",
+        "content-not-decoded-again",
+        "incbak/repo/writer.py",
+        "        if self.seal.digest(self.seal.decode(digest, codec, stored, len(data))) != digest:\n",
+        "        if False:\n",
         unit("backup/test_sink", "test_a_cluster_that_does_not_decompress_to_itself_stops_the_run"),
+    ),
+    Fault(
+        "page-not-decoded-again",
+        "incbak/repo/writer.py",
+        "            self.add_content(digest, data)\n",
+        "            self.add(digest, *self.seal.encode(digest, data, self.level), len(data))\n",
+        unit("repo/test_writer", "test_a_page_that_does_not_decode_to_itself_stops_the_backup"),
     ),
 )
 

@@ -83,13 +83,6 @@ FAULTS = (
         _copying("test_the_host_remembers_the_copy"),
     ),
     Fault(
-        "sync-not-compared-under-the-new-key",
-        _CARRY,
-        "        if seal.digest(seal.decode(digest, codec, stored, len(data))) != digest:\n",
-        "        if False:\n",
-        _copying("test_content_that_comes_out_wrong_under_the_new_key_stops_it"),
-    ),
-    Fault(
         "sync-source-put-back",
         _PLAN,
         "        if why := _diverged(ours, copied):\n",

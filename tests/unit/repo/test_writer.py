@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from incbak import durable
-from incbak.errors import DurabilityError, IncbakError, LockedError
-from incbak.repo import blob, pack, repository
+from incbak.errors import BackupError, DurabilityError, IncbakError, LockedError
+from incbak.repo import blob, pack, repository, tree
 from incbak.repo import writer as module
 from incbak.repo.check import check
 from incbak.repo.repository import Repository
@@ -278,3 +278,19 @@ def test_a_writer_that_is_given_up_leaves_no_temporary_file(tmp_path: Path) -> N
         store(writer, cluster(1))
         raise KeyboardInterrupt
     assert list((tmp_path / "repo" / "packs").iterdir()) == []
+
+
+def test_a_page_that_does_not_decode_to_itself_stops_the_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """faults row 86: a page that is wrong costs more than a cluster."""
+    repo = new(tmp_path / "repo")
+    real = blob.encode
+
+    def faulty(data: bytes | memoryview, level: int = 1) -> tuple[int, bytes | memoryview]:
+        return real(bytes([data[0] ^ 1]) + data[1:] if len(data) == tree.PAGE else data, level)
+
+    monkeypatch.setattr(blob, "encode", faulty)
+    with pytest.raises(BackupError, match="came out wrong"):
+        back_up(repo, [1, 2])
+    assert repo.backups() == []

@@ -58,7 +58,7 @@ def _larger(clusters: int) -> Callable[[Repository, Writer], bytes]:
     """The root of a disk of so many clusters, the first and the last of which are not zero."""
 
     def root(repo: Repository, writer: Writer) -> bytes:
-        update = TreeUpdate(repo.reader().read, writer.add_page, None, clusters)
+        update = TreeUpdate(repo.reader().read, writer.add_new, None, clusters)
         digests = [scene.store(writer, scene.cluster(n)) for n in (1, 2)]
         update.set(np.array([0, clusters - 1]), np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32))
         return update.finish()

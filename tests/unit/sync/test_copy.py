@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from incbak import durable
-from incbak.errors import DamagedError, DurabilityError, LockedError, SyncError, UsageError
+from incbak.errors import BackupError, DamagedError, DurabilityError, LockedError, SyncError, UsageError
 from incbak.repo.check import check
 from incbak.repo.memory import Memory
 from incbak.repo.prune import Options as PruneOptions
@@ -271,7 +271,7 @@ def test_content_that_comes_out_wrong_under_the_new_key_stops_it(
         return encode(digest, bytes([data[0] ^ 1]) + bytes(data[1:]), level)
 
     monkeypatch.setattr(target.seal, "encode", faulty)
-    with pytest.raises(Exception, match="came out wrong"):
+    with pytest.raises(BackupError, match="came out wrong"):
         sync(source, target, Options())
     assert again(target).backups() == []
 
