@@ -1,7 +1,8 @@
 """Bitmaps that outlive their owner: which clusters of a disk were written since one backup, or that nobody knows.
 
 Layers, upper ones first: `store` (the state directory, its lock, what is found on open), `file` (one open bitmap: the
-mapping, the marks, the flag), `format` (the header, pure), `bits` (kernels on packed bits, pure).
+marks, the flag), `body` (its content in memory and in the file), `format` (the header, pure), `bits` (kernels on packed
+bits, pure).
 
 The promise (I2): the durable dirty set has every cluster that differs from the base, or the bitmap is invalid, with a
 `Reason`. Nothing is repaired by guessing. The flag is Stefan Hajnoczi's idea (drive-backup thread, 2013); the coarse
@@ -17,7 +18,8 @@ slot and is synced, then over the other and is synced: a torn write never meets 
 2. The first mark in a 64 MiB region sets its byte in the coarse map and syncs the file. Only what a *finished* sync is
    known to cover is skipped later; a byte that another thread has set and still syncs is waited for (L1). Threads that
    wait share the next sync, for it begins after they have set their bytes.
-3. The bits are set in the mapping, under a lock. They are not synced: the page cache keeps them when the process dies,
+3. The bits are stored, under a lock, so that the page cache has them (`body`: by a mapping where no store can fault,
+   else by ``pwrite``). They are not synced: the page cache keeps them when the process dies,
    and the coarse map stands for them when the host does.
 4. Only then does the write go out. Whatever becomes of it, the bits stay.
 
@@ -36,9 +38,9 @@ It counts from the instant at which the bitmap began to record. What the guest h
 the backup, and a power cut may take it from the disk in regions that nobody has touched since. So a backup counts only
 when the disk was flushed after its instant: `incbak.serve.backup_job` and `incbak.engine.image` see to it.
 
-When a sync or a header write fails, that is final: the bitmap is made invalid on disk while the sync lock is still
+When a sync, a store or a header write fails, that is final: the bitmap is made invalid on disk while the sync lock is still
 held, because the kernel reports a lost page once and the next thread's sync would succeed. If the header cannot be
-written, the file is renamed to ``*.invalid``. If that fails too, the mark fails, `State` does not say invalid, and the
+written, the file is renamed to ``*.invalid``, or removed where a full file system refuses that. If that fails too, the mark fails, `State` does not say invalid, and the
 write must not go out. So ``State.INVALID`` always means: invalid on disk, writes may go on untracked.
 
 Found on open

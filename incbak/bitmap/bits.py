@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from incbak.extents import Extent
+
 Bits = NDArray[np.uint8]
 Runs = NDArray[np.int64]
 """Shape (n, 2): first cluster and count of each run, sorted, disjoint, not adjacent."""
@@ -89,3 +91,8 @@ def clusters_of(found: Runs) -> NDArray[np.int64]:
     counts = found[:, 1]
     before = np.cumsum(counts) - counts
     return np.repeat(found[:, 0] - before, counts) + np.arange(int(counts.sum()), dtype=np.int64)
+
+
+def extents_of(found: Runs, granularity: int, size: int) -> list[Extent]:
+    """Return the runs as byte extents, cut at ``size``."""
+    return [Extent(f * granularity, min(n * granularity, size - f * granularity)) for f, n in found.tolist()]

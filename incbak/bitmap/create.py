@@ -10,6 +10,7 @@ from pathlib import Path
 
 from incbak import durable, host
 from incbak.bitmap import format as fmt
+from incbak.bitmap.body import keep_in_place
 from incbak.bitmap.format import UNTOUCHED, Flag, Slot
 from incbak.errors import BitmapError
 from incbak.fingerprint import Fingerprint
@@ -21,6 +22,7 @@ def create_file(path: Path, slot: Slot) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
+        keep_in_place(fd)
         os.posix_fallocate(fd, 0, end)
         os.pwrite(fd, bytes([UNTOUCHED]) * slot.regions, coarse)
         os.pwrite(fd, fmt.encode_beat(time.time_ns()), fmt.HEARTBEAT)

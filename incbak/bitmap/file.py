@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 
 from incbak import durable, host
 from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
+from incbak.bitmap.body import digest_of, open_body
 from incbak.bitmap.format import REGION, REGION_SHIFT, TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.errors import BitmapError, DurabilityError
 from incbak.extents import Extent
@@ -72,11 +73,13 @@ class Bitmap:
         self.known = bytearray(slot.regions)
         self._shift = slot.granularity.bit_length() - 1
         self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        start, coarse, end = fmt.layout(slot)
-        self._map = np.memmap(path, dtype=np.uint8, mode="r+", shape=(end,))
-        self._bits = self._map[start : start + kernels.bytes_for(slot.clusters)]
-        self._coarse = self._map[coarse : coarse + slot.regions]
-        self._body = self._map[start:end]
+        try:
+            self._stored = open_body(self._fd, path, slot)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._bits, self._coarse = self._stored.bits, self._stored.coarse
+        self._body = self._stored.array[fmt.HEADER :]
         self._view = memoryview(self._bits)  # type: ignore[arg-type]
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
@@ -123,11 +126,21 @@ class Bitmap:
         if first == last:
             bit = 1 << (first & 7)
             if not self._view[first >> 3] & bit:
-                with self._lock:
-                    self._view[first >> 3] |= bit
+                with self._storing():
+                    self._stored.set_bit(first >> 3, bit)
             return
-        with self._lock:
-            kernels.set_range(self._bits, first, last)
+        with self._storing():
+            self._stored.set_range(first, last)
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Hold the lock on the content. A store that fails is as final as a sync that fails: see `_syncing`."""
+        try:
+            with self._lock:
+                yield
+        except OSError as e:
+            with self._syncing():
+                raise OSError(e.errno, f"cannot store: {e.strerror}") from e
 
     def touch(self, offset: int, length: int) -> None:
         """Make it durable that the regions of the range may be written. One sync per region and bitmap."""
@@ -135,8 +148,8 @@ class Bitmap:
         if self.known.find(0, first, last + 1) < 0:
             return
         self._begin()
-        with self._lock:
-            self._coarse[first : last + 1] = TOUCHED
+        with self._storing():
+            self._stored.touch(first, last + 1)
             wanted = self._started + 1
         with self._syncing():
             durable.crash_point("bitmap.region-set")
@@ -186,7 +199,7 @@ class Bitmap:
 
     def trust_coarse_map(self) -> None:
         """Make the coarse map of an earlier session durable: rewritten, since a failed sync leaves pages clean."""
-        self._coarse[:] = np.array(self._coarse)
+        self._stored.put_coarse(np.array(self._coarse))
         durable.sync_file(self._fd, f"bitmap {self.path}")
         self._durable[:] = (self._coarse == TOUCHED).astype(np.uint8).tobytes()
 
@@ -197,14 +210,14 @@ class Bitmap:
 
     def last_heartbeat(self) -> int | None:
         """When the owner was last known alive, in ns since the epoch; ``None`` if it never said."""
-        return fmt.decode_beat(self._map[fmt.HEARTBEAT : fmt.HEARTBEAT + 16].tobytes())
+        return fmt.decode_beat(self._stored.array[fmt.HEARTBEAT : fmt.HEARTBEAT + 16].tobytes())
 
     def mark_touched_regions(self) -> None:
         """Mark every cluster of the touched regions: what a power cut leaves of the bits is less than was written."""
         per_region = max(1, REGION >> self._shift)
         for region in np.flatnonzero(self._coarse == TOUCHED).tolist():
             first = (region << REGION_SHIFT) >> self._shift
-            kernels.set_range(self._bits, first, min(first + per_region, self.slot.clusters) - 1)
+            self._stored.set_range(first, min(first + per_region, self.slot.clusters) - 1)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -218,7 +231,7 @@ class Bitmap:
 
     def extents(self) -> list[Extent]:
         """The dirty bytes, sorted, cut at the disk's size."""
-        return extents_of(self.runs(), self.granularity, self.size)
+        return kernels.extents_of(self.runs(), self.granularity, self.size)
 
     def count(self) -> int:
         """How many bytes are dirty; a last partial cluster counts as what it has."""
@@ -250,15 +263,15 @@ class Bitmap:
             self.touch(region << REGION_SHIFT, 1)
         for start, last in zip(starts[~within].tolist(), lasts[~within].tolist(), strict=True):
             self.touch(start, last + 1 - start)
-        with self._lock:
-            np.bitwise_or(self._bits, other, out=self._bits)
+        with self._storing():
+            self._stored.put_bits(self._bits | other)
 
     def fill(self, other: kernels.Bits) -> None:
         """As `merge_bits`, in a file that nobody else can know yet: nothing is durable before `close`."""
         for first, count in kernels.runs(other, self.slot.clusters).tolist():
             last = min((first + count) << self._shift, self.size) - 1
-            self._coarse[first << self._shift >> REGION_SHIFT : (last >> REGION_SHIFT) + 1] = TOUCHED
-        np.bitwise_or(self._bits, other, out=self._bits)
+            self._stored.touch(first << self._shift >> REGION_SHIFT, (last >> REGION_SHIFT) + 1)
+        self._stored.put_bits(self._bits | other)
 
     def keep_bits(self, other: kernels.Bits) -> None:
         """Clear all bits that ``other`` (packed, of the same granularity and size) does not have.
@@ -267,8 +280,8 @@ class Bitmap:
         loses none; the coarse map stays as it is.
         """
         self._begin()
-        with self._lock:
-            np.bitwise_and(self._bits, other, out=self._bits)
+        with self._storing():
+            self._stored.put_bits(self._bits & other)
 
     def clear(self) -> None:
         """Forget all marks. The caller has stopped writers. Interrupted, the bitmap is invalid, never half cleared."""
@@ -284,8 +297,8 @@ class Bitmap:
         with self._syncing():
             hurt = replace(self.slot, reason=Reason.INVALIDATED.value).with_flags(self._flags() | Flag.INVALID)
             self._write_slots(hurt, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
-            self._bits[:] = 0
-            self._coarse[:] = UNTOUCHED
+            self._stored.put_bits(np.zeros_like(self._bits))
+            self._stored.put_coarse(np.full_like(self._coarse, UNTOUCHED))
             self.known[:] = self._durable[:] = bytes(len(self.known))
 
     def end_clear(self) -> None:
@@ -326,17 +339,30 @@ class Bitmap:
     def _bury(self, reason: Reason) -> None:
         grave = self.path.with_name(f"{self.path.name}.invalid")
         try:
-            os.rename(self.path, grave)
+            self._put_aside(grave)
             durable.sync_dir(self.path.parent)
         except (OSError, DurabilityError) as e:
             hint = "The disk must not be written until the state directory can be."
             raise BitmapError(f"cannot invalidate bitmap {self.name}: {e}", reason=reason, hint=hint) from e
         self.path = grave
 
+    def _put_aside(self, grave: Path) -> None:
+        """Rename the file, or remove it where a full file system refuses that: a missing file is not believed either.
+
+        btrfs keeps a reserve for removals, not for renames.
+        """
+        try:
+            os.rename(self.path, grave)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.unlink(self.path)
+
     def heartbeat(self) -> None:
-        """Note that the owner is alive now, a plain store: an image changed later was not changed by this owner."""
+        """Note that the owner is alive now. Never synced; where it cannot be stored, less is believed later."""
         beat = fmt.encode_beat(time.time_ns())
-        self._map[fmt.HEARTBEAT : fmt.HEARTBEAT + 16] = np.frombuffer(beat, dtype=np.uint8)
+        with suppress(OSError), self._lock:
+            self._stored.put(fmt.HEARTBEAT, np.frombuffer(beat, dtype=np.uint8))
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -369,14 +395,4 @@ class Bitmap:
         return self.state is State.DIRTY or fingerprint != self.slot.fingerprint
 
     def _release(self) -> None:
-        del self._bits, self._coarse, self._body, self._map
-
-
-def extents_of(found: kernels.Runs, granularity: int, size: int) -> list[Extent]:
-    """Runs of clusters as byte extents, cut at ``size``."""
-    return [Extent(f * granularity, min(n * granularity, size - f * granularity)) for f, n in found.tolist()]
-
-
-def digest_of(body: kernels.Bits) -> bytes:
-    """BLAKE3 of bits and coarse map, 32 bytes."""
-    return blake3(memoryview(body)).digest()  # type: ignore[arg-type]
+        del self._bits, self._coarse, self._body, self._stored

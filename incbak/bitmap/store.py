@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from incbak import durable, host
 from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
+from incbak.bitmap.body import digest_of
 from incbak.bitmap.create import create_file, new_slot
-from incbak.bitmap.file import Bitmap, Found, State, digest_of, extents_of
+from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.bitmap.identity import Identity, read_identity, write_identity, written_since
 from incbak.errors import BitmapError, LockedError, UsageError
@@ -156,9 +157,12 @@ class BitmapStore:
             return slot
         if reason := _suspect(slot, path, name, self.uuid, disk):
             return reason
-        if slot.flags & Flag.CLEAN:
-            return _open_clean(path, slot, disk) if both else Reason.HEADER
-        return _open_unclean(path, slot, disk)
+        try:
+            if slot.flags & Flag.CLEAN:
+                return _open_clean(path, slot, disk) if both else Reason.HEADER
+            return _open_unclean(path, slot, disk)
+        except OSError:  # a sector that cannot be read, or a full disk that takes no store
+            return Reason.HEADER
 
     def open_all(self, disk: Fingerprint) -> tuple[list[Bitmap], dict[str, Reason]]:
         """Every bitmap that may be believed, and why the others may not. Never raises for what a file holds."""
@@ -182,18 +186,27 @@ class BitmapStore:
         if not path.exists():
             return
         slot, _both = _read_slots(path)
-        if isinstance(slot, Reason) or os.stat(path).st_size != fmt.layout(slot)[2]:
+        if isinstance(slot, Slot) and slot.flags & Flag.INVALID:
+            return
+        try:
+            bitmap = _openable(slot, path)
+        except OSError:
             os.rename(path, path.with_name(path.name + ".invalid"))
             durable.sync_dir(self.directory)
-        elif not slot.flags & Flag.INVALID:
-            bitmap = Bitmap(path, slot, Found.INVALID, State.DIRTY)
-            bitmap.invalidate(reason)
-            bitmap.close(None)
+            return
+        bitmap.invalidate(reason)
+        bitmap.close(None)
 
     def remove(self, name: str) -> None:
         """Remove a bitmap's file durably; one that is open must be closed by the caller first or after."""
         durable.remove(self.directory / (component(name) + SUFFIX + ".invalid"))
         durable.remove(self.path(name))
+
+
+def _openable(slot: Slot | Reason, path: Path) -> Bitmap:
+    if isinstance(slot, Reason) or os.stat(path).st_size != fmt.layout(slot)[2]:
+        raise OSError(f"{path} is not a whole bitmap")
+    return Bitmap(path, slot, Found.INVALID, State.DIRTY)
 
 
 def _names(directory: Path) -> Iterator[str]:
@@ -315,7 +328,7 @@ class BitmapView:
         """The dirty bytes."""
         found = self.runs()
         assert self.slot
-        return extents_of(found, self.slot.granularity, self.slot.size)
+        return kernels.extents_of(found, self.slot.granularity, self.slot.size)
 
 
 def _in_use(directory: Path) -> bool:

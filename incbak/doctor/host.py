@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from incbak import __version__, host
+from incbak.bitmap.body import MappedBody, WrittenBody, overwrites_in_place
 from incbak.bitmap.format import Flag
 from incbak.bitmap.store import views
 from incbak.doctor import places
@@ -64,7 +65,19 @@ def _state(path: Path) -> list[Finding]:
     if where == path.absolute():
         found += places.private(what, where)
     loss = "the bitmaps are lost, and all disks read whole,"
-    return found + places.lasting(what, where, loss) + places.roomy(what, where, _STATE_ROOM)
+    found += places.lasting(what, where, loss) + places.roomy(what, where, _STATE_ROOM)
+    return [*found, ok(what, f"bitmaps there are {_body_kind(where)}")]
+
+
+def _body_kind(directory: Path) -> str:
+    """Return how stores into a bitmap below ``directory`` reach its file: see `incbak.bitmap.body`."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if overwrites_in_place(fd):
+            return f"{MappedBody.kind} (preallocated blocks are overwritten in place)"
+        return f"{WrittenBody.kind} (the file system may need a new block for each store)"
+    finally:
+        os.close(fd)
 
 
 def _bitmaps(path: Path) -> list[Finding]:

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 from incbak.bitmap import bits as kernels
-from incbak.bitmap.file import Bitmap, Found, State, extents_of
+from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import REGION
 from incbak.extents import Extent
 from incbak.reasons import Reason
@@ -48,7 +48,7 @@ class MemoryBitmap:
 
     def extents(self) -> list[Extent]:
         """The dirty bytes, sorted, cut at the disk's size."""
-        return extents_of(self.runs(), self.granularity, self.size)
+        return kernels.extents_of(self.runs(), self.granularity, self.size)
 
     def count(self) -> int:
         """How many bytes are dirty; a last partial cluster counts as what it has."""

@@ -13,6 +13,8 @@ _GROUP = {
     "qemu-nbd": "qemu",
     "qemu-storage-daemon": "qemu",
     "qemu-system-x86_64": "qemu",
+    "mkfs.btrfs": "root",
+    "btrfs": "root",
     "nbdinfo": "nbd",
     "nbdcopy": "nbd",
     "nbdsh": "nbd",

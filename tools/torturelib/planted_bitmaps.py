@@ -5,10 +5,15 @@ from __future__ import annotations
 from torturelib.planted import Fault, unit
 
 _FILE, _STORE, _FORMAT = "incbak/bitmap/file.py", "incbak/bitmap/store.py", "incbak/bitmap/format.py"
+_BODY = "incbak/bitmap/body.py"
 
 
 def _protocol(test: str) -> tuple[str, ...]:
     return unit("bitmap/test_protocol", test)
+
+
+def _body(test: str) -> tuple[str, ...]:
+    return unit("bitmap/test_body", test)
 
 
 def _on_open(test: str) -> tuple[str, ...]:
@@ -26,9 +31,9 @@ FAULTS = (
     Fault(
         "bitmap-flag-cleared-after-marks",
         _FILE,
-        "        self._begin()\n        with self._lock:\n            self._coarse[first : last + 1] = TOUCHED\n",
-        "        with self._lock:\n            self._coarse[first : last + 1] = TOUCHED\n        self._begin()\n"
-        "        with self._lock:\n",
+        "        self._begin()\n        with self._storing():\n            self._stored.touch(first, last + 1)\n",
+        "        with self._storing():\n            self._stored.touch(first, last + 1)\n        self._begin()\n"
+        "        with self._storing():\n",
         _protocol("test_nothing_else_changes_before_the_flag_is_cleared"),
     ),
     Fault(
@@ -62,7 +67,7 @@ FAULTS = (
     Fault(
         "bitmap-region-not-set",
         _FILE,
-        "            self._coarse[first : last + 1] = TOUCHED\n            wanted",
+        "            self._stored.touch(first, last + 1)\n            wanted",
         "            wanted",
         _on_open("test_host_lost"),
     ),
@@ -91,9 +96,58 @@ FAULTS = (
     Fault(
         "bitmap-bit-set-without-lock",
         _FILE,
-        "                with self._lock:\n                    self._view[first >> 3] |= bit\n",
-        "                self._view[first >> 3] |= bit\n",
+        "                with self._storing():\n                    self._stored.set_bit(first >> 3, bit)\n",
+        "                self._stored.set_bit(first >> 3, bit)\n",
         _protocol("test_a_bit_is_set_in_one_step"),
+    ),
+    Fault(
+        "bitmap-mapped-on-copy-on-write",
+        _BODY,
+        "_OVERWRITES_IN_PLACE = {_EXT, _TMPFS}",
+        "_OVERWRITES_IN_PLACE = {_EXT, _TMPFS, _BTRFS}",
+        _body("test_marks_on_a_full_btrfs_never_kill_the_process"),
+    ),
+    Fault(
+        "bitmap-in-snapshots-of-btrfs-only",
+        "incbak/bitmap/create.py",
+        "        keep_in_place(fd)\n",
+        "",
+        _body("test_marks_on_a_full_btrfs_never_kill_the_process"),
+    ),
+    Fault(
+        "bitmap-seen-before-it-is-written",
+        _BODY,
+        "        left, position = memoryview(data.tobytes()), at\n",
+        "        left, position = memoryview(data.tobytes()), at\n        self.array[at : at + len(data)] = data\n",
+        _body("test_no_bit_is_seen_before_it_is_in_the_file"),
+    ),
+    Fault(
+        "bitmap-short-write-taken",
+        _BODY,
+        "            left, position = left[written:], position + written\n",
+        "            left, position = left[len(left) :], position + written\n",
+        _body("test_a_short_write_is_continued"),
+    ),
+    Fault(
+        "bitmap-refused-store-forgotten",
+        _FILE,
+        '                raise OSError(e.errno, f"cannot store: {e.strerror}") from e\n',
+        "                pass\n",
+        _body("test_a_store_that_fails_makes_the_bitmap_durably_invalid"),
+    ),
+    Fault(
+        "bitmap-mapped-unread",
+        _BODY,
+        "            _read(fd, at, min(_CHUNK, size - at))\n",
+        "            pass\n",
+        _body("test_a_bitmap_that_cannot_be_read_is_not_believed"),
+    ),
+    Fault(
+        "bitmap-kept-where-rename-fails",
+        _FILE,
+        "            os.unlink(self.path)\n",
+        "            pass\n",
+        _body("test_where_a_full_disk_refuses_even_the_rename_the_file_is_removed"),
     ),
     Fault(
         "bitmap-failed-sync-forgotten",

@@ -41,7 +41,7 @@ _FILES = (
     Fault(
         "saved-coarse-map-not-filled",
         "incbak/bitmap/file.py",
-        "            self._coarse[first << self._shift >> REGION_SHIFT : (last >> REGION_SHIFT) + 1] = TOUCHED\n",
+        "            self._stored.touch(first << self._shift >> REGION_SHIFT, (last >> REGION_SHIFT) + 1)\n",
         "            pass\n",
         _saved("test_after_a_power_cut_all_touched_regions_are_dirty"),
     ),

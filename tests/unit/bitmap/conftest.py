@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
 from incbak import durable
+from incbak.bitmap import body
 from tests.unit.bitmap.scene import Scene
 
 
+@pytest.fixture(params=[True, False], ids=["mapped", "written"])
+def scene(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """In memory where that is possible: what a sync does is watched, not waited for. With both kinds of `Body`."""
+    monkeypatch.setattr(body, "overwrites_in_place", lambda fd: request.param)
+    with _scene(monkeypatch) as made:
+        yield made
+
+
 @pytest.fixture
-def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """In memory where that is possible: what a sync does is watched, not waited for."""
+def written_scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """With a `WrittenBody`, whose stores the file system may refuse."""
+    monkeypatch.setattr(body, "overwrites_in_place", lambda fd: False)
+    with _scene(monkeypatch) as made:
+        yield made
+
+
+@contextmanager
+def _scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     memory = Path("/dev/shm")
     with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as directory:
         made = Scene(Path(directory), monkeypatch)

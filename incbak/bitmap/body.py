@@ -1,0 +1,170 @@
+"""The content of one bitmap file in memory, and how what is stored there reaches the file.
+
+The rule: no store may raise SIGBUS. A store into a shared mapping faults when the file system has to find a block for
+it and has none: on a copy-on-write file system each changed block needs a new one, also where the file was
+preallocated. The process dies then, and the guest with it. So:
+
+- `MappedBody`, where a block that was preallocated is overwritten in place for good: ext2 to ext4 and tmpfs. A store
+  is a store.
+- `WrittenBody`, everywhere else (btrfs, XFS, whose files may share blocks after ``cp --reflink``, ZFS, f2fs, bcachefs,
+  overlays, FUSE, network file systems; also what is not known): the content is in memory of this process, and each
+  store is a ``pwrite`` first. A full disk is an error of that call, and the bitmap becomes invalid, as after any
+  other failure to record.
+
+Both keep what the protocol builds on: after `Body.put` or `Body.set_bit` has returned, the page cache has the bytes,
+so that they outlive this process; a sync of the file makes them durable. In memory a byte never has a bit that the
+page cache lacks, since another thread may see it without a lock and issue its write. Both read the whole file by
+``pread`` when they open it: a sector that cannot be read is an `OSError`, not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from incbak.bitmap import bits as kernels
+from incbak.bitmap.bits import Bits
+from incbak.bitmap.format import TOUCHED, Slot, layout
+
+_EXT, _TMPFS, _BTRFS = 0xEF53, 0x01021994, 0x9123683E
+_OVERWRITES_IN_PLACE = {_EXT, _TMPFS}
+_GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  # linux/fs.h
+_CHUNK = 1 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Body(ABC):
+    """The bytes of the file. The arrays are for reading; the caller holds a lock around all that stores.
+
+    ``array`` is all of it (uint8); its first 4096 bytes are the header as it was on open. ``bits`` and ``coarse`` are the
+    parts that `format` tells. What stores raises `OSError`; then any part of it may be in the file.
+    """
+
+    kind: str
+
+    def __init__(self, array: Bits, slot: Slot) -> None:
+        self._bits_at, self._coarse_at, _end = layout(slot)
+        self.array = array
+        self.bits = array[self._bits_at : self._bits_at + kernels.bytes_for(slot.clusters)]
+        self.coarse = array[self._coarse_at : self._coarse_at + slot.regions]
+
+    @abstractmethod
+    def put(self, at: int, data: Bits) -> None:
+        """Store ``data`` from byte ``at`` of the file on."""
+
+    @abstractmethod
+    def set_bit(self, at: int, mask: int) -> None:
+        """Set the bits of ``mask`` in byte ``at`` of the bits."""
+
+    def set_range(self, first: int, last: int) -> None:
+        """Set the bits ``first`` to ``last``, both included."""
+        head, end = first >> 3, (last >> 3) + 1
+        part = np.array(self.bits[head:end])
+        kernels.set_range(part, first - head * 8, last - head * 8)
+        self.put(self._bits_at + head, part)
+
+    def put_bits(self, bits: Bits) -> None:
+        """Store all bits."""
+        self.put(self._bits_at, bits)
+
+    def put_coarse(self, coarse: Bits) -> None:
+        """Store the whole coarse map."""
+        self.put(self._coarse_at, coarse)
+
+    def touch(self, first: int, end: int) -> None:
+        """Store that the regions from ``first`` on, before ``end``, are touched."""
+        self.put(self._coarse_at + first, np.full(end - first, TOUCHED, dtype=np.uint8))
+
+
+class MappedBody(Body):
+    """A shared mapping of the file."""
+
+    kind = "mapped"
+
+    def __init__(self, fd: int, path: Path, slot: Slot) -> None:
+        size = layout(slot)[2]
+        for at in range(0, size, _CHUNK):
+            _read(fd, at, min(_CHUNK, size - at))
+        super().__init__(np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,)), slot)
+        self._view = memoryview(self.bits)  # type: ignore[arg-type]
+
+    def put(self, at: int, data: Bits) -> None:
+        self.array[at : at + len(data)] = data
+
+    def set_bit(self, at: int, mask: int) -> None:
+        self._view[at] |= mask
+
+
+class WrittenBody(Body):
+    """A copy in memory; each store is written to the file before it is to be seen here."""
+
+    kind = "written through"
+
+    def __init__(self, fd: int, path: Path, slot: Slot) -> None:
+        size = layout(slot)[2]
+        self._fd = fd
+        super().__init__(np.empty(size, dtype=np.uint8), slot)
+        for at in range(0, size, _CHUNK):
+            length = min(_CHUNK, size - at)
+            self.array[at : at + length] = np.frombuffer(_read(fd, at, length), dtype=np.uint8)
+
+    def put(self, at: int, data: Bits) -> None:
+        left, position = memoryview(data.tobytes()), at
+        while left:
+            written = os.pwrite(self._fd, left, position)
+            left, position = left[written:], position + written
+        self.array[at : at + len(data)] = data
+
+    def set_bit(self, at: int, mask: int) -> None:
+        self.put(self._bits_at + at, self.bits[at : at + 1] | np.uint8(mask))
+
+
+def open_body(fd: int, path: Path, slot: Slot) -> Body:
+    """Return the content of the file ``path``, which is open as ``fd`` and has the header ``slot``. Raises `OSError`."""
+    return (MappedBody if overwrites_in_place(fd) else WrittenBody)(fd, path, slot)
+
+
+def digest_of(body: Bits) -> bytes:
+    """Return the BLAKE3 digest of bits and coarse map with their padding, 32 bytes."""
+    return blake3(memoryview(body)).digest()  # type: ignore[arg-type]
+
+
+def overwrites_in_place(fd: int) -> bool:
+    """Return whether the file system of ``fd`` never needs a new block for one that was preallocated."""
+    return filesystem_magic(fd) in _OVERWRITES_IN_PLACE
+
+
+def filesystem_magic(fd: int) -> int:
+    """Return ``f_type`` of fstatfs(2). Raises `OSError`."""
+    found = ctypes.create_string_buffer(512)
+    if _libc.fstatfs(fd, found) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    kind: int = ctypes.c_long.from_buffer(found).value
+    return kind & 0xFFFFFFFF
+
+
+def keep_in_place(fd: int) -> None:
+    """Ask btrfs to overwrite the blocks of a new, empty file in place; a failure or another file system is no error.
+
+    A full file system then still takes the stores, unless a snapshot shares the blocks.
+    """
+    if filesystem_magic(fd) != _BTRFS:
+        return
+    with suppress(OSError):
+        (flags,) = struct.unpack("L", fcntl.ioctl(fd, _GET_FLAGS, bytes(struct.calcsize("L"))))
+        fcntl.ioctl(fd, _SET_FLAGS, struct.pack("L", flags | _NO_COPY_ON_WRITE))
+
+
+def _read(fd: int, at: int, length: int) -> bytes:
+    data = os.pread(fd, length, at)
+    if len(data) != length:
+        raise OSError(f"the file ends within its first {at + length} bytes")
+    return data
