@@ -393,19 +393,3 @@ def invalidate(state_dir: Path, vm: str, disk: str, name: str, reason: Reason = 
         store.give_up(name, reason)
     finally:
         store.unlock()
-
-
-def disown(state_dir: Path, image: Path) -> list[str]:
-    """Invalidate the bitmaps of ``image``, which is about to be overwritten by something else than its guest.
-
-    A block device has no time of change that would tell so later. It is looked for by the path that it was served by,
-    which may be a link that leads elsewhere after each boot. Returns their names; raises as `invalidate` does.
-    """
-    real = os.path.realpath(image)
-    done = []
-    for found in views(state_dir):
-        identity = read_identity(found.path.parent / "disk.json")
-        if identity and os.path.realpath(identity.image) == real and found.reason is None:
-            invalidate(state_dir, found.vm, found.disk, found.name, Reason.DISK_CHANGED)
-            done.append(found.name)
-    return done

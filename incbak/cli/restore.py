@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from incbak.bitmap.store import component, disown
+from incbak.bitmap.disown import disown
+from incbak.bitmap.store import component
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.errors import DamagedError, IncompleteError, UsageError
 from incbak.repo.record import DiskRecord, Record

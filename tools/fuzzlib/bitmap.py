@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from fuzzlib import mutate
 from fuzzlib.case import FuzzTarget, allowed, demand
 from incbak.bitmap import format as fmt
+from incbak.bitmap.disown import disown
 from incbak.bitmap.file import Bitmap, Found
 from incbak.bitmap.format import Flag, Slot
-from incbak.bitmap.store import BitmapStore, disown, get_dirty_blocks, view, views
+from incbak.bitmap.store import BitmapStore, get_dirty_blocks, view, views
 from incbak.cli.main import cli
 from incbak.errors import IncbakError
 from incbak.fingerprint import Fingerprint

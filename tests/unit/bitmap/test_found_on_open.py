@@ -13,9 +13,10 @@ from blake3 import blake3
 
 from incbak import durable
 from incbak.bitmap import format as fmt
+from incbak.bitmap.disown import disown
 from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import REGION, Flag, Slot
-from incbak.bitmap.store import BitmapStore, disown, get_dirty_blocks, invalidate, view, views
+from incbak.bitmap.store import BitmapStore, get_dirty_blocks, invalidate, view, views
 from incbak.errors import BitmapError, LockedError, UsageError
 from incbak.extents import Extent
 from incbak.fingerprint import Fingerprint

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from incbak.bitmap import format as fmt
-from incbak.bitmap.store import BitmapStore, component, disown, views
+from incbak.bitmap.disown import disown
+from incbak.bitmap.store import BitmapStore, component, views
 from incbak.errors import UsageError
 from incbak.reasons import Reason
 from tests.unit.bitmap.scene import NAME, Scene

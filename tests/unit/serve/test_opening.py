@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from incbak.bitmap import store as module
+from incbak.bitmap.disown import disown
 from incbak.bitmap.file import Found
-from incbak.bitmap.store import disown
 from incbak.errors import BitmapError
 from incbak.reasons import Reason
 from incbak.serve.opening import close_tracked, open_tracked
