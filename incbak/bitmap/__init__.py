@@ -38,10 +38,11 @@ It counts from the instant at which the bitmap began to record. What the guest h
 the backup, and a power cut may take it from the disk in regions that nobody has touched since. So a backup counts only
 when the disk was flushed after its instant: `incbak.serve.backup_job` and `incbak.engine.image` see to it.
 
-When a sync, a store or a header write fails, that is final: the bitmap is made invalid on disk while the sync lock is still
-held, because the kernel reports a lost page once and the next thread's sync would succeed. If the header cannot be
-written, the file is renamed to ``*.invalid``, or removed where a full file system refuses that. If that fails too, the mark fails, `State` does not say invalid, and the
-write must not go out. So ``State.INVALID`` always means: invalid on disk, writes may go on untracked.
+When a sync, a store or a header write fails, that is final: the bitmap is made invalid on disk while the sync lock is
+still held, because the kernel reports a lost page once and the next thread's sync would succeed. If the header cannot
+be written, the file is renamed to ``*.invalid``, or removed where a full file system refuses that. If that fails too,
+the mark fails, `State` does not say invalid, and the write must not go out. So ``State.INVALID`` always means: invalid
+on disk, writes may go on untracked.
 
 Found on open
 -------------

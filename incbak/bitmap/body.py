@@ -44,8 +44,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Body(ABC):
     """The bytes of the file. The arrays are for reading; the caller holds a lock around all that stores.
 
-    ``array`` is all of it (uint8); its first 4096 bytes are the header as it was on open. ``bits`` and ``coarse`` are the
-    parts that `format` tells. What stores raises `OSError`; then any part of it may be in the file.
+    ``array`` is all of it (uint8); its first 4096 bytes are the header as it was on open. ``bits`` and ``coarse`` are
+    the parts that `format` tells. What stores raises `OSError`; then any part of it may be in the file.
     """
 
     kind: str
@@ -128,7 +128,7 @@ class WrittenBody(Body):
 
 
 def open_body(fd: int, path: Path, slot: Slot) -> Body:
-    """Return the content of the file ``path``, which is open as ``fd`` and has the header ``slot``. Raises `OSError`."""
+    """Return the content of the file ``path``, open as ``fd``, with the header ``slot``. Raises `OSError`."""
     return (MappedBody if overwrites_in_place(fd) else WrittenBody)(fd, path, slot)
 
 
