@@ -8,6 +8,7 @@ stale, and an error. A run that hangs, or that breaks before a test has run, has
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -58,29 +59,8 @@ class StaleError(Exception):
 
 def table() -> list[Fault]:
     """All faults. Raises `StaleError` when two have one name."""
-    from torturelib import (
-        planted_backups,
-        planted_bitmaps,
-        planted_files,
-        planted_keys,
-        planted_nbd,
-        planted_nbd_long,
-        planted_needs,
-        planted_proof,
-        planted_prune,
-        planted_qmp,
-        planted_report,
-        planted_restores,
-        planted_serve,
-        planted_sync,
-        planted_watch,
-    )
-
-    tables = (
-        *(planted_bitmaps, planted_nbd, planted_nbd_long, planted_serve, planted_qmp, planted_backups),
-        *(planted_restores, planted_watch, planted_prune, planted_proof, planted_files, planted_report),
-        *(planted_keys, planted_needs, planted_sync),
-    )
+    here = Path(__file__).parent
+    tables = [importlib.import_module(f"torturelib.{each.stem}") for each in sorted(here.glob("planted_*.py"))]
     faults = [fault for each in tables for fault in each.FAULTS]
     if len({f.name for f in faults}) != len(faults):
         raise StaleError("two faults have the same name")
