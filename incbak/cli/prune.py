@@ -19,7 +19,7 @@ from incbak.repo.prune import Options, Outcome, Rules, dry_run, prune
 from incbak.repo.repository import Repository
 from incbak.repo.retention import Decision, Policy
 from incbak.report.backups import pruning
-from incbak.units import format_size, parse_duration
+from incbak.units import format_size, parse_duration, parse_retention
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -44,7 +44,12 @@ def _rules(command: C) -> C:
 @click.option("--name", metavar="VM", help="Only backups of this VM.  [default: of each VM, by the same rules]")
 @click.option("--all", "all_vms", is_flag=True, help="Of each VM in the configuration, by its own rules there.")
 @_rules
-@click.option("--keep-within", "within", metavar="TIME", help="Keep what is no older than this before the newest: 14d.")
+@click.option(
+    "--keep-within",
+    "within",
+    metavar="TIME",
+    help="Keep backups made within TIME (restic's units, as in 1y6m or 14d) before the newest.",
+)
 @click.option("--keep-tag", "tags", multiple=True, metavar="TAG", help="Keep what has this tag; may be repeated.")
 @click.option(
     "--grace",
@@ -78,8 +83,9 @@ def prune_command(
     """Remove the backups of each VM that no --keep rule keeps. What they alone needed goes when the grace is over, by a
     later prune: let it run from cron.
 
-    Rules are as in restic, and any of them is enough. Backups are ordered as they were made, whatever clocks say;
-    hours, days and so on are in UTC. Never removed: pinned backups, the newest that is good, what cannot be read.
+    Rules are as in restic, and any of them is enough: 6m is six months. Backups are ordered as they were made, whatever
+    clocks say; hours, days and so on are in UTC. Never removed: pinned backups, the newest that is good, what cannot be
+    read, and backups whose time is in the future.
 
     \b
     Example:
@@ -87,7 +93,7 @@ def prune_command(
       incbak -q prune --all
     """
     here = settings()
-    policy = Policy(within=parse_duration(within) if within else 0.0, tags=tags, **counts)
+    policy = Policy(within=parse_retention(within) if within else 0.0, tags=tags, **counts)
     options = None if dry_run else Options(parse_duration(grace), _share(repack_below), parse_duration(lock_wait))
     if not all_vms:
         _run(here, policy, name, options)
@@ -121,7 +127,7 @@ def _configured(here: Settings) -> dict[Path, dict[str, Policy]]:
 def policy_of(keep: Keep) -> Policy:
     """The rules that a table of the configuration holds."""
     values = msgspec.structs.asdict(keep)
-    return Policy(**{**values, "within": parse_duration(keep.within) if keep.within else 0.0})
+    return Policy(**{**values, "within": parse_retention(keep.within) if keep.within else 0.0})
 
 
 def prune_after(here: Settings, repo: Repository, vm: str, policy: Policy, report: Reporter) -> None:

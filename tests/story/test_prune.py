@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from incbak.errors import NbdRequestError
 from incbak.nbd.client import NbdClient
+from incbak.repo.record import decode, encode
 from incbak.repo.repository import Repository
 from tests.kit.cli import Content, Incbak, content, differing
 from tests.kit.serve import raw_image
@@ -96,6 +98,8 @@ def test_the_life_of_backups(scene: Scene) -> None:
         ("--keep-last", "0"),
         ("--keep-last", "-1"),
         ("--keep-within", "soon"),
+        ("--keep-within", "30"),
+        ("--keep-within", "5min"),
         ("--keep-last", "1", "--grace", "x"),
         ("--keep-last", "1", "--repack-below", "101"),
         ("--keep-last", "1", "--name", "nobody"),
@@ -106,6 +110,27 @@ def test_what_cannot_be_right_changes_nothing(scene: Scene, argv: tuple[str, ...
     other = scene.back_up(2)
     assert scene.incbak.run("prune", *argv).code == 2
     scene.right(ident, other)
+
+
+def _dated(incbak: Incbak, ident: str, when: str) -> None:
+    """Date a backup as one whose host had a wrong clock."""
+    path = incbak.repo / "backups" / ident
+    record = msgspec.structs.replace(decode(ident, path.read_bytes()), started=when, finished=when)
+    path.chmod(0o600)
+    path.write_bytes(encode(record))
+
+
+def test_backups_from_a_clock_that_is_ahead_take_no_place_and_are_not_young(scene: Scene) -> None:
+    incbak = scene.incbak
+    idents = [scene.back_up(n) for n in range(4)]
+    for number, ident in enumerate(idents[2:]):
+        _dated(incbak, ident, f"2099-01-0{number + 1}T00:00:00+00:00")
+    assert "dated ahead" in incbak("prune", "--keep-daily", "1", "--dry-run").out
+    assert "3 backups kept, 1 removed" in incbak("prune", "--keep-daily", "1").out
+    assert [entry["id"] for entry in incbak.list()] == idents[1:]
+    ran = incbak.run("status", scene.image, "--max-age", "1d")
+    assert (ran.code, "dated ahead" in ran.out, "without a backup of the last" in ran.err) == (1, True, True)
+    assert incbak("--json", "status", scene.image).objects()[0]["age"] is None
 
 
 def test_what_may_not_be_pruned_now(scene: Scene) -> None:
