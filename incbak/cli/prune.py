@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,22 @@ _COUNTS = {
 }
 
 
+grace_option = click.option(
+    "--grace",
+    metavar="TIME",
+    default="1d",
+    show_default=True,
+    help="Keep unreferenced data for TIME before deleting it: a restore may still read it.",
+)
+lock_wait_option = click.option(
+    "--lock-wait",
+    metavar="TIME",
+    default="1m",
+    show_default=True,
+    help="Wait up to TIME for a moment without backups, in which data can be marked for deletion.",
+)
+
+
 def _rules(command: C) -> C:
     for rule, text in reversed(_COUNTS.items()):
         kind = click.IntRange(min=0)
@@ -51,13 +67,7 @@ def _rules(command: C) -> C:
     help="Keep backups made within TIME (restic's units, as in 1y6m or 14d) before the newest.",
 )
 @click.option("--keep-tag", "tags", multiple=True, metavar="TAG", help="Keep what has this tag; may be repeated.")
-@click.option(
-    "--grace",
-    metavar="TIME",
-    default="1d",
-    show_default=True,
-    help="How long content stays that nothing needs any more, for who is reading a backup that was removed.",
-)
+@grace_option
 @click.option(
     "--repack-below",
     metavar="PERCENT",
@@ -65,8 +75,7 @@ def _rules(command: C) -> C:
     show_default=True,
     help="Copy the needed part out of packs in which less than this is needed.",
 )
-@click.option("--lock-wait", metavar="TIME", default="1m", show_default=True, help="Wait so long for a moment without "
-              "backups, in which content can be marked to go.")  # fmt: skip
+@lock_wait_option
 @click.option("--dry-run", is_flag=True, help="Say what would be kept and removed, and why.")
 @common
 def prune_command(
@@ -146,9 +155,14 @@ def prune_after(here: Settings, repo: Repository, vm: str, policy: Policy, repor
         raise done.trouble
 
 
-def _note(here: Settings, repo: Repository, done: Outcome) -> None:
+def note_removed(here: Settings, repo: Repository, removed: Collection[str]) -> None:
+    """Remember that this host removed these backups, so that their absence raises no alarm."""
     with suppress(DurabilityError):  # the next backup of the VM would then warn of what is no trouble
-        here.memory.pruned(repo, [d.record.id for d in done.decisions if not d.keep])
+        here.memory.pruned(repo, removed)
+
+
+def _note(here: Settings, repo: Repository, done: Outcome) -> None:
+    note_removed(here, repo, [d.record.id for d in done.decisions if not d.keep])
 
 
 def _counted(vm: str, done: Outcome) -> str:

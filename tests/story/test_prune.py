@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from incbak.errors import NbdRequestError
 from incbak.nbd.client import NbdClient
 from incbak.repo.record import decode, encode
 from incbak.repo.repository import Repository
-from tests.kit.cli import Content, Incbak, content, differing
+from tests.kit.cli import DEADLINE, Content, Incbak, Ran, content, differing
 from tests.kit.serve import raw_image
 
 CLUSTER = 65536
@@ -203,3 +204,55 @@ def test_an_export_of_a_backup_that_is_gone_fails_loudly(scene: Scene) -> None:
         scene.incbak("prune", "--keep-last", "1", "--grace", "0")
         with pytest.raises(NbdRequestError):
             _read(gone, scene.held[old], range(40))
+
+
+def _asked(incbak: Incbak, answer: bytes, *argv: str) -> Ran:
+    """Run a command whose standard input is a terminal on which this was typed."""
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, answer)
+        process = incbak.popen(*argv, stdin=theirs)
+        out, err = process.communicate(timeout=DEADLINE)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "Traceback" not in err
+    return Ran(process.returncode, out, err)
+
+
+def test_a_backup_is_removed_on_purpose_also_the_newest(scene: Scene) -> None:
+    incbak = scene.incbak
+    first, second, third = (scene.back_up(n) for n in range(3))
+    ran = incbak.run("remove", third)
+    assert (ran.code, "Give --yes" in ran.err, third[:8] in ran.out) == (2, True, True)
+    assert incbak.run("--json", "remove", third).code == 2
+    assert "would remove 1 backup" in incbak("remove", third, "--dry-run").out
+    for answer in (b"no\n", b"y\n", b"\n"):
+        ran = _asked(incbak, answer, "remove", third)
+        assert (ran.code, "not confirmed" in ran.err) == (2, True)
+    scene.right(first, second, third)
+    ran = _asked(incbak, b"yes\n", "remove", third)
+    assert (ran.code, "removed 1 backup" in ran.out) == (0, True)
+    scene.right(first, second)
+    entry = incbak("--json", "incremental", scene.image).objects()[0]
+    assert (entry["disks"][0]["kind"], entry["base"]) == ("full", None)
+    assert differing(incbak.restored(entry["id"]), scene.held[third]) == []
+
+
+def test_all_of_a_vm_is_removed_and_raises_no_alarm(scene: Scene) -> None:
+    incbak = scene.incbak
+    kept = scene.back_up(1, argv=("--name", "other"))
+    for n in range(2):
+        scene.back_up(n, argv=("--name", "gone"))
+    pinned = incbak.list()[-1]["id"]
+    incbak("pin", pinned)
+    ran = incbak.run("remove", "--all-of", "gone", "--yes")
+    assert (ran.code, f"incbak unpin {pinned[:8]}" in ran.err, len(incbak.list())) == (2, True, 3)
+    incbak("unpin", pinned)
+    told = incbak("--json", "remove", "--all-of", "gone", "--yes", "--grace", "0").objects()
+    assert [(o.get("action"), o.get("vm")) for o in told[:2]] == [("remove", "gone")] * 2
+    assert (told[-1]["removed"], told[-1]["freed"] > 0) == (2, True)
+    scene.right(kept)
+    for argv in ((), ("--all-of", "gone"), (kept, "--all-of", "other"), ("latest",), (kept[:3],)):
+        assert incbak.run("remove", *argv, "--yes").code == 2
+    scene.right(kept)
