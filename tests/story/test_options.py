@@ -74,7 +74,7 @@ def test_a_speed_limit_is_kept_for_other_formats(incbak: Incbak) -> None:
 def test_a_backup_that_takes_too_long_is_ended_and_leaves_nothing(incbak: Incbak) -> None:
     """An image, and a served VM: jobs and bitmaps of the run are gone, and the next one works."""
     image = incbak.root / "web1.raw"
-    endless = ("--speed-limit", "1k", "--max-duration", "0.5s")
+    endless = ("--speed-limit", "200k", "--max-duration", "0.5s")
     with serving(incbak.root, {"vda": image}, "--name", "web1") as serve:
         vm = f"qmp:{serve.monitor}"
         ran = incbak.run("full", vm, *endless)
