@@ -5,7 +5,8 @@ reads single bytes from CONTROL:
 
 - ``h``: the owner is alive. After SILENCE seconds without any byte, or at the end of file, the sinks' sockets are shut
   down, so that no drain in QEMU waits for them.
-- ``s``: the VM is about to be stopped. At the end of file, or WINDOW seconds later, ``cont`` goes to MONITOR.
+- ``s``: the VM is about to be stopped. At the end of file, or WINDOW seconds later, ``cont`` goes to MONITOR; at the
+  end of file only if the VM is ``paused`` then, since any other state is not the owner's stop.
 - ``c``: it runs again. The answer is ``c``; or ``r`` if the guard has resumed it, so that there is no point in time.
 - ``f``: the guest's file systems are about to be frozen. At the end of file, or FREEZE seconds later, AGENT thaws them.
 - ``t``: they are thawed. The answer is ``t``; or ``r`` if the guard has done it.
@@ -27,10 +28,12 @@ import time
 from contextlib import suppress
 
 _CONT = b'{"execute": "cont", "id": "incbak-guard"}\n'
+_STATUS = b'{"execute": "query-status", "id": "incbak-guard"}\n'
 _THAW = b'{"execute": "guest-fsfreeze-thaw"}\n'
 _RESET = b"\xff"  # ends a message that was cut off
 _ANSWER_SECONDS = 5.0
 _LEAVE_SECONDS = 1.0
+_LONGEST_ANSWER = 4096
 _PATIENCE = 60.0
 _NEVER = float("inf")
 
@@ -115,9 +118,14 @@ class Watch:
     def _resume(self, orphan: bool) -> None:
         self._resume_at, self._resumed = _NEVER, True
         with suppress(OSError):
-            self._monitor.settimeout(_ANSWER_SECONDS) if orphan else None
-            self._monitor.sendall(_RESET + _CONT if orphan else _CONT)
-            if orphan:
+            if not orphan:  # the answers are the owner's, who has the monitor yet
+                self._monitor.sendall(_CONT)
+                return
+            self._monitor.settimeout(_ANSWER_SECONDS)
+            self._monitor.sendall(_RESET + _STATUS)
+            status = self._wait_answer()
+            if not status or b'"paused"' in status:
+                self._monitor.sendall(_CONT)
                 self._wait_answer()
 
     def _thaw(self) -> None:
@@ -129,12 +137,16 @@ class Watch:
                 self._agent.sendall(_RESET + _THAW)
                 time.sleep(_LEAVE_SECONDS)  # an agent may drop what comes from a peer that is gone again
 
-    def _wait_answer(self) -> None:
+    def _wait_answer(self) -> bytes:
+        """Return the line that answers a command of ours; nothing if there was none in time."""
         seen, deadline = b"", time.monotonic() + _ANSWER_SECONDS
-        while b"incbak-guard" not in seen and time.monotonic() < deadline:
-            if not (data := self._monitor.recv(1 << 16)):
-                return
-            seen = seen[-64:] + data
+        with suppress(OSError):
+            while time.monotonic() < deadline and (data := self._monitor.recv(1 << 16)):
+                *lines, seen = (seen + data).split(b"\n")
+                seen = seen[-_LONGEST_ANSWER:]
+                if found := [line for line in lines if b"incbak-guard" in line]:
+                    return found[0]
+        return b""
 
     def _cut(self) -> None:
         self._cut_at = _NEVER
