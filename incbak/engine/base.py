@@ -134,8 +134,8 @@ class Target(Protocol):
     def flush(self) -> None:
         """Everything so far has been taken in."""
 
-    def socket(self) -> socket.socket:
-        """A fresh connected socket with an NBD server at the other end; the caller owns it."""
+    def serve(self, sock: socket.socket) -> None:
+        """Take over a connected socket with an NBD client at the other end."""
 
     def address(self) -> tuple[Path, str]:
         """A Unix socket in a private directory, and the export's name there."""

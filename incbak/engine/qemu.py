@@ -26,7 +26,7 @@ from incbak.engine.base import (
 )
 from incbak.engine.jobs import cancel_jobs, without_padding
 from incbak.engine.qemu_disks import find_disks, layout
-from incbak.engine.qemu_filter import DiskFilter, widen
+from incbak.engine.qemu_filter import DiskFilter
 from incbak.engine.qemu_graph import qom_path, read_graph, shareable
 from incbak.engine.qemu_guard import Guard
 from incbak.engine.qemu_jobs import CopyJob
@@ -139,10 +139,10 @@ class QemuEngine(Engine):
         try:
             async with AsyncExitStack() as stack:
                 agent = await stack.enter_async_context(connected(self._options.agent, frozen))
-                guard = await stack.enter_async_context(self._guard(disks, targets, agent))
+                guard = await stack.enter_async_context(self._guard(disks, agent))
                 await blocker.add()
                 for disk in disks:
-                    await disk.connect()
+                    await disk.connect(guard, targets[disk.disk])
                     await disk.prepare()
                 crash_point("qemu.prepared")
                 for disk in disks:
@@ -186,12 +186,10 @@ class QemuEngine(Engine):
             raise EngineError(f"scratch directory {self._options.scratch_dir}: {e.strerror}") from e
         return free.f_bavail * free.f_frsize // 2 // max(count, 1)
 
-    def _guard(self, disks: Sequence[DiskFilter], targets: Mapping[str, Target], agent: Agent | None) -> Guard:
-        """The guard has the targets' sockets before QEMU does."""
-        for disk in disks:
-            disk.sink = widen(targets[disk.disk].socket())
-        sinks = [disk.sink.dup() for disk in disks if disk.sink]
-        return Guard(self._session.duplicate(), sinks, agent.duplicate() if agent else None)
+    def _guard(self, disks: Sequence[DiskFilter], agent: Agent | None) -> Guard:
+        """The guard has QEMU's connections to the targets from the first moment on."""
+        listeners = [disk.open_door() for disk in disks]
+        return Guard(self._session.duplicate(), listeners, agent.duplicate() if agent else None)
 
     async def _add_bitmap(self, plan: DiskPlan) -> list[str]:
         one = {"node": plan.disk.node, "name": plan.new_bitmap}

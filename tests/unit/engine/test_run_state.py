@@ -115,7 +115,7 @@ def test_the_guard_of_a_dead_runner_resumes_only_its_stop(status: str, resumed: 
     thread.start()
     owner.sendall(b"s")
     owner.shutdown(socket.SHUT_WR)
-    guard.Watch(control, monitor, None, 60, 60, 60).run()
+    guard.Watch(control, monitor, None, None, 60, 60, 60).run()
     monitor.close()
     thread.join()
     assert told == ["query-status", *(["cont"] if resumed else [])]
