@@ -68,8 +68,9 @@ class Watch:
 
     def _accept(self, number: int, listener: socket.socket) -> None:
         del self._listeners[listener.fileno()]
-        with listener, suppress(OSError):
-            connection, _ = listener.accept()
+        with suppress(OSError):
+            with listener:
+                connection, _ = listener.accept()
             self._sinks.append(connection)
             if self._handover:
                 socket.send_fds(self._handover, [bytes([number])], [connection.fileno()])
