@@ -20,6 +20,7 @@
     |   +-- NbdProtocolError            the peer does not keep to the protocol
     |   +-- NbdRequestError             the server refused one request; ``errno`` is its error
     +-- EngineError                     an engine refused or failed a QMP command
+    |   +-- RunStateError           6   the VM migrates, or has moved away
     +-- BackupError                     a backup could not be made
     +-- RestoreError                    a restore could not be made
     +-- SyncError                       a backup could not be copied to another repository
@@ -173,6 +174,14 @@ class EngineError(IncbakError):
     """An engine refused or failed a command, or went away."""
 
     code = "engine"
+
+
+class RunStateError(EngineError):
+    """The VM is in a state in which no backup of it can be made: it migrates, or has moved to another host."""
+
+    code = "run-state"
+    exit_code = 6
+    retry = True
 
 
 class BackupError(IncbakError):

@@ -19,6 +19,8 @@ from types import TracebackType
 _PREFIX = "incbak-private-"
 NAMES = ("nbd", "nbd.sock", "sink.sock", "qmp", "log")
 """What incbak and its helpers make in them."""
+DIRECTORY = "sink"
+"""A directory that incbak makes in them: see `incbak.engine.qemu_door`."""
 _YOUNG = 60.0
 """Seconds for which one that is not locked may be about to be."""
 _swept = False
@@ -71,6 +73,8 @@ def _remove(path: Path) -> None:
         for name in NAMES:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=fd)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(DIRECTORY, dir_fd=fd)
         path.rmdir()
     finally:
         os.close(fd)

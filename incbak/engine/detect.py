@@ -54,6 +54,8 @@ async def open_engine(source: Source) -> Engine:
             raise
     _no_agent(source)
     path = Path(source.text)
+    if path.is_socket():
+        raise UsageError(f"{path} is a socket, not an image", hint=f"If it is a VM's monitor, write qmp:{path}")
     if len(source.disks) > 1:
         raise UsageError("an image is one disk", hint="Give one --disk at most.")
     form = probe_format(path)

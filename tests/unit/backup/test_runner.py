@@ -19,6 +19,7 @@ from incbak.errors import (
     FallbackRefusedError,
     IncbakError,
     LockedError,
+    RunStateError,
     UsageError,
 )
 from incbak.events import Event, Fallback, Notice, Warned
@@ -187,6 +188,21 @@ def test_an_engine_that_fails_makes_no_backup(repo: Repository, engine: FakeEngi
         back_up(repo, engine)
     assert engine.steps == {"run": ["cleanup", "run", "rollback vda"], "cleanup": ["cleanup"]}[where]
     assert repo.backups() == []
+
+
+def test_what_the_engine_says_before_the_commit_counts(
+    repo: Repository, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM that has moved away since the copy was made."""
+
+    async def confirm() -> None:
+        raise RunStateError("it has moved away")
+
+    monkeypatch.setattr(engine, "confirm", confirm)
+    with pytest.raises(RunStateError):
+        back_up(repo, engine)
+    assert repo.backups() == []
+    assert engine.disks["vda"].bitmaps == {}
 
 
 @pytest.mark.parametrize("point", ["repo.append", "repo.packs-durable", "repo.index-durable", "repo.locks-checked"])
