@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -198,10 +199,15 @@ def test_no_file_is_made_below_dev(made: Made, where: str, monkeypatch: pytest.M
 
 
 def test_nothing_else_is_made_below_dev_either() -> None:
-    with pytest.raises(UsageError, match="below /dev"):
-        durable.make_dir(Path("/dev/vg-no-such/repo"))
-    with pytest.raises(UsageError, match="below /dev"):
-        durable.write_new(Path("/dev/no-such-page"), [b"x"])
+    name = Path(f"/dev/incbak-no-such-{os.getpid()}")
+    try:
+        with pytest.raises(UsageError, match="below /dev"):
+            durable.make_dir(name / "repo")
+        with pytest.raises(UsageError, match="below /dev"):
+            durable.write_new(name, [b"x"])
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+        name.unlink(missing_ok=True)
     newfile.refuse_below_dev(Path("/dev/shm/page"))
     newfile.refuse_below_dev(Path("/developer/page"))
 
