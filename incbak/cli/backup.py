@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -17,6 +16,7 @@ from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, settings
+from incbak.cli.signals import ending
 from incbak.cli.surroundings import Surroundings
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
@@ -257,12 +257,12 @@ async def open_waiting(source: Source, wait: float) -> Engine:
 
 
 def interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work``; SIGINT and SIGTERM cancel it, so that it can clean up. Raises `KeyboardInterrupt` then."""
+    """Run ``work``; the signals of `ending` cancel it, so that it can clean up. Raises `KeyboardInterrupt` then."""
 
     async def body() -> T:
         task = asyncio.current_task()
         assert task
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ending():
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         return await work

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 
 from incbak.cli.serve import parse_tcp
 from incbak.cli.settings import common, settings
+from incbak.cli.signals import on_ending
 from incbak.cli.tls import serves_tls, tcp_uri, tls_of
 from incbak.errors import UsageError
 from incbak.export.image import BackupImage
@@ -66,8 +66,7 @@ def export(
     exports = _exports(repo, backup, name, disks, scratch_dir if writable else None)
     server = NbdServer(lambda: exports, tls=tls)
     wanted = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: wanted.set())
+    on_ending(wanted.set)
     with PrivateDirectory() as private:
         try:
             if tcp:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,9 @@ import click
 from incbak import durable
 from incbak.bitmap.disown import disown
 from incbak.bitmap.store import component
+from incbak.cli import streams
 from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.signals import interrupt_on_ending
 from incbak.errors import DamagedError, IncompleteError, RestoreError, UsageError
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
@@ -81,7 +81,7 @@ def restore(
                             "--format qcow2": form == "qcow2", "--json": here.json})  # fmt: skip
     form = (form or "raw") if everything else form_of(target, form, in_place=in_place)
     how = _How(form, force, in_place, salvage)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_ending()
     repo = here.open()
     record = repo.find(backup, name)
     if everything:
@@ -126,9 +126,9 @@ def form_of(target: str, form: str | None, *, in_place: bool = False) -> str:
 def _refuse_for_stdout(given: dict[str, bool]) -> None:
     if options := [name for name, there in given.items() if there]:
         raise UsageError(f"{' and '.join(options)} cannot go with -, standard output", hint="Name a file instead of -.")
-    if sys.stdout is None:
-        raise UsageError("standard output is closed")
-    if os.isatty(sys.stdout.fileno()):
+    if sys.stdout.fileno() in streams.CLOSED:
+        raise UsageError("standard output is closed", hint="Redirect it, as in: incbak restore latest - > disk.raw")
+    if sys.stdout.isatty():
         raise UsageError("standard output is a terminal", hint="Redirect it, as in: incbak restore latest - > disk.raw")
 
 

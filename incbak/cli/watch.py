@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from incbak.cli.settings import common, printable, settings
+from incbak.cli.signals import ending
 from incbak.engine.session import Address
 from incbak.errors import UsageError
 from incbak.serve import systemd
@@ -75,7 +75,7 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
 
 async def _run(options: WatchOptions) -> bool:
     watcher = Watcher(options)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ending():
         asyncio.get_running_loop().add_signal_handler(number, watcher.stop)
     alive = asyncio.create_task(systemd.watchdog())
     try:

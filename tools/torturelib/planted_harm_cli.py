@@ -77,4 +77,63 @@ _CREATING = (
     ),
 )
 
-FAULTS = _CREATING
+_START, _STREAMS, _SIGNALS = (f"incbak/cli/{name}.py" for name in ("start", "streams", "signals"))
+
+
+def _streams(test: str) -> tuple[str, ...]:
+    return unit("cli/test_streams", test)
+
+
+_PROCESS = (
+    Fault(
+        "cli-interrupt-while-importing",
+        _START,
+        "    signal.signal(signal.SIGINT, _quit)\n",
+        "    pass\n",
+        unit("cli/test_start", "test_an_interrupt_while_modules_are_imported"),
+    ),
+    Fault(
+        "cli-closed-descriptors-left-closed",
+        _STREAMS,
+        "            os.open(os.devnull, os.O_RDWR)\n",
+        "            pass\n",
+        _streams("test_nothing_that_is_printed_gets_into_a_file"),
+    ),
+    Fault(
+        "cli-lost-output-fails-a-backup",
+        "incbak/cli/main.py",
+        "            streams.output_is_beside_the_point()\n",
+        "            pass\n",
+        _streams("test_an_output_that_is_full_fails_only_what_prints"),
+    ),
+    Fault(
+        "cli-ignored-hangup-handled",
+        _SIGNALS,
+        "() if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)",
+        "(signal.SIGHUP,)",
+        _streams("test_an_ignored_hangup_stays_ignored"),
+    ),
+    Fault(
+        "cli-stream-into-a-closed-output",
+        "incbak/cli/restore.py",
+        "    if sys.stdout.fileno() in streams.CLOSED:\n",
+        "    if False:\n",
+        _streams("test_a_closed_output_is_no_place_for_a_stream"),
+    ),
+    Fault(
+        "restore-stream-any-length",
+        "incbak/restore/stream.py",
+        "    if isinstance(content, DamagedError):\n        raise",
+        "    if isinstance(content, DamagedError):\n        return bytes(length)\n        raise",
+        ("tests/story/test_restore_forms.py::test_a_stream_ends_where_the_backup_is_damaged",),
+    ),
+    Fault(
+        "restore-format-against-the-name",
+        "incbak/cli/restore.py",
+        '    return form or said or "raw"\n',
+        '    return form or "raw"\n',
+        ("tests/story/test_restore_forms.py::test_the_format_follows_the_name_or_the_option",),
+    ),
+)
+
+FAULTS = _CREATING + _PROCESS
