@@ -14,6 +14,7 @@ import click
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
+from incbak.cli.encodable import refuse_unencodable
 from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, settings
 from incbak.cli.signals import ending
@@ -167,6 +168,7 @@ def _back_up_one(
     dry_run: bool,
     **engine: Any,
 ) -> None:
+    refuse_unencodable("a name or tag", [name or "", *disks, *exclude, *tags, *(path.name for path in attach)])
     policy = _policy(here) if prunes else None
     wait = parse_duration(lock_wait)
     options = Options(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
 from incbak.cli.passphrase import Passphrase
 from incbak.cli.settings import Settings
 from incbak.cli.signals import ending, interrupt_on_ending
@@ -97,7 +98,9 @@ def source_of(here: Settings, source: str | None) -> str:
         raise UsageError(
             "missing argument SOURCE", hint="Name a monitor, an image, or a VM of the configuration; or say --all."
         )
-    return here.vm.source if here.vm else source
+    found = here.vm.source if here.vm else source
+    refuse_unencodable("SOURCE", [found]) if found.startswith("qmp:") else refuse_unencodable_path("SOURCE", [found])
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from incbak.cli.encodable import refuse_unencodable_path
 from incbak.cli.serve import parse_tcp
 from incbak.cli.settings import common, settings
 from incbak.cli.signals import on_ending
@@ -61,6 +62,7 @@ def export(
       incbak -r /backup export latest --writable --socket /tmp/old.sock    (and boot a VM from it)
     """
     here = settings()
+    refuse_unencodable_path("--socket", [socket] if socket else [])
     tls = tls_of(tls_certs, tls_verify_peer)
     repo = here.open()
     exports = _exports(repo, backup, name, disks, scratch_dir if writable else None)

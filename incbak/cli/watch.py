@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from incbak.cli.encodable import refuse_unencodable
 from incbak.cli.settings import common, printable, settings
 from incbak.cli.signals import ending
 from incbak.engine.session import Address
@@ -49,6 +50,7 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
                             -qmp unix:/run/web1.watch,server=on,wait=off ...
       incbak watch qmp:/run/web1.watch --name web1 --start
     """
+    refuse_unencodable("a name or path", [source, name or ""])
     address = Address.parse(source)
     if not source.startswith("qmp:") or not address.is_unix:
         raise UsageError(f"not the Unix socket of a monitor: {source}", hint="Write qmp:/path/of/socket.")
