@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -15,8 +14,10 @@ import click
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
+from incbak.cli.encodable import refuse_unencodable
 from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, settings
+from incbak.cli.signals import ending
 from incbak.cli.surroundings import Surroundings
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
@@ -175,6 +176,7 @@ def _back_up_one(
     dry_run: bool,
     **engine: Any,
 ) -> None:
+    refuse_unencodable("a name or tag", [name or "", *disks, *exclude, *tags, *(path.name for path in attach)])
     policy = _policy(here) if prunes else None
     wait = parse_duration(lock_wait)
     longest = parse_duration(max_duration)
@@ -285,12 +287,12 @@ async def open_waiting(source: Source, wait: float) -> Engine:
 
 
 def interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work``; SIGINT and SIGTERM cancel it, so that it can clean up. Raises `KeyboardInterrupt` then."""
+    """Run ``work``; the signals of `ending` cancel it, so that it can clean up. Raises `KeyboardInterrupt` then."""
 
     async def body() -> T:
         task = asyncio.current_task()
         assert task
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ending():
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         return await work

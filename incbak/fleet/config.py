@@ -44,6 +44,7 @@ from typing import Any
 import msgspec
 
 from incbak.errors import UsageError
+from incbak.host import home
 from incbak.units import parse_duration, parse_retention, parse_share, parse_size
 
 _LIMIT = 1 << 20
@@ -127,11 +128,16 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(vm, **values)
 
 
+_NO_HOME = Path("/nonexistent")
+"""Where Debian has the homes of users that have none."""
+
+
 def default_path() -> Path:
-    """``/etc/incbak/incbak.toml`` for root, else below the XDG configuration directory."""
+    """``/etc/incbak/incbak.toml`` for root, else below the XDG configuration directory; it need not exist."""
     if os.geteuid() == 0:
         return Path("/etc/incbak/incbak.toml")
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "incbak" / "incbak.toml"
+    place = os.environ.get("XDG_CONFIG_HOME") or (home() or _NO_HOME) / ".config"
+    return Path(place) / "incbak" / "incbak.toml"
 
 
 def load(path: Path) -> Config:
