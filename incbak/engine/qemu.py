@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -24,6 +23,7 @@ from incbak.engine.base import (
     Target,
     superseded,
 )
+from incbak.engine.headway import STALL_SECONDS, Headway
 from incbak.engine.jobs import cancel_jobs, without_padding
 from incbak.engine.qemu_disks import find_disks, layout
 from incbak.engine.qemu_filter import DiskFilter, widen
@@ -42,7 +42,6 @@ declare(
 
 DEFAULT_SCRATCH = Path("/var/tmp")
 OLDEST = (7, 1)
-STALL_SECONDS = 120.0
 _NO_LOCKS = 9  # from this major version on, nodes can be added beside running I/O threads
 _WINDOW_COMMAND = 3.0
 _FLUSH_SECONDS = 600.0
@@ -242,16 +241,15 @@ class QemuEngine(Engine):
 
     async def _copy(self, disk: DiskFilter, copy: CopyJob, target: Target, progress: ProgressCallback) -> DiskResult:
         """Wait for one disk's job, and take its filter out."""
-        clock = asyncio.get_running_loop().time
-        disk.moved = clock(), -1
+        headway = disk.headway = Headway(self._options.stall, self._options.speed)
+        headway.begin()
 
         def moved(name: str, done: int, whole: int) -> None:
-            if done != disk.moved[1]:
-                disk.moved = clock(), done
+            headway.took(done)
             progress(name, done, whole)
 
         result = await copy.wait(moved)
-        disk.moved = math.inf, 0
+        headway.end()
         if result.error:
             result = DiskResult(result.copied, _explain(disk, result.error))
         crash_point("qemu.copied")
@@ -272,12 +270,11 @@ class QemuEngine(Engine):
 
     async def _watch(self, disks: Sequence[DiskFilter]) -> None:
         """Cut targets off that do not get on, and all of them when QEMU does not answer: it may be waiting for them."""
-        clock, stall = asyncio.get_running_loop().time, self._options.stall
         while True:
-            await asyncio.sleep(min(1.0, stall / 4))
+            await asyncio.sleep(min(1.0, self._options.stall / 4))
             for disk in disks:
-                if clock() - disk.moved[0] > stall:
-                    disk.cut(f"the copy did not get on for {stall:g} s")
+                if disk.headway and disk.headway.stalled:
+                    disk.cut(str(disk.headway))
             try:
                 await self._session.execute("query-status", timeout=_SILENT_SECONDS)
             except EngineSilent:

@@ -28,7 +28,6 @@ runs died within four backups). With the VM stopped all disks are in the main th
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from socket import SHUT_RDWR, SO_SNDBUF, SOL_SOCKET, socket
 from typing import Any
 
 from incbak.engine.base import DiskPlan
+from incbak.engine.headway import Headway
 from incbak.engine.jobs import JOB_CLUSTER
 from incbak.engine.qemu_graph import StillUsedError, move, read_graph, take_out
 from incbak.engine.qemu_jobs import JOB_POLICY
@@ -83,7 +83,7 @@ class DiskFilter:
     scratch: int = -1
     sink: socket | None = None
     why_cut: str = ""
-    moved: tuple[float, int] = (math.inf, 0)  # when the job last got on, and how far it was
+    headway: Headway | None = None  # of the job, while there is one
     nodes: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # what could not be taken out, after the job
 

@@ -107,12 +107,13 @@ def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
     """The one file or block device that the disk is, or why there is none."""
     if disk.can_persist:
         return "its image stores its bitmaps itself"
-    node = disk.node
+    node, seen = disk.node, {disk.node}
     while graph.nodes[node]["drv"] not in _PROTOCOLS:
         below = [(edge, child) for (parent, edge), child in graph.edges.items() if parent == node]
-        if len(below) != 1 or below[0][0] != "file":
+        if len(below) != 1 or below[0][0] != "file" or below[0][1] in seen or below[0][1] not in graph.nodes:
             return "its image is not one file or block device of this host"
         node = below[0][1]
+        seen.add(node)
     path = str(graph.nodes[node].get("file", ""))
     if not path.startswith("/") or path.startswith("/dev/fdset/"):
         return "QEMU was not given its image by an absolute path"
