@@ -33,6 +33,7 @@ from incbak.engine.qemu_jobs import CopyJob
 from incbak.engine.qemu_leftovers import remove_leftovers
 from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
+from incbak.opening import open_image
 
 log = logging.getLogger(__name__)
 
@@ -341,7 +342,7 @@ async def _nothing() -> AsyncIterator[None]:
 def _sync_files(paths: Sequence[str]) -> None:
     for path in paths:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_image(path, os.O_RDONLY)  # QEMU names it
         except OSError:
             continue
         try:

@@ -22,6 +22,7 @@ from incbak.engine.qemu_graph import Graph, read_graph
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint
+from incbak.opening import open_image
 
 LOCK_SECONDS = 15.0
 """How long the watch of the VM's last run may take to save."""
@@ -71,7 +72,7 @@ class Watched:
 
     def sync(self) -> None:
         """What was written to the image is on its storage. Raises `OSError`."""
-        fd = os.open(self.image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_image(self.image, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
@@ -121,14 +122,15 @@ def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
 
 
 def _unusable(disk: Watched, pid: int | None) -> str:
+    """Nothing of an image is read before it is known to be QEMU's: QEMU may name any file."""
+    if not (pid and _has_open(pid, disk.image)) and not _locked(disk):
+        return f"nothing shows that QEMU has this {disk.image} open: it takes no locks, and its files are not seen"
     try:
         found = disk.fingerprint()
     except (DiskError, OSError) as e:
         return f"its image cannot be read here: {e}"
     if found.size != disk.size:
         return f"the image has {found.size} bytes, the disk has {disk.size}"
-    if not _locked(disk) and not (pid and _has_open(pid, disk.image)):
-        return f"nothing shows that QEMU has this {disk.image} open: it takes no locks, and its files are not seen"
     return ""
 
 
