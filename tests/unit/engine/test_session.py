@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,14 @@ async def monitor(path: Path, answer: Answer, greeting: object = GREETING) -> As
 
         send(greeting)
         buffer = ""
-        while data := await reader.read(1 << 16):
-            buffer += data.decode()
-            while buffer:
-                request, end = json.JSONDecoder().raw_decode(buffer)
-                buffer = buffer[end:].lstrip()
-                for what in [returned(request)] if request["execute"] == "qmp_capabilities" else answer(request):
-                    send(what)
+        with suppress(asyncio.CancelledError):
+            while data := await reader.read(1 << 16):
+                buffer += data.decode()
+                while buffer:
+                    request, end = json.JSONDecoder().raw_decode(buffer)
+                    buffer = buffer[end:].lstrip()
+                    for what in [returned(request)] if request["execute"] == "qmp_capabilities" else answer(request):
+                        send(what)
         writer.close()
 
     server = await asyncio.start_unix_server(serve, path)
