@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from incbak.disk.qcow2 import repair_hint
 from incbak.engine.base import Description, DiskPlan
 from incbak.engine.private_daemon import NODE, PROGRAM, Daemon, Image, Writable
 from incbak.engine.qemu_disks import layout
@@ -34,7 +33,7 @@ class OfflineEngine(StorageDaemonEngine):
     @classmethod
     async def open(cls, image: Image, speed: int = 0) -> OfflineEngine:
         """Start the daemon. Raises `DiskError`, `ImageInUseError` or `EngineError`."""
-        image.check()
+        await asyncio.to_thread(image.check)
         daemon = Daemon(image)
         try:
             return cls(await daemon.connect(), daemon, image, speed)
@@ -47,9 +46,9 @@ class OfflineEngine(StorageDaemonEngine):
         node = graph.nodes[NODE]
         disk = disk_of(self._image.disk, NODE, node)
         notes: tuple[str, ...] = () if disk.can_persist else (f"a {self._image.format} image cannot store bitmaps",)
-        if why := self._image.unwritable():
+        if disk.can_persist and (why := await asyncio.to_thread(self._image.unwritable)):
             disk = replace(disk, can_persist=False)
-            notes = (f"no bitmap is stored in image {self._image.path}: {why}; {repair_hint(self._image.path)}",)
+            notes = (f"no bitmap is stored in image {self._image.path}: {why}",)
         version = (await self._session.execute("query-version"))["qemu"]
         engine = f"{PROGRAM} {version['major']}.{version['minor']}.{version['micro']}"
         config = {"images": {disk.name: str(self._image.path)}, "format": self._image.format, "blocks": layout(graph)}
@@ -65,6 +64,10 @@ class OfflineEngine(StorageDaemonEngine):
     async def _begin(self, jobs: Mapping[str, DiskPlan]) -> None:
         ((ident, plan),) = jobs.items()
         await self._session.execute("blockdev-backup", backup_of(ident, plan, self._speed))
+
+    async def confirm(self) -> None:
+        """Raise `ImageInUseError` where another process can write the image by now."""
+        await asyncio.to_thread(self._image.check)
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         (plan,) = plans

@@ -2,8 +2,8 @@
 
 A node that is to be written is opened for writing, never reopened into it: QEMU repairs an image when it opens it for
 writing, and does not when a read-only node is reopened. So `Writable` removes the read-only node and adds another, and
-looks before: at the header, which must be neither dirty nor corrupt, and at whether the file is what it was when the
-daemon opened it, since for that moment nobody locks it.
+looks before: at the header, which must be neither dirty nor corrupt, at who else has the image open, and at whether the
+file is what it was when the daemon opened it, since for that moment nobody locks it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from incbak import host
 from incbak.disk import qcow2
+from incbak.disk.users import find_users, refuse_writers
 from incbak.engine.qemu_graph import Graph
 from incbak.engine.qemu_guard import GuardChannel
 from incbak.engine.session import Address, Session
@@ -36,16 +37,23 @@ class Image:
 
     def __init__(self, path: Path, form: str, vm: str, disk: str = DEFAULT_DISK) -> None:
         self.path, self.format, self.vm, self.disk = path, form, vm, disk
-        self._seen = ""
+        self._seen, self._daemon = "", -1
+
+    def started(self, daemon: int) -> None:
+        """The process ``daemon`` and its children have the image open for us."""
+        self._daemon = daemon
 
     def check(self) -> None:
-        """Raise `DiskError` where the image must not even be read."""
+        """Raise `DiskError` where the image must not even be read, `ImageInUseError` where another may write it."""
+        refuse_writers(self.path, (self._daemon,))
         if self.format == "qcow2" and qcow2.Feature.CORRUPT & (header := qcow2.read_header(self.path)).features:
             raise DiskError(f"image {self.path} is damaged: {header.unwritable()}", hint=qcow2.repair_hint(self.path))
 
     def unwritable(self) -> str:
         """Why nothing may be written to the image, or an empty string."""
-        return qcow2.read_header(self.path).unwritable() if self.format == "qcow2" else ""
+        if self.format == "qcow2" and (why := qcow2.read_header(self.path).unwritable()):
+            return f"{why}; {qcow2.repair_hint(self.path)}"
+        return find_users(self.path, (self._daemon,)).unwritable()
 
     def look(self) -> None:
         """Remember the image's times and size (of a device, the kernel's count of writes) for `changed`."""
@@ -74,7 +82,7 @@ class Writable:
     async def __aenter__(self) -> None:
         await self._session.execute("blockdev-del", {"node-name": NODE}, timeout=_STORE_SECONDS)
         try:
-            self._look_again()
+            await asyncio.to_thread(self._look_again)
             await self._add(read_only=False)
         except BaseException:
             with suppress(EngineError):
@@ -83,8 +91,7 @@ class Writable:
 
     def _look_again(self) -> None:
         if why := self._image.unwritable():
-            hint = qcow2.repair_hint(self._image.path)
-            raise DiskError(f"nothing is written to image {self._image.path}: {why}", hint=hint)
+            raise DiskError(f"nothing is written to image {self._image.path}: {why}")
         if self._image.changed():
             raise ImageInUseError(f"nothing is written to image {self._image.path}: another process has changed it")
 
@@ -126,6 +133,7 @@ class Daemon:
                 command += ["--blockdev", json.dumps(node)]
             with (self._directory / "log").open("wb") as errors:
                 self._channel = GuardChannel("child", command, errors=errors)
+            image.started(self._channel.process.pid)
         except BaseException:
             self._private.close()
             raise

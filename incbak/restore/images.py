@@ -10,6 +10,7 @@ from pathlib import Path
 
 from incbak import durable
 from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, RestoreError
 from incbak.private import PrivateDirectory
 from incbak.restore.targets import DeviceTarget, FileTarget, NbdTarget, Target
@@ -117,6 +118,11 @@ class InPlaceTarget(Target):
         if (form := probe_format(path)) != "raw":
             raise RestoreError(f"{path} is a {form} image", hint="Only raw images can be restored in place.")
         self._disk = open_disk(path)
+        try:
+            refuse_users(path)
+        except BaseException:
+            self._disk.close()
+            raise
         if self._disk.size != size:
             has = self._disk.size
             self._disk.close()
