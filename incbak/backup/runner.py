@@ -277,7 +277,7 @@ class _Attempt:
             await self._engine.rollback([p.plan for p in self._planned if p.name not in done])
             await self._engine.commit([p.plan for p in self._planned if p.name in done])
         except IncbakError as e:
-            self._report(Warned(f"the backup is made, but older bitmaps could not be removed: {e}"))
+            self._report(Warned(f"the backup is made, but not all bitmaps are up to date: {e}"))
 
     # -- the record -----------------------------------------------------------------------------------------------
 

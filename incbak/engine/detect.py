@@ -10,10 +10,12 @@ from incbak.disk.file import probe_format
 from incbak.engine.base import Engine
 from incbak.engine.headway import STALL_SECONDS
 from incbak.engine.image import ImageEngine
+from incbak.engine.offline import OfflineEngine
+from incbak.engine.private_daemon import DEFAULT_DISK, Image
 from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import GREETING_SECONDS, Address, Session
-from incbak.engine.storage_daemon import DEFAULT_DISK, Image, OfflineEngine, StorageDaemonEngine
+from incbak.engine.storage_daemon import StorageDaemonEngine
 from incbak.errors import EngineError, UsageError
 
 _AS_IS = {"raw", "luks"}  # an encrypted image is backed up as it is, without its key

@@ -14,6 +14,7 @@ import numpy as np
 from incbak.bitmap.file import Bitmap
 from incbak.bitmap.store import BitmapStore, component, views
 from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.users import refuse_writers
 from incbak.engine.base import (
     BitmapInfo,
     Description,
@@ -48,6 +49,7 @@ class ImageEngine(Engine):
             self._name = disk or _known_disk(state_dir, vm, self._disk.fingerprint().inode)
             self._store = BitmapStore(state_dir, vm, self._name)
             self._store.lock()
+            refuse_writers(path)
             self._store.note_image(path)
         except BaseException:
             self._disk.close()
@@ -117,6 +119,10 @@ class ImageEngine(Engine):
         """An interrupt ends the waiting, however slow it is to be."""
         if self._speed:
             stop.wait(max(read / self._speed - (time.monotonic() - begun), 0))
+
+    async def confirm(self) -> None:
+        """Raise `ImageInUseError` where another process can write the image by now."""
+        await asyncio.to_thread(refuse_writers, self._path)
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
