@@ -7,6 +7,7 @@
     +-- IncompleteError             3   some disks were done, some were not
     +-- FallbackRefusedError        4   a fallback was needed and --no-fallback was given
     +-- NoRepositoryError           10  nothing there, or not a repository
+    |   +-- LostConfigError         14  a repository's files are there, and its config is not
     +-- LockedError                 11  somebody else is at it
     +-- WrongPassphraseError        12
     +-- DamagedError                13  stored data does not verify
@@ -80,6 +81,13 @@ class NoRepositoryError(IncbakError):
 
     code = "no-repository"
     exit_code = 10
+
+
+class LostConfigError(NoRepositoryError):
+    """The path holds a repository's files without its config; nothing was changed."""
+
+    code = "lost-config"
+    exit_code = 14
 
 
 class LockedError(IncbakError):

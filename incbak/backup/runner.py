@@ -41,6 +41,7 @@ from incbak.errors import (
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
 from incbak.reasons import Reason
 from incbak.repo.damage import add_note
+from incbak.repo.fitting import fitted
 from incbak.repo.memory import Memory
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository, host_name
@@ -234,7 +235,9 @@ class _Attempt:
             roots, failed = await asyncio.to_thread(_finish, sinks, result, pipeline)
             if not roots:
                 raise _cause(failed, pipeline)
-            record = self._record(description, sinks, roots, result, failed)
+            record, lost = fitted(self._record(description, sinks, roots, result, failed))
+            for what in lost:
+                self._report(Warned(what))
             await self._engine.confirm()
             await _to_the_end(asyncio.to_thread(writer.commit, record))
             committed = True

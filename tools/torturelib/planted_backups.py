@@ -61,10 +61,10 @@ _REPO = (
         _WRITER,
         "        self.finish()\n        self._still_locked()\n"
         '        durable.crash_point("repo.locks-checked")\n        try:\n'
-        '            self._storage.write("backups", made.id, record.encode(made))\n',
+        '            self._storage.write("backups", made.id, data)\n',
         "        self._still_locked()\n"
         '        durable.crash_point("repo.locks-checked")\n        try:\n'
-        '            self._storage.write("backups", made.id, record.encode(made))\n            self.finish()\n',
+        '            self._storage.write("backups", made.id, data)\n            self.finish()\n',
         unit("repo/test_writer", "test_killed_anywhere_the_repository_is_whole", "test_the_order_of_the_steps"),
     ),
     Fault(
