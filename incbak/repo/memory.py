@@ -79,7 +79,7 @@ class Memory:
 
     def key(self, config: Config) -> str:
         """The id of the key file that opened the repository last; empty where that is not known."""
-        place = _read(self._folder / f"{config.id}.json", Place) if config.cipher else None
+        place = _read(self._folder / f"{config.id}.json", Place) if config.cipher and self._folder else None
         return place.key if place and is_id(place.key) else ""
 
     def forget_place(self, path: Path) -> None:
