@@ -48,7 +48,7 @@ class Header:
 def read_header(path: Path) -> Header | Reason:
     """The newest slot, or why there is none; never raises for what the file holds."""
     try:
-        fd = open_regular(path, os.O_RDONLY)
+        fd = open_regular(path, os.O_RDONLY)  # an engine may have named it
         try:
             raw, length = os.pread(fd, fmt.HEADER, 0), os.fstat(fd).st_size
         finally:
