@@ -19,6 +19,7 @@
     +-- NbdError                        the peer, or the wire
     |   +-- NbdProtocolError            the peer does not keep to the protocol
     |   +-- NbdRequestError             the server refused one request; ``errno`` is its error
+    |   +-- NbdSilentError              the peer owes an answer and sends nothing
     +-- EngineError                     an engine refused or failed a QMP command
     |   +-- RunStateError           6   the VM migrates, or has moved away
     +-- BackupError                     a backup could not be made
@@ -168,6 +169,12 @@ class NbdRequestError(NbdError):
     def __init__(self, message: str, *, errno: int, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.errno = errno
+
+
+class NbdSilentError(NbdError):
+    """The peer owes an answer, or has to take what is sent, and does neither for too long."""
+
+    code = "nbd-silent"
 
 
 class EngineError(IncbakError):

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from incbak import __version__, durable
 from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
-from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan
+from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.vm import locked, vm_name
@@ -187,6 +187,8 @@ class _Attempt:
             for removed in await self._engine.cleanup(known.prefix, keep):
                 self._report(Notice(f"removed what an earlier run left: {removed}"))
             description = await self._engine.describe()
+        for each in missed(description, self._options.disks, self._options.exclude):
+            self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
         known = Known(known.repository, known.cluster_size, known.records, damaged, known.unreadable)

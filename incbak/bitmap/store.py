@@ -25,6 +25,7 @@ from incbak.bitmap.identity import Identity, read_identity, write_identity, writ
 from incbak.errors import BitmapError, LockedError, UsageError
 from incbak.extents import Extent
 from incbak.fingerprint import Fingerprint
+from incbak.opening import open_regular
 from incbak.reasons import Reason
 
 SUFFIX = ".bitmap"
@@ -220,7 +221,7 @@ def _names(directory: Path) -> Iterator[str]:
 
 def _read_slots(path: Path) -> tuple[Slot | Reason, bool]:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_regular(path, os.O_RDONLY)  # an engine may have named it
         try:
             return fmt.newest(os.pread(fd, 2 * fmt.SECTOR, 0))
         finally:
@@ -333,7 +334,7 @@ class BitmapView:
 
 def _in_use(directory: Path) -> bool:
     try:
-        fd = os.open(directory / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_regular(directory / "lock", os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:

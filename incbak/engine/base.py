@@ -91,10 +91,14 @@ class EngineDisk:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A disk that is not backed up, and why: for ``incbak doctor`` and for the notes of a run."""
+    """A disk that is not backed up, and why: for ``incbak doctor`` and for the notes of a run.
+
+    ``expected``: nobody would look for it in a backup (a drive without a medium, a CD), so no run warns of it.
+    """
 
     name: str
     why: str
+    expected: bool = False
 
 
 @dataclass(frozen=True)

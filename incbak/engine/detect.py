@@ -8,8 +8,9 @@ from pathlib import Path
 
 from incbak.disk.file import probe_format
 from incbak.engine.base import Engine
+from incbak.engine.headway import STALL_SECONDS
 from incbak.engine.image import ImageEngine
-from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, STALL_SECONDS, QemuEngine, QemuOptions
+from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import GREETING_SECONDS, Address, Session
 from incbak.engine.storage_daemon import DEFAULT_DISK, Image, OfflineEngine, StorageDaemonEngine

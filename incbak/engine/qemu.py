@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -24,6 +23,7 @@ from incbak.engine.base import (
     Target,
     superseded,
 )
+from incbak.engine.headway import STALL_SECONDS, Headway
 from incbak.engine.jobs import cancel_jobs, without_padding
 from incbak.engine.qemu_disks import find_disks, layout
 from incbak.engine.qemu_filter import DiskFilter
@@ -36,6 +36,7 @@ from incbak.engine.qemu_window import stopped
 from incbak.engine.run_state import check_run_state, until_refused
 from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
+from incbak.opening import open_image
 
 T = TypeVar("T")
 
@@ -45,7 +46,6 @@ declare("qemu.prepared", "qemu.recording", "qemu.filtering", "qemu.instant", "qe
 
 DEFAULT_SCRATCH = Path("/var/tmp")
 OLDEST = (7, 1)
-STALL_SECONDS = 120.0
 _NO_LOCKS = 9  # from this major version on, nodes can be added beside running I/O threads
 _FLUSH_SECONDS = 600.0
 _SYNC_SECONDS = 30.0
@@ -230,16 +230,15 @@ class QemuEngine(Engine):
 
     async def _copy(self, disk: DiskFilter, copy: CopyJob, target: Target, progress: ProgressCallback) -> DiskResult:
         """Wait for one disk's job, and take its filter out."""
-        clock = asyncio.get_running_loop().time
-        disk.moved = clock(), -1
+        headway = disk.headway = Headway(self._options.stall, self._options.speed)
+        headway.begin()
 
         def moved(name: str, done: int, whole: int) -> None:
-            if done != disk.moved[1]:
-                disk.moved = clock(), done
+            headway.took(done)
             progress(name, done, whole)
 
         result = await copy.wait(moved)
-        disk.moved = math.inf, 0
+        headway.end()
         if result.error:
             result = DiskResult(result.copied, _explain(disk, result.error))
         crash_point("qemu.copied")
@@ -260,12 +259,11 @@ class QemuEngine(Engine):
 
     async def _watch(self, disks: Sequence[DiskFilter]) -> None:
         """Cut targets off that do not get on, and all of them when QEMU does not answer: it may be waiting for them."""
-        clock, stall = asyncio.get_running_loop().time, self._options.stall
         while True:
-            await asyncio.sleep(min(1.0, stall / 4))
+            await asyncio.sleep(min(1.0, self._options.stall / 4))
             for disk in disks:
-                if clock() - disk.moved[0] > stall:
-                    disk.cut(f"the copy did not get on for {stall:g} s")
+                if disk.headway and disk.headway.stalled:
+                    disk.cut(str(disk.headway))
             try:
                 await self._session.execute("query-status", timeout=_SILENT_SECONDS)
             except EngineSilent:
@@ -336,7 +334,7 @@ async def _nothing() -> AsyncIterator[None]:
 def _sync_files(paths: Sequence[str]) -> None:
     for path in paths:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_image(path, os.O_RDONLY)  # QEMU names it
         except OSError:
             continue
         try:

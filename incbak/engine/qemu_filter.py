@@ -27,7 +27,6 @@ runs died within four backups). With the VM stopped all disks are in the main th
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from typing import Any
 
 from incbak.engine.base import DiskPlan, Target
 from incbak.engine.guard import cut_off
+from incbak.engine.headway import Headway
 from incbak.engine.jobs import JOB_CLUSTER
 from incbak.engine.qemu_door import Door
 from incbak.engine.qemu_graph import StillUsedError, move, read_graph, take_out
@@ -81,7 +81,7 @@ class DiskFilter:
     door: Door | None = None
     sink: socket | None = None  # our end of QEMU's connection to the target
     why_cut: str = ""
-    moved: tuple[float, int] = (math.inf, 0)  # when the job last got on, and how far it was
+    headway: Headway | None = None  # of the job, while there is one
     nodes: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # what could not be taken out, after the job
 

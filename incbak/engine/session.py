@@ -17,10 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, Runstate, StateError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPError, Runstate, StateError
 
 from incbak.engine.deadline import deadline
 from incbak.engine.dial import connect_unix, is_agent_socket
+from incbak.engine.qmp_client import BoundedClient, Heard
+from incbak.engine.qmp_types import decoded
 from incbak.errors import EngineError, UsageError
 
 GREETING_SECONDS = 20.0
@@ -78,7 +80,7 @@ class Address:
 class Session:
     """One connection to a monitor. Use from one event loop."""
 
-    def __init__(self, address: Address, client: QMPClient, sock: socket.socket) -> None:
+    def __init__(self, address: Address, client: BoundedClient, sock: socket.socket) -> None:
         self.address = address
         self._client = client
         self._socket = sock
@@ -89,7 +91,7 @@ class Session:
         """Connect and negotiate. Raises `EngineError` when nobody listens, or the monitor is busy or silent."""
         sock = await asyncio.to_thread(_dial, address, timeout)
         held = sock.dup()  # asyncio owns the other; this one lives until close, for peers and guards
-        client = QMPClient("incbak")
+        client = BoundedClient()
         try:
             async with deadline(timeout):
                 await client.connect(sock)
@@ -135,16 +137,20 @@ class Session:
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = COMMAND_SECONDS
     ) -> Any:
-        """Run a command and return its result. Raises `CommandFailed`, `EngineGone` or `EngineSilent`."""
+        """Run a command and return its result, in the form that `incbak.engine.qmp_types` gives it.
+
+        Raises `CommandFailed`, `EngineGone`, `EngineSilent`; or `EngineError` where the answer has another form.
+        """
         try:
             async with deadline(timeout):
-                return await self._client.execute(command, dict(arguments or {}))
+                answer = await self._client.execute(command, dict(arguments or {}))
         except ExecuteError as e:
             raise CommandFailed(command, e.error_class, str(e)) from e
         except TimeoutError as e:
             raise EngineSilent(f"monitor {self.address}: no answer to {command} within {timeout:g} s") from e
         except (QMPError, OSError, EOFError) as e:
             raise EngineGone(f"monitor {self.address}: the engine went away during {command}") from e
+        return decoded(command, answer)
 
     async def try_execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> bool:
         """Run a command whose refusal does not matter (cleaning up); whether it was done."""
@@ -164,7 +170,7 @@ class Session:
 
     def listen(self, *names: str) -> EventListener:
         """Events of these names from now on; `forget` it when done."""
-        listener = EventListener(names)
+        listener = Heard(names)
         self._client.register_listener(listener)
         self._listeners.append(listener)
         return listener

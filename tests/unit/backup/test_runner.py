@@ -11,7 +11,7 @@ import pytest
 
 from incbak import durable
 from incbak.backup.runner import Options, Outcome, run
-from incbak.engine.base import DiskResult, bitmap_name
+from incbak.engine.base import DiskResult, LeftOut, bitmap_name
 from incbak.errors import (
     BackupError,
     DurabilityError,
@@ -102,6 +102,15 @@ def test_what_the_record_says(repo: Repository, engine: FakeEngine) -> None:
     assert (second.kind, second.base, second.seq) == ("incremental", first.id, 2)
     assert (b.kind, b.base, b.reason, b.read, b.changed) == ("incremental", first.id, None, 2 * CLUSTER, CLUSTER)
     assert 0 < b.stored < a.stored
+
+
+def test_a_disk_that_is_left_out_is_told(repo: Repository, engine: FakeEngine) -> None:
+    """At each run, and not only in the record."""
+    engine.left_out = (LeftOut("data", "it is removable"), LeftOut("cd0", "it is read-only", expected=True))
+    events: list[Event] = []
+    record = made(back_up(repo, engine, events, incremental=False))
+    assert [e.text for e in events if isinstance(e, Warned)] == ["disk data is left out: it is removable"]
+    assert "disk cd0 was left out: it is read-only" in record.notes
 
 
 def test_only_bitmaps_of_this_repository_are_replaced(repo: Repository, engine: FakeEngine) -> None:
