@@ -76,7 +76,7 @@ FAULTS = (
     Fault(
         "off-raw-users-not-looked-for",
         _IMAGE,
-        "            refuse_writers(path)\n",
+        "                refuse_writers(path)\n",
         "",
         _off("test_an_image_that_a_qemu_without_locks_writes_is_refused"),
     ),
