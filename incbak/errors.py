@@ -14,6 +14,7 @@
     +-- DurabilityError                 a write, sync or rename failed
     +-- DiskError                       an image or device cannot be used
     |   +-- ImageInUseError             another process holds its lock
+    |   +-- ImageChangedError           another program wrote to it during a backup
     +-- BitmapError                     a bitmap cannot be used; ``reason`` says why
     |   +-- AuditError              5   a bitmap calls clean what has changed
     +-- NbdError                        the peer, or the wire
@@ -124,6 +125,13 @@ class ImageInUseError(DiskError):
     """Another process holds the image's lock."""
 
     code = "image-in-use"
+    retry = True
+
+
+class ImageChangedError(DiskError):
+    """An image was written by another program while it was read."""
+
+    code = "image-changed"
     retry = True
 
 

@@ -229,6 +229,7 @@ class _Attempt:
             if not roots:
                 raise _cause(failed, pipeline)
             record = self._record(description, sinks, roots, result, failed)
+            await self._engine.confirm()
             await _to_the_end(asyncio.to_thread(writer.commit, record))
             committed = True
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,20 +19,17 @@ from incbak import durable, host
 from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
 from incbak.bitmap.body import digest_of
+from incbak.bitmap.continuity import bypassed, bypassed_in_a_power_cut, changed
 from incbak.bitmap.create import create_file, new_slot
 from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
-from incbak.bitmap.identity import Identity, read_identity, write_identity, written_since
+from incbak.bitmap.identity import Identity, read_identity, write_identity
 from incbak.errors import BitmapError, LockedError, UsageError
 from incbak.extents import Extent
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 from incbak.reasons import Reason
 
 SUFFIX = ".bitmap"
-HEARTBEAT_SLACK_NS = 1_000_000_000
-"""How much later than its last heartbeat a killed owner may have written."""
-POWER_CUT_SLACK_NS = 120_000_000_000
-"""The same after a power cut: the kernel writes dirty pages back after some 35 s."""
 
 
 def component(name: str) -> str:
@@ -103,25 +101,13 @@ class BitmapStore:
     def note_image(self, image: Path) -> None:
         """Remember where the image is, so that `disown` finds the bitmaps of an image that is overwritten.
 
-        A block device has no time of change. Where the kernel has counted writes to it since `note_writes`, what was
-        closed cleanly is not believed any more. Call it before anything is opened.
+        Call it before anything is opened.
         """
         found, where = read_identity(self._about), os.path.abspath(image)
         if not found:
             return
-        if written_since(found.writes, host.device_writes(image)):
-            for name in self.names():
-                slot, _both = _read_slots(self.path(name))
-                if isinstance(slot, Slot) and slot.flags & Flag.CLEAN:
-                    self.give_up(name, Reason.DISK_CHANGED)
         if found.image != where:
-            write_identity(self._about, Identity(found.uuid, where, found.writes))
-
-    def note_writes(self, image: Path) -> None:
-        """A clean end: ``image`` is flushed, and nobody writes to it. Call it before a flag is set."""
-        found, writes = read_identity(self._about), host.device_writes(image)
-        if found and found.writes != writes:
-            write_identity(self._about, Identity(found.uuid, found.image, writes))
+            write_identity(self._about, Identity(found.uuid, where))
 
     def path(self, name: str) -> Path:
         """Where the bitmap ``name`` is."""
@@ -243,8 +229,8 @@ def _suspect(slot: Slot, path: Path, name: str, disk_uuid: bytes, disk: Fingerpr
 
 
 def _open_clean(path: Path, slot: Slot, disk: Fingerprint) -> Bitmap | Reason:
-    if slot.fingerprint != disk:
-        return Reason.DISK_CHANGED
+    if reason := changed(slot.fingerprint, disk):
+        return reason
     bitmap = Bitmap(path, slot, Found.CLEAN, State.CLEAN)
     if digest_of(bitmap._body) != slot.digest:
         bitmap.close(None)
@@ -265,17 +251,17 @@ def _open_unclean(path: Path, slot: Slot, disk: Fingerprint) -> Bitmap | Reason:
     if not same_boot:
         bitmap.mark_touched_regions()
     bitmap.trust_coarse_map()
-    bitmap.adopt()
+    bitmap.adopt(disk)
     return bitmap
 
 
 def _bypassed(bitmap: Bitmap, disk: Fingerprint, same_boot: bool) -> Reason | None:
-    """Whether the image was written after the last owner had died (faults row 8); block devices cannot tell."""
-    if not disk.mtime_ns:
-        return None
-    beat = bitmap.last_heartbeat() or bitmap.slot.fingerprint.mtime_ns
-    slack = HEARTBEAT_SLACK_NS if same_boot else POWER_CUT_SLACK_NS
-    return Reason.DISK_CHANGED if disk.mtime_ns > beat + slack else None
+    """Whether the image may have been written after the last owner had died (faults row 8)."""
+    closed = bitmap.slot.fingerprint
+    beat = bitmap.last_heartbeat() or Beat(closed.mtime_ns, closed.mtime_ns, closed.ctime_ns, closed.writes)
+    if same_boot:
+        return bypassed(beat, disk, time.time_ns())
+    return bypassed_in_a_power_cut(beat, disk, host.boot_began_ns(), time.time_ns())
 
 
 def _unsound(bitmap: Bitmap) -> Reason | None:

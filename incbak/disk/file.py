@@ -6,17 +6,20 @@ import ctypes
 import errno
 import os
 import stat
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from blake3 import blake3
 
+from incbak import host
 from incbak.disk.base import Disk
 from incbak.disk.locks import lock_image
 from incbak.errors import DiskError
 from incbak.extents import StatusExtent
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 _PUNCH = _PUNCH_HOLE | _KEEP_SIZE
@@ -196,8 +199,33 @@ class FileDisk(Disk):
             digest.update(self.read(offset, min(_SAMPLE, self.size - offset)))
         sample = digest.digest(length=16)
         if self.is_block:
-            return Fingerprint(self.size, 0, 0, sample)
-        return Fingerprint(self.size, info.st_ino, info.st_mtime_ns, sample)
+            self.flush()  # what another program has only written to the page cache is not counted yet
+            return Fingerprint(self.size, 0, 0, sample, writes=self._writes())
+        attributes = struct.pack("<4Q", info.st_uid, info.st_gid, info.st_mode, info.st_nlink)
+        known = blake3(attributes).digest(length=8)
+        return Fingerprint(self.size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known)
+
+    def _writes(self) -> bytes:
+        """What the kernel has counted; where it does not count, what equals nothing."""
+        counted = host.device_writes(Path(f"/proc/self/fd/{self.fd}"))
+        if not counted:
+            return os.urandom(32)
+        setup, _, counts = counted.encode().partition(b";")
+        return blake3(setup).digest(length=16) + blake3(counts).digest(length=16)
+
+    def beat(self) -> Beat:
+        clock = time.time_ns()
+        if self.is_block:
+            return Beat(clock, writes=self._writes())
+        info = os.fstat(self.fd)
+        return Beat(clock, info.st_mtime_ns, info.st_ctime_ns)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether ``path`` still leads to what is open."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), path.stat())
+        except OSError:
+            return False
 
     def close(self) -> None:
         if self.fd >= 0:

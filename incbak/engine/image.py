@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from incbak.bitmap.continuity import changed, may_repeat
 from incbak.bitmap.file import Bitmap
 from incbak.bitmap.store import BitmapStore, component, views
 from incbak.disk.file import FileDisk, open_disk
@@ -26,11 +27,13 @@ from incbak.engine.base import (
     Target,
     superseded,
 )
-from incbak.errors import DiskError, IncbakError, UsageError
+from incbak.errors import DiskError, ImageChangedError, IncbakError, UsageError
 from incbak.extents import Extent, StatusExtent, align_out, intersect, merge, total
+from incbak.fingerprint import Fingerprint
 from incbak.reasons import Reason
 
 CHUNK = 4 << 20
+_SETTLE_SECONDS = 3.0  # more than the grain of any file system; who writes all the time is found by `confirm`
 DEFAULT_DISK = "disk0"
 
 
@@ -45,17 +48,21 @@ class ImageEngine(Engine):
         self._bitmaps: dict[str, Bitmap] = {}
         self._bad: dict[str, Reason] = {}
         try:
-            self._name = disk or _known_disk(state_dir, vm, self._disk.fingerprint().inode)
+            self._found = _settled(self._disk)
+            self._name = disk or _known_disk(state_dir, vm, self._found.inode)
             self._store = BitmapStore(state_dir, vm, self._name)
             self._store.lock()
             self._store.note_image(path)
+        except OSError as e:
+            self._disk.close()
+            raise DiskError(f"cannot read image {path}: {e.strerror}") from e
         except BaseException:
             self._disk.close()
             raise
 
     async def describe(self) -> Description:
         if not self._bitmaps and not self._bad:
-            good, self._bad = self._store.open_all(self._disk.fingerprint())
+            good, self._bad = self._store.open_all(self._found)
             self._bitmaps = {b.name: b for b in good}
         infos = [_info(b) for b in self._bitmaps.values()]
         infos += [
@@ -76,7 +83,8 @@ class ImageEngine(Engine):
         self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
     ) -> RunResult:
         (plan,) = plans
-        new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._disk.fingerprint())
+        new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._found)
+        new.heartbeat(self._found)
         self._bitmaps[plan.new_bitmap] = new
         stop = threading.Event()
         copy = asyncio.to_thread(self._copy, plan, targets[self._name], progress, stop)
@@ -118,6 +126,15 @@ class ImageEngine(Engine):
         if self._speed:
             stop.wait(max(read / self._speed - (time.monotonic() - begun), 0))
 
+    async def confirm(self) -> None:
+        """Raise `ImageChangedError` where the image is not what it was when it was opened."""
+        await asyncio.to_thread(self._confirm)
+
+    def _confirm(self) -> None:
+        if changed(self._found, self._disk.fingerprint()) or not self._disk.is_at(self._path):
+            hint = "Find out which program has it open (fuser, lsof), and run again when it has ended."
+            raise ImageChangedError(f"another program wrote to {self._path} while it was read", hint=hint)
+
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
             for name in superseded(plan):
@@ -136,13 +153,19 @@ class ImageEngine(Engine):
     async def close(self) -> None:
         if self._disk.fd < 0:
             return
-        fingerprint = self._disk.fingerprint()
-        self._store.note_writes(self._path)
         for bitmap in self._bitmaps.values():
-            bitmap.close(fingerprint)
+            bitmap.close(self._found)  # not as it is now: what was written meanwhile was marked nowhere
         self._bitmaps = {}
         self._store.unlock()
         self._disk.close()
+
+
+def _settled(disk: FileDisk) -> Fingerprint:
+    """What the image is, when the clock has gone past its time of change: any later write shows."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while may_repeat(found := disk.fingerprint(), time.time_ns()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return found
 
 
 def pieces(disk: FileDisk, wanted: list[Extent], granularity: int) -> Iterator[StatusExtent]:

@@ -24,7 +24,7 @@ FAULTS = (
     Fault(
         "bitmap-flag-stays-set",
         _FILE,
-        "                if self.state is State.CLEAN:\n                    self._clear_flag()\n",
+        "                if self.state is State.CLEAN:\n                    self._clear_flag(self.slot.fingerprint)\n",
         "                self.state = State.DIRTY\n",
         _protocol("test_the_flag_is_cleared_and_synced_before_the_first_mark_returns"),
     ),
@@ -203,7 +203,7 @@ FAULTS = (
     Fault(
         "bitmap-fingerprint-not-checked",
         _STORE,
-        "    if slot.fingerprint != disk:\n        return Reason.DISK_CHANGED\n",
+        "    if reason := changed(slot.fingerprint, disk):\n        return reason\n",
         "",
         _on_open("test_the_disk_changed_while_nobody_tracked_it"),
     ),
@@ -251,9 +251,9 @@ FAULTS = (
     ),
     Fault(
         "bitmap-late-writes-not-seen",
-        _STORE,
-        "return Reason.DISK_CHANGED if disk.mtime_ns > beat + slack else None",
-        "return None",
+        "incbak/bitmap/continuity.py",
+        "        if time_ns > beat.clock_ns + HEARTBEAT_SLACK_NS:\n            return Reason.DISK_CHANGED\n",
+        "",
         _on_open("test_the_image_was_written_after_a_kill"),
     ),
     Fault(

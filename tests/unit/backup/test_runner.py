@@ -17,6 +17,7 @@ from incbak.errors import (
     DurabilityError,
     EngineError,
     FallbackRefusedError,
+    ImageChangedError,
     IncbakError,
     LockedError,
     UsageError,
@@ -187,6 +188,21 @@ def test_an_engine_that_fails_makes_no_backup(repo: Repository, engine: FakeEngi
         back_up(repo, engine)
     assert engine.steps == {"run": ["cleanup", "run", "rollback vda"], "cleanup": ["cleanup"]}[where]
     assert repo.backups() == []
+
+
+def test_the_engine_looks_again_before_the_commit(
+    repo: Repository, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it sees then is the last word: there is no backup, and the new bitmap is gone."""
+
+    async def confirm() -> None:
+        raise ImageChangedError("another program wrote to it")
+
+    monkeypatch.setattr(engine, "confirm", confirm)
+    with pytest.raises(ImageChangedError):
+        back_up(repo, engine)
+    assert repo.backups() == []
+    assert all(not disk.bitmaps for disk in engine.disks.values())
 
 
 @pytest.mark.parametrize("point", ["repo.append", "repo.packs-durable", "repo.index-durable", "repo.locks-checked"])
