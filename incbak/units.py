@@ -17,6 +17,9 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?", re.IGNORECASE)
 _LARGEST = 1 << 63
 _LONGEST = 1e9
 """Seconds, some 30 years: what the system's clocks and waits can still do."""
+_RETENTION = re.compile(r"(?:(\d{1,9})y)?(?:(\d{1,9})m)?(?:(\d{1,9})w)?(?:(\d{1,9})d)?(?:(\d{1,9})h)?", re.IGNORECASE)
+_RETENTION_SECONDS = (366 * 86400, 31 * 86400, 604800, 86400, 3600)
+"""Of a year, a month, a week, a day and an hour: the longest that each can be, since a longer time keeps more."""
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -41,6 +44,24 @@ def parse_duration(text: str) -> float:
     if seconds > _LONGEST:
         raise UsageError(f"too long a duration: {text[:100]!r}")
     return seconds
+
+
+def parse_retention(text: str) -> float:
+    """Return the seconds of a time to keep backups for: ``1y6m``, ``6m``, ``2w``, ``7d12h``, in restic's units.
+
+    ``m`` is a month of 31 days and ``y`` a year of 366 days. A bare number and minutes are refused: in `parse_duration`
+    they mean seconds and minutes, and a policy that was meant otherwise would remove backups. Raises `UsageError`.
+    """
+    match = _RETENTION.fullmatch(text.strip())
+    if not match or not any(match.groups()):
+        raise UsageError(
+            f"not a time to keep backups for: {text[:100]!r}",
+            hint="Write numbers with y (years), m (months), w, d or h in this order, as in 1y6m or 14d.",
+        )
+    seconds = sum(int(count or 0) * unit for count, unit in zip(match.groups(), _RETENTION_SECONDS, strict=True))
+    if seconds > _LONGEST:
+        raise UsageError(f"too long a time to keep backups for: {text[:100]!r}", hint="Write 30y or less.")
+    return float(seconds)
 
 
 def parse_share(text: str) -> int:

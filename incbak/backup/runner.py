@@ -77,12 +77,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``record``: the backup that was made (``None`` for a dry run). ``failed``: disks that are not in it, and why."""
+    """``record``: the backup that was made (``None`` for a dry run). ``failed``: disks that are not in it, and why.
+
+    ``left``: what of ours is still in the engine.
+    """
 
     vm: str
     planned: Sequence[Planned]
     record: Record | None = None
     failed: Mapping[str, str] | None = None
+    left: Sequence[str] = ()
 
 
 async def run(repo: Repository, engine: Engine, options: Options, report: Reporter = silent) -> Outcome:
@@ -238,7 +242,7 @@ class _Attempt:
         durable.crash_point("runner.committed")
         await _to_the_end(self._give_up_replaced(set(roots)))
         durable.crash_point("runner.done")
-        return Outcome(self._vm, self._planned, record, failed)
+        return Outcome(self._vm, self._planned, record, failed, result.left)
 
     def _sink(self, planned: Planned, writer: Writer, pipeline: Pipeline) -> DiskSink:
         full = planned.base is None
@@ -288,6 +292,7 @@ class _Attempt:
         notes = [*self._troubles, *description.notes, *result.notes]
         notes += [f"disk {x.name} was left out: {x.why}" for x in description.left_out]
         notes += [f"disk {name} failed: {why}" for name, why in failed.items()]
+        notes += [f"left in the engine: {what}" for what in result.left]
         if result.frozen is not None:
             notes.append("the guest's file systems were frozen" if result.frozen else "the guest was not frozen")
         everything = self._repo.backups()

@@ -293,3 +293,6 @@ def _tell(here: Settings, outcome: Outcome) -> None:
     if outcome.failed:
         why = "; ".join(f"disk {name}: {error}" for name, error in outcome.failed.items())
         raise IncompleteError(f"backup {record.id[:8]} lacks disks: {why}", hint="The next run tries them again.")
+    if outcome.left:
+        text = f"backup {record.id[:8]} is made, but a part of it is still in the VM's QEMU: {'; '.join(outcome.left)}"
+        raise IncompleteError(text, hint="End the other program's block job or filter there; the next run removes it.")

@@ -33,6 +33,7 @@ _COMMANDS = MappingProxyType(
         "check": "repository:check",
         "drill": "drill:drill_command",
         "prune": "prune:prune_command",
+        "remove": "remove:remove_command",
         "sync": "sync:sync_command",
         "pin": "prune:pin",
         "unpin": "prune:unpin",

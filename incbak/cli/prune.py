@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from incbak.repo.prune import Options, Outcome, Rules, dry_run, prune
 from incbak.repo.repository import Repository
 from incbak.repo.retention import Decision, Policy
 from incbak.report.backups import pruning
-from incbak.units import format_size, parse_duration
+from incbak.units import format_size, parse_duration, parse_retention
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -33,6 +33,22 @@ _COUNTS = {
 }
 
 
+grace_option = click.option(
+    "--grace",
+    metavar="TIME",
+    default="1d",
+    show_default=True,
+    help="Keep unreferenced data for TIME before deleting it: a restore may still read it.",
+)
+lock_wait_option = click.option(
+    "--lock-wait",
+    metavar="TIME",
+    default="1m",
+    show_default=True,
+    help="Wait up to TIME for a moment without backups, in which data can be marked for deletion.",
+)
+
+
 def _rules(command: C) -> C:
     for rule, text in reversed(_COUNTS.items()):
         kind = click.IntRange(min=0)
@@ -44,15 +60,14 @@ def _rules(command: C) -> C:
 @click.option("--name", metavar="VM", help="Only backups of this VM.  [default: of each VM, by the same rules]")
 @click.option("--all", "all_vms", is_flag=True, help="Of each VM in the configuration, by its own rules there.")
 @_rules
-@click.option("--keep-within", "within", metavar="TIME", help="Keep what is no older than this before the newest: 14d.")
-@click.option("--keep-tag", "tags", multiple=True, metavar="TAG", help="Keep what has this tag; may be repeated.")
 @click.option(
-    "--grace",
+    "--keep-within",
+    "within",
     metavar="TIME",
-    default="1d",
-    show_default=True,
-    help="How long content stays that nothing needs any more, for who is reading a backup that was removed.",
+    help="Keep backups made within TIME (restic's units, as in 1y6m or 14d) before the newest.",
 )
+@click.option("--keep-tag", "tags", multiple=True, metavar="TAG", help="Keep what has this tag; may be repeated.")
+@grace_option
 @click.option(
     "--repack-below",
     metavar="PERCENT",
@@ -60,8 +75,7 @@ def _rules(command: C) -> C:
     show_default=True,
     help="Copy the needed part out of packs in which less than this is needed.",
 )
-@click.option("--lock-wait", metavar="TIME", default="1m", show_default=True, help="Wait so long for a moment without "
-              "backups, in which content can be marked to go.")  # fmt: skip
+@lock_wait_option
 @click.option("--dry-run", is_flag=True, help="Say what would be kept and removed, and why.")
 @common
 def prune_command(
@@ -78,8 +92,9 @@ def prune_command(
     """Remove the backups of each VM that no --keep rule keeps. What they alone needed goes when the grace is over, by a
     later prune: let it run from cron.
 
-    Rules are as in restic, and any of them is enough. Backups are ordered as they were made, whatever clocks say;
-    hours, days and so on are in UTC. Never removed: pinned backups, the newest that is good, what cannot be read.
+    Rules are as in restic, and any of them is enough: 6m is six months. Backups are ordered as they were made, whatever
+    clocks say; hours, days and so on are in UTC. Never removed: pinned backups, the newest that is good, what cannot be
+    read, and backups whose time is in the future.
 
     \b
     Example:
@@ -87,7 +102,7 @@ def prune_command(
       incbak -q prune --all
     """
     here = settings()
-    policy = Policy(within=parse_duration(within) if within else 0.0, tags=tags, **counts)
+    policy = Policy(within=parse_retention(within) if within else 0.0, tags=tags, **counts)
     options = None if dry_run else Options(parse_duration(grace), _share(repack_below), parse_duration(lock_wait))
     if not all_vms:
         _run(here, policy, name, options)
@@ -121,7 +136,7 @@ def _configured(here: Settings) -> dict[Path, dict[str, Policy]]:
 def policy_of(keep: Keep) -> Policy:
     """The rules that a table of the configuration holds."""
     values = msgspec.structs.asdict(keep)
-    return Policy(**{**values, "within": parse_duration(keep.within) if keep.within else 0.0})
+    return Policy(**{**values, "within": parse_retention(keep.within) if keep.within else 0.0})
 
 
 def prune_after(here: Settings, repo: Repository, vm: str, policy: Policy, report: Reporter) -> None:
@@ -140,9 +155,14 @@ def prune_after(here: Settings, repo: Repository, vm: str, policy: Policy, repor
         raise done.trouble
 
 
-def _note(here: Settings, repo: Repository, done: Outcome) -> None:
+def note_removed(here: Settings, repo: Repository, removed: Collection[str]) -> None:
+    """Remember that this host removed these backups, so that their absence raises no alarm."""
     with suppress(DurabilityError):  # the next backup of the VM would then warn of what is no trouble
-        here.memory.pruned(repo, [d.record.id for d in done.decisions if not d.keep])
+        here.memory.pruned(repo, removed)
+
+
+def _note(here: Settings, repo: Repository, done: Outcome) -> None:
+    note_removed(here, repo, [d.record.id for d in done.decisions if not d.keep])
 
 
 def _counted(vm: str, done: Outcome) -> str:

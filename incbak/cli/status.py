@@ -21,6 +21,7 @@ from incbak.errors import BackupError, DiskError, EngineError, UsageError
 from incbak.repo.drills import drills_of, read_drills
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
+from incbak.repo.retention import dated_ahead
 from incbak.repo.verified import Verified
 from incbak.report.backups import table
 from incbak.report.proof import coverage_json, drill_column, drills_json, verified_column
@@ -32,7 +33,7 @@ from incbak.units import format_duration, format_size, parse_duration
 @click.argument("source", metavar="SOURCE", required=False)
 @click.option("--all", "all_vms", is_flag=True, help="Every VM of the configuration.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, help="With --all: so many at once.  [default: 2]")
-@click.option("--max-age", metavar="TIME", help="Exit with 1 if a disk's last backup is older, or there is none.")
+@click.option("--max-age", metavar="TIME", help="Exit with 1 if a disk's last backup is older or dated ahead, or none.")
 @click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--monitor-wait", metavar="TIME", default="20", help="Wait so long while another client has the monitor.")
@@ -158,8 +159,18 @@ def _last(record: Record | None) -> dict[str, Any]:
     return {"last": record.id, "finished": record.finished, "age": _age(record.finished)}
 
 
-def _age(finished: str) -> float:
-    return max((datetime.now(UTC) - datetime.fromisoformat(finished)).total_seconds(), 0.0)
+def _age(finished: str) -> float | None:
+    """Return seconds; ``None`` for a backup dated ahead, which must not look young until its time has come."""
+    now = datetime.now(UTC)
+    if dated_ahead(finished, now.timestamp()):
+        return None
+    return max((now - datetime.fromisoformat(finished)).total_seconds(), 0.0)
+
+
+def _age_text(row: Mapping[str, Any]) -> str:
+    if not row["last"]:
+        return ""
+    return "dated ahead" if row["age"] is None else format_duration(row["age"])
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
@@ -168,7 +179,7 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
         row["disk"],
         format_size(row["size"]),
         row["last"][:8] if row["last"] else "none",
-        format_duration(row["age"]) if row["last"] else "",
+        _age_text(row),
         due_column(row["due"]),
         row["base"][:8] if row["base"] else "none",
         "no answer" if row["dirty"] is None else format_size(row["dirty"]) + why,

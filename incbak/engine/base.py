@@ -154,11 +154,13 @@ class RunResult:
     """How `Engine.run` went.
 
     ``frozen``: whether the guest's file systems were frozen at the point in time; ``None``: that was not asked for.
+    ``left``: what of ours could not be taken out of the engine again, in words; the backup is not worse for it.
     """
 
     disks: Mapping[str, DiskResult]
     frozen: bool | None = None
     notes: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 class Engine(ABC):

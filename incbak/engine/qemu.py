@@ -25,11 +25,12 @@ from incbak.engine.base import (
     superseded,
 )
 from incbak.engine.jobs import cancel_jobs, without_padding
-from incbak.engine.qemu_disks import find_disks, layout, qom_path
+from incbak.engine.qemu_disks import find_disks, layout
 from incbak.engine.qemu_filter import DiskFilter, widen
+from incbak.engine.qemu_graph import qom_path, read_graph, shareable
 from incbak.engine.qemu_guard import Guard
 from incbak.engine.qemu_jobs import CopyJob
-from incbak.engine.qemu_leftovers import read_graph, remove_leftovers
+from incbak.engine.qemu_leftovers import remove_leftovers
 from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
 
@@ -81,7 +82,7 @@ class QemuEngine(Engine):
         name = (await self._session.execute("query-name")).get("name")
         devices = await self._session.execute("query-block")
         graph = await read_graph(self._session)
-        disks, left_out = find_disks(devices, graph)
+        disks, left_out = find_disks(devices, graph, await shareable(self._session, devices))
         status = await self._session.execute("query-status")
         number = version["qemu"]
         config = {
@@ -163,7 +164,8 @@ class QemuEngine(Engine):
                 disk.close()
             if frozen.why:
                 log.warning("the guest was not frozen: %s", frozen.why)
-        return RunResult({d.disk: r for d, r in zip(disks, results, strict=True)}, frozen.state, tuple(notes))
+        left = tuple(text for disk in disks for text in disk.left)
+        return RunResult({d.disk: r for d, r in zip(disks, results, strict=True)}, frozen.state, tuple(notes), left)
 
     def _limit(self, count: int) -> int:
         if self._options.scratch_limit is not None:
@@ -254,9 +256,7 @@ class QemuEngine(Engine):
             result = DiskResult(result.copied, _explain(disk, result.error))
         crash_point("qemu.copied")
         result = await without_padding(self._session, disk.ident + "t", disk.plan.disk.size, result)
-        left = await disk.remove()
-        for text in left:
-            log.warning("%s", text)
+        disk.left = await disk.remove()
         if result.error is None:
             result = await _flush_target(target, result)
         return result

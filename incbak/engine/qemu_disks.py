@@ -6,65 +6,16 @@ the image, below whatever filters there are; our own filters, left by a dead run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from incbak.engine.base import PREFIX, EngineDisk, LeftOut
+from incbak.engine.qemu_graph import Graph, Raw, backend_name, qom_path
+from incbak.engine.qemu_shared import why_shared
 from incbak.engine.served import bitmap_info
 
-_FILTERS = {
-    "copy-before-write",
-    "copy-on-read",
-    "throttle",
-    "compress",
-    "preallocate",
-    "blkverify",
-    "blklogwrites",
-    "mirror_top",
-    "commit_top",
-}
 _PERIPHERAL = "/machine/peripheral/"
 _QCOW2_V2 = "0.10"
-
-Raw = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Graph:
-    """QEMU's nodes by name, and which are below which: (parent's name, edge) to the child's name."""
-
-    nodes: Mapping[str, Raw]
-    edges: Mapping[tuple[str, str], str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, nodes: Iterable[Raw], graph: Raw) -> Graph:
-        """From ``query-named-block-nodes`` and ``x-debug-query-block-graph``."""
-        names = {n["id"]: n["name"] for n in graph["nodes"]}
-        edges = {(names[e["parent"]], e["name"]): names[e["child"]] for e in graph["edges"]}
-        return cls({n["node-name"]: n for n in nodes}, edges)
-
-    def below(self, node: str) -> str | None:
-        """What a filter filters."""
-        return self.edges.get((node, "file")) or self.edges.get((node, "backing"))
-
-    def without_ours(self, node: str) -> str:
-        """The node below our own filters."""
-        while node.startswith(f"{PREFIX}-") and (child := self.below(node)):
-            node = child
-        return node
-
-    def image(self, node: str) -> str:
-        """The node below all filters: where bitmaps are."""
-        while self.nodes.get(node, {}).get("drv") in _FILTERS and (child := self.below(node)):
-            node = child
-        return node
-
-
-def qom_path(device: Raw) -> str:
-    """Where the guest device's ``drive`` property is."""
-    qdev = str(device.get("qdev", ""))
-    return qdev if qdev.startswith("/") else _PERIPHERAL + qdev
 
 
 def stable_name(device: Raw, node: str) -> str:
@@ -76,17 +27,25 @@ def stable_name(device: Raw, node: str) -> str:
     return ident or (node if not node.startswith("#") else "")
 
 
-def find_disks(devices: Sequence[Raw], graph: Graph) -> tuple[list[EngineDisk], list[LeftOut]]:
-    """The disks of ``query-block``, and what is left out, with the reason."""
+def find_disks(
+    devices: Sequence[Raw], graph: Graph, share_rw: Collection[str] = ()
+) -> tuple[list[EngineDisk], list[LeftOut]]:
+    """Return the disks of ``query-block``, and what is left out, with the reason.
+
+    ``share_rw``: the QOM paths of the devices that let others write.
+    """
     disks: list[EngineDisk] = []
     left_out: list[LeftOut] = []
     taken: dict[str, str] = {}
     for device in devices:
         inserted: Raw = device.get("inserted") or {}
-        top = graph.without_ours(str(inserted.get("node-name", "")))
+        root = graph.root(backend_name(device)) or str(inserted.get("node-name", ""))
+        top = graph.without_ours(root)
         node = graph.image(top)
         name = stable_name(device, top)
         why = _why_not(device, graph.nodes.get(node), name)
+        if not why:
+            why = why_shared(graph, root, node, share_rw=qom_path(device) in share_rw)
         if not why and node in taken:
             why = f"it is the same image as {taken[node]}"
         if why:
@@ -121,7 +80,12 @@ def _disk(device: Raw, name: str, top: str, node: Raw) -> EngineDisk:
         format=node["drv"],
         can_persist=holds_bitmaps(node),
         bitmaps=bitmaps,
-        extra={"qom": qom_path(device), "top": top, "image": node.get("file", "")},
+        extra={
+            "qom": qom_path(device),
+            "backend": backend_name(device),
+            "top": top,
+            "image": node.get("file", ""),
+        },
     )
 
 

@@ -40,6 +40,7 @@ from typing import Any
 
 from incbak.engine.base import DiskPlan
 from incbak.engine.jobs import JOB_CLUSTER
+from incbak.engine.qemu_graph import StillUsedError, move, read_graph, take_out
 from incbak.engine.qemu_jobs import JOB_POLICY
 from incbak.engine.qemu_relay import Relay
 from incbak.engine.session import CommandFailed, EngineSilent, Session
@@ -83,8 +84,8 @@ class DiskFilter:
     sink: socket | None = None
     why_cut: str = ""
     moved: tuple[float, int] = (math.inf, 0)  # when the job last got on, and how far it was
-    inserted: bool = False
     nodes: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)  # what could not be taken out, after the job
 
     @property
     def ident(self) -> str:
@@ -179,17 +180,23 @@ class DiskFilter:
         await self._add("f", "copy-before-write", **cbw, on_cbw_error="break-snapshot", cbw_timeout=CBW_TIMEOUT)
 
     async def insert(self) -> None:
-        """From now on old content is kept: for this disk, the point in time."""
-        self.inserted = True
-        await self._move(self.ident + "f")
+        """From now on old content is kept: for this disk, the point in time.
+
+        What stands below the device is looked at again: an external snapshot that was taken since the run began leaves
+        the bitmaps on the node that is no longer written.
+        """
+        extra = self.plan.disk.extra
+        now = (await read_graph(self.session, timeout=_WINDOW_COMMAND)).root(extra["backend"])
+        if now != extra["top"]:
+            raise EngineError(
+                f"disk {self.disk}: another program moved it from node {extra['top']} to {now} since the run began",
+                hint="Run again; the next run sees the disk as it is then.",
+            )
+        await move(self.session, extra["backend"], extra["qom"], self.ident + "f", timeout=_WINDOW_COMMAND)
 
     async def add_access(self) -> None:
         """The point in time, to be read."""
         await self._add("a", "snapshot-access", file=self.ident + "f")
-
-    async def _move(self, node: str) -> None:
-        arguments = {"path": self.plan.disk.extra["qom"], "property": "drive", "value": node}
-        await self.session.execute("qom-set", arguments, timeout=_WINDOW_COMMAND)
 
     # -- the copy -------------------------------------------------------------------------------------------------
 
@@ -238,12 +245,11 @@ class DiskFilter:
         self.cut()
         for letter in "ta":
             await self._remove(letter, left)
-        if self.inserted:
+        if self.ident + "f" in self.nodes:
             try:
-                await self._move(self.plan.disk.extra["top"])
-            except CommandFailed as e:
-                left.append(f"filter of {self.disk}: {e}")  # or the device is gone, then the filter goes below
-            self.inserted = False
+                await take_out(self.session, self.ident + "f", timeout=_WINDOW_COMMAND)
+            except (CommandFailed, StillUsedError) as e:
+                left.append(f"filter of {self.disk}: {e}")
         for letter in "fqr":
             await self._remove(letter, left)
         await remove_fds(self.session, self.ident)

@@ -7,20 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from incbak.engine.jobs import cancel_jobs
-from incbak.engine.qemu_disks import Graph, qom_path
 from incbak.engine.qemu_filter import cut_target, remove_fds
-from incbak.engine.session import Session
+from incbak.engine.qemu_graph import Graph, StillUsedError, read_graph, take_out
+from incbak.engine.session import CommandFailed, Session
 
 log = logging.getLogger(__name__)
 
 _READERS = ("nbd", "snapshot-access")
-_FROM_THE_TOP = {"copy-before-write": 0, "qcow2": 1}
-
-
-async def read_graph(session: Session) -> Graph:
-    """QEMU's nodes and edges."""
-    nodes = await session.execute("query-named-block-nodes", {"flat": True})
-    return Graph.of(nodes, await session.execute("x-debug-query-block-graph"))
+_FILTER = "copy-before-write"
+_FROM_THE_TOP = {_FILTER: 0, "qcow2": 1}
 
 
 async def remove_leftovers(session: Session, prefix: str, keep: Collection[str]) -> list[str]:
@@ -33,12 +28,12 @@ async def remove_leftovers(session: Session, prefix: str, keep: Collection[str])
             await cut_target(session, node)
     done = await cancel_jobs(session, prefix)
     done += await _remove_nodes(session, [n for n, driver in drivers.items() if driver in _READERS])
-    for device in await session.execute("query-block"):
-        top = str((device.get("inserted") or {}).get("node-name", ""))
-        if top.startswith(prefix):
-            value = graph.without_ours(top)
-            await session.execute("qom-set", {"path": qom_path(device), "property": "drive", "value": value})
-            done.append(f"filter {top}")
+    for node in [n for n, driver in drivers.items() if driver == _FILTER]:
+        try:
+            if await take_out(session, node):
+                done.append(f"filter {node}")
+        except (CommandFailed, StillUsedError) as e:
+            log.warning("filter %s of a dead run is still in use in QEMU: %s", node, e)
     rest = [n for n, driver in drivers.items() if driver not in _READERS]
     done += await _remove_nodes(session, sorted(rest, key=lambda n: _FROM_THE_TOP.get(drivers[n], 2)))
     await remove_fds(session, prefix)

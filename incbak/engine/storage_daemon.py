@@ -31,7 +31,8 @@ from incbak.engine.base import (
     superseded,
 )
 from incbak.engine.jobs import cancel_jobs, wait_for_jobs, without_padding
-from incbak.engine.qemu_disks import Graph, holds_bitmaps, layout
+from incbak.engine.qemu_disks import holds_bitmaps, layout
+from incbak.engine.qemu_graph import Graph
 from incbak.engine.qemu_guard import GuardChannel
 from incbak.engine.served import bitmap_info
 from incbak.engine.session import Address, CommandFailed, Session

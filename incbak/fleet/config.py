@@ -44,7 +44,7 @@ from typing import Any
 import msgspec
 
 from incbak.errors import UsageError
-from incbak.units import parse_duration, parse_share, parse_size
+from incbak.units import parse_duration, parse_retention, parse_share, parse_size
 
 _LIMIT = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -216,7 +216,7 @@ def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
         "speed-limit": (values.speed_limit.removesuffix("/s"), parse_size),
         "scratch-limit": (values.scratch_limit, parse_size),
         "audit": (values.audit, parse_share),
-        "keep.within": (values.keep.within if values.keep else "", parse_duration),
+        "keep.within": (values.keep.within if values.keep else "", parse_retention),
         "hooks.timeout": (values.hooks.timeout if values.hooks else "", parse_duration),
     }
     for name, (text, parse) in parsed.items():

@@ -100,8 +100,10 @@ _ANY = ("",)
 """In the place of good backups, where they do not matter."""
 
 
-def decide(repo: Repository, rules: Rules, vm: str | None) -> tuple[list[Decision], list[DamagedError]]:
+def decide(repo: Repository, rules: Rules, vm: str | None, now: float) -> tuple[list[Decision], list[DamagedError]]:
     """What stays of the backups of ``vm``, or of each VM, and why; and what was found wrong with any that stays.
+
+    ``now``: seconds since 1970.
 
     Raises `UsageError` for a policy that keeps nothing, and for a VM without backups.
     """
@@ -116,16 +118,16 @@ def decide(repo: Repository, rules: Rules, vm: str | None) -> tuple[list[Decisio
     for each in dict.fromkeys(r.vm for r in records):
         of_vm = [r for r in records if r.vm == each]
         if policy := rules if isinstance(rules, Policy) else rules.get(each):
-            going = [d.record for d in plan(of_vm, policy, pins, _ANY) if not d.keep]
+            going = [d.record for d in plan(of_vm, policy, pins, _ANY, now) if not d.keep]
             good, wrong = last_good(repo, of_vm, noted, going)
-            decisions += plan(of_vm, policy, pins, good)
+            decisions += plan(of_vm, policy, pins, good, now)
             broken |= wrong
     return decisions, [broken[d.record.id] for d in decisions if d.keep and d.record.id in broken]
 
 
-def dry_run(repo: Repository, rules: Rules, vm: str | None) -> Outcome:
+def dry_run(repo: Repository, rules: Rules, vm: str | None, clock: Callable[[], float] = time.time) -> Outcome:
     """What `prune` would do with the backups; changes nothing and needs no lock."""
-    return Outcome(decide(repo, rules, vm)[0], unreadable=dict(repo.unreadable))
+    return Outcome(decide(repo, rules, vm, clock())[0], unreadable=dict(repo.unreadable))
 
 
 def prune(
@@ -155,7 +157,7 @@ class _Prune:
     def run(self, rules: Rules, vm: str | None) -> Outcome:
         self._storage.sweep()
         self._forget_unknown()
-        decisions, broken = decide(self._repo, rules, vm)
+        decisions, broken = decide(self._repo, rules, vm, self._options.clock())
         self._needs = Needs(self._repo, self._report)
         self._repacker = Repacker(self._repo, self._needs)
         self._count_the_rest({d.record.id for d in decisions if not d.keep}, broken)

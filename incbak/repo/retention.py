@@ -18,6 +18,10 @@ rule sorts by time, and none compares the times of backups that are far apart:
   at most, so one backup from the future makes the others no older than that, whatever year it claims. A time that
   cannot be read makes no gap, and a period of its own.
 
+**A backup dated ahead of the clock counts for no rule** and stays: N of them, from a clock that was wrong or forged,
+would else fill ``daily`` N and remove every real one. It is counted again when its time has come; until then it can be
+removed by name only. A clock of the pruning host that is behind makes all backups look dated ahead, and all stay.
+
 What stays whatever the policy says: a pinned backup, the newest one that is good, and the newest good one in which no
 disk failed. A VM without a good one loses nothing.
 """
@@ -29,6 +33,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from incbak.repo.record import Record
+
+AHEAD = 3600.0
+"""Seconds by which the clocks of two hosts may differ before a backup is dated ahead."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +81,28 @@ _PERIODS: dict[str, Callable[[datetime], tuple[int, ...]]] = {
 }
 
 
-def plan(records: Sequence[Record], policy: Policy, pinned: Collection[str], good: Collection[str]) -> list[Decision]:
-    """One decision per record of one VM, oldest first. ``good``: ids of its good backups that must stay."""
+def plan(
+    records: Sequence[Record],
+    policy: Policy,
+    pinned: Collection[str],
+    good: Collection[str],
+    now: float | None = None,
+) -> list[Decision]:
+    """Return one decision per record of one VM, oldest first.
+
+    ``good``: the ids of its good backups that must stay. ``now``: seconds since 1970, by which backups that are dated
+    ahead are left out of the rules; ``None`` leaves none out.
+    """
     newest_first = sorted(records, key=lambda r: (r.seq, r.started, r.id), reverse=True)
-    times = [time_of(r) for r in newest_first]
     kept: dict[str, list[str]] = {r.id: [] for r in newest_first}
-    for rule, numbers in _rules(newest_first, times, policy):
+    counted = [r for r in newest_first if now is None or not dated_ahead(r.started, now)]
+    for rule, numbers in _rules(counted, [time_of(r) for r in counted], policy):
         for number in numbers:
-            kept[newest_first[number].id].append(rule)
+            kept[counted[number].id].append(rule)
+    ahead = kept.keys() - {r.id for r in counted}
     for record in newest_first:
+        if record.id in ahead:
+            kept[record.id].append("dated ahead")
         if record.id in pinned:
             kept[record.id].append("pinned")
         if record.id in good:
@@ -136,8 +156,21 @@ def _within(times: Sequence[datetime | None], duration: float) -> list[int]:
 
 def time_of(record: Record) -> datetime | None:
     """When a backup began, in UTC; ``None`` where the record does not say it in a form that can be read."""
+    return _moment(record.started)
+
+
+def dated_ahead(time: str, now: float) -> bool:
+    """Return whether a record's time lies more than `AHEAD` after ``now`` (seconds since 1970).
+
+    A time that cannot be read does not.
+    """
+    moment = _moment(time)
+    return moment is not None and moment.timestamp() > now + AHEAD
+
+
+def _moment(time: str) -> datetime | None:
     try:
-        found = datetime.fromisoformat(record.started)
+        found = datetime.fromisoformat(time)
         return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
     except (ValueError, OverflowError):
         return None

@@ -115,3 +115,14 @@ def details(record: Record, *, pinned: bool = False) -> str:
     lines += [f"attached  {name} ({format_size(len(text.encode()))})" for name, text in record.attachments.items()]
     lines += [f"note      {note}" for note in record.notes]
     return "\n".join(lines)
+
+
+def chosen_table(chosen: Sequence[tuple[str, Record | None]]) -> str:
+    """Return a table of backups by id; those whose record cannot be read say so."""
+    rows = [["ID", "VM", "KIND", "FINISHED", "DISKS"]]
+    for ident, r in chosen:
+        facts = (
+            [r.vm, r.kind, _minute(r.finished), ",".join(d.name for d in r.disks)] if r else ["unreadable", "", "", ""]
+        )
+        rows.append([ident[:8], *facts])
+    return table(rows)

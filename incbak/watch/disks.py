@@ -18,8 +18,8 @@ from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.disk.locks import writer_present
 from incbak.engine.base import EngineDisk, LeftOut
-from incbak.engine.qemu_disks import Graph, find_disks
-from incbak.engine.qemu_leftovers import read_graph
+from incbak.engine.qemu_disks import find_disks
+from incbak.engine.qemu_graph import Graph, read_graph
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint

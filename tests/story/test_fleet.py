@@ -254,7 +254,7 @@ def _children(pid: int) -> list[int]:
         ("[defaults.hooks]\nbefore=['x']", "defaults.hooks.before: not an absolute path: 'x'"),
         ("[defaults.hooks]\nbefore='/x'", "defaults.hooks.before: expected `array`, got `str`"),
         ("[defaults.keep]\ndaily=-1", "defaults.keep: a number below 0"),
-        ("[defaults.keep]\nwithin='x'", "defaults.keep.within: not a duration"),
+        ("[defaults.keep]\nwithin='x'", "defaults.keep.within: not a time to keep backups for"),
         ("[vms.'../x']\nsource='/x'", "vms.../x: not a name of a VM"),
         ("vms = 3", "vms: expected a table for each VM"),
         ("[vms]\nweb1 = 3", "vms.web1: expected `object`, got `int`"),

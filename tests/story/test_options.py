@@ -51,6 +51,7 @@ def test_what_cannot_be_attached_is_said_before_anything_is_done(
     assert incbak.list() == []
 
 
+@pytest.mark.alone
 def test_a_speed_limit_is_kept(incbak: Incbak) -> None:
     image = incbak.root / "web1.raw"
     assert _slower(incbak, image) > 2
@@ -60,6 +61,7 @@ def test_a_speed_limit_is_kept(incbak: Incbak) -> None:
 
 
 @pytest.mark.qemu
+@pytest.mark.alone
 def test_a_speed_limit_is_kept_for_other_formats(incbak: Incbak) -> None:
     need("qemu-img", "qemu-storage-daemon")
     image = incbak.root / "web1.qcow2"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from incbak.errors import NbdRequestError
 from incbak.nbd.client import NbdClient
+from incbak.repo.record import decode, encode
 from incbak.repo.repository import Repository
-from tests.kit.cli import Content, Incbak, content, differing
+from tests.kit.cli import DEADLINE, Content, Incbak, Ran, content, differing
 from tests.kit.serve import raw_image
 
 CLUSTER = 65536
@@ -96,6 +99,8 @@ def test_the_life_of_backups(scene: Scene) -> None:
         ("--keep-last", "0"),
         ("--keep-last", "-1"),
         ("--keep-within", "soon"),
+        ("--keep-within", "30"),
+        ("--keep-within", "5min"),
         ("--keep-last", "1", "--grace", "x"),
         ("--keep-last", "1", "--repack-below", "101"),
         ("--keep-last", "1", "--name", "nobody"),
@@ -106,6 +111,27 @@ def test_what_cannot_be_right_changes_nothing(scene: Scene, argv: tuple[str, ...
     other = scene.back_up(2)
     assert scene.incbak.run("prune", *argv).code == 2
     scene.right(ident, other)
+
+
+def _dated(incbak: Incbak, ident: str, when: str) -> None:
+    """Date a backup as one whose host had a wrong clock."""
+    path = incbak.repo / "backups" / ident
+    record = msgspec.structs.replace(decode(ident, path.read_bytes()), started=when, finished=when)
+    path.chmod(0o600)
+    path.write_bytes(encode(record))
+
+
+def test_backups_from_a_clock_that_is_ahead_take_no_place_and_are_not_young(scene: Scene) -> None:
+    incbak = scene.incbak
+    idents = [scene.back_up(n) for n in range(4)]
+    for number, ident in enumerate(idents[2:]):
+        _dated(incbak, ident, f"2099-01-0{number + 1}T00:00:00+00:00")
+    assert "dated ahead" in incbak("prune", "--keep-daily", "1", "--dry-run").out
+    assert "3 backups kept, 1 removed" in incbak("prune", "--keep-daily", "1").out
+    assert [entry["id"] for entry in incbak.list()] == idents[1:]
+    ran = incbak.run("status", scene.image, "--max-age", "1d")
+    assert (ran.code, "dated ahead" in ran.out, "without a backup of the last" in ran.err) == (1, True, True)
+    assert incbak("--json", "status", scene.image).objects()[0]["age"] is None
 
 
 def test_what_may_not_be_pruned_now(scene: Scene) -> None:
@@ -178,3 +204,55 @@ def test_an_export_of_a_backup_that_is_gone_fails_loudly(scene: Scene) -> None:
         scene.incbak("prune", "--keep-last", "1", "--grace", "0")
         with pytest.raises(NbdRequestError):
             _read(gone, scene.held[old], range(40))
+
+
+def _asked(incbak: Incbak, answer: bytes, *argv: str) -> Ran:
+    """Run a command whose standard input is a terminal on which this was typed."""
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, answer)
+        process = incbak.popen(*argv, stdin=theirs)
+        out, err = process.communicate(timeout=DEADLINE)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "Traceback" not in err
+    return Ran(process.returncode, out, err)
+
+
+def test_a_backup_is_removed_on_purpose_also_the_newest(scene: Scene) -> None:
+    incbak = scene.incbak
+    first, second, third = (scene.back_up(n) for n in range(3))
+    ran = incbak.run("remove", third)
+    assert (ran.code, "Give --yes" in ran.err, third[:8] in ran.out) == (2, True, True)
+    assert incbak.run("--json", "remove", third).code == 2
+    assert "would remove 1 backup" in incbak("remove", third, "--dry-run").out
+    for answer in (b"no\n", b"y\n", b"\n"):
+        ran = _asked(incbak, answer, "remove", third)
+        assert (ran.code, "not confirmed" in ran.err) == (2, True)
+    scene.right(first, second, third)
+    ran = _asked(incbak, b"yes\n", "remove", third)
+    assert (ran.code, "removed 1 backup" in ran.out) == (0, True)
+    scene.right(first, second)
+    entry = incbak("--json", "incremental", scene.image).objects()[0]
+    assert (entry["disks"][0]["kind"], entry["base"]) == ("full", None)
+    assert differing(incbak.restored(entry["id"]), scene.held[third]) == []
+
+
+def test_all_of_a_vm_is_removed_and_raises_no_alarm(scene: Scene) -> None:
+    incbak = scene.incbak
+    kept = scene.back_up(1, argv=("--name", "other"))
+    for n in range(2):
+        scene.back_up(n, argv=("--name", "gone"))
+    pinned = incbak.list()[-1]["id"]
+    incbak("pin", pinned)
+    ran = incbak.run("remove", "--all-of", "gone", "--yes")
+    assert (ran.code, f"incbak unpin {pinned[:8]}" in ran.err, len(incbak.list())) == (2, True, 3)
+    incbak("unpin", pinned)
+    told = incbak("--json", "remove", "--all-of", "gone", "--yes", "--grace", "0").objects()
+    assert [(o.get("action"), o.get("vm")) for o in told[:2]] == [("remove", "gone")] * 2
+    assert (told[-1]["removed"], told[-1]["freed"] > 0) == (2, True)
+    scene.right(kept)
+    for argv in ((), ("--all-of", "gone"), (kept, "--all-of", "other"), ("latest",), (kept[:3],)):
+        assert incbak.run("remove", *argv, "--yes").code == 2
+    scene.right(kept)

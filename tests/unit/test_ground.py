@@ -97,6 +97,32 @@ def test_a_duration_that_no_clock_can_wait_is_refused(text: str) -> None:
         units.parse_duration(text)
 
 
+DAY = 86400
+
+
+@pytest.mark.parametrize(
+    ("text", "days"),
+    [("6m", 186), ("1y", 366), ("2w", 14), ("14d", 14), ("24h", 1), ("1y5m7d2h", 366 + 155 + 7 + 2 / 24), (" 3D ", 3)],
+)
+def test_a_time_to_keep_backups_for_is_read_as_restic_reads_it(text: str, days: float) -> None:
+    assert units.parse_retention(text) == days * DAY
+
+
+@pytest.mark.parametrize(
+    "text", ["", "30", "90s", "5min", "6 m", "1.5d", "-1d", "7d1y", "1d1d", "soon", "9" * 5000 + "y"]
+)
+def test_a_time_to_keep_backups_for_that_could_mean_another_is_refused(text: str) -> None:
+    """What `parse_duration` takes as seconds or minutes would remove backups that were meant to stay."""
+    with pytest.raises(errors.UsageError, match="not a time to keep backups for"):
+        units.parse_retention(text)
+
+
+@pytest.mark.parametrize("text", ["100y", "999999999h", "999999999y"])
+def test_a_time_to_keep_backups_for_beyond_any_clock_is_refused(text: str) -> None:
+    with pytest.raises(errors.UsageError, match="too long"):
+        units.parse_retention(text)
+
+
 def test_every_reason_has_a_text() -> None:
     assert all(reason.text for reason in Reason)
 

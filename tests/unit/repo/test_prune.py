@@ -25,7 +25,7 @@ from incbak.repo.repository import Repository
 from incbak.repo.retention import Policy
 from tests.unit.repo.scene import CLUSTER, cluster, new, record_of, restore, store, writing
 
-NOW = 1_000_000.0
+NOW = 4_000_000_000.0
 GRACE = 100.0
 LAST = Policy(last=1)
 

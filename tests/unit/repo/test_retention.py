@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incbak.repo.record import Record
-from incbak.repo.retention import Decision, Policy, plan, time_of
+from incbak.repo.retention import AHEAD, Decision, Policy, dated_ahead, plan, time_of
 
 COUNTS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 PERIODS = {
@@ -173,3 +173,39 @@ def test_a_policy_without_a_rule_is_empty() -> None:
         assert not Policy(**{rule: 1}).empty  # type: ignore[arg-type]
     assert not Policy(within=1.0).empty
     assert not Policy(tags=("",)).empty
+
+
+@pytest.mark.parametrize("rule", COUNTS)
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_backups_dated_ahead_push_no_real_one_out(rule: str, order: slice) -> None:
+    """Whichever came first: the rule keeps what it would keep without them, and they stay too."""
+    days = 400 if rule == "yearly" else 31
+    real = [BEGIN + timedelta(days=i * days) for i in range(8)]
+    now = real[-1].timestamp()
+    ahead = [real[-1] + timedelta(days=(i + 1) * days) for i in range(8)]
+    moments = [m for group in (real, ahead)[order] for m in group]
+    made = [_record(i + 1, m.isoformat()) for i, m in enumerate(moments)]
+    policy = Policy(**{rule: 3})  # type: ignore[arg-type]
+    decisions = plan(made, policy, (), ["x"], now)
+    assert [d.record.started for d in decisions if rule in d.reasons] == [m.isoformat() for m in real[-3:]]
+    assert [d.record.started for d in decisions if d.reasons == ("dated ahead",)] == [m.isoformat() for m in ahead]
+
+
+@given(records, policies, st.floats(0, 7e9))
+@settings(deadline=None)
+def test_backups_dated_ahead_do_not_change_what_stays_of_the_others(
+    made: list[Record], policy: Policy, now: float
+) -> None:
+    real = [r for r in made if not dated_ahead(r.started, now)]
+    decisions = plan(made, policy, (), ["x"], now)
+    others = [d for d in decisions if "dated ahead" not in d.reasons]
+    assert others == plan(real, policy, (), ["x"])
+    assert all(d.keep for d in decisions if d.record not in real)
+
+
+def test_the_clocks_of_two_hosts_may_differ_a_little() -> None:
+    """And what cannot be read is not ahead."""
+    now = BEGIN.timestamp()
+    moments = [BEGIN + timedelta(seconds=AHEAD + more) for more in (-1, 0, 1)]
+    assert [dated_ahead(m.isoformat(), now) for m in moments] == [False, False, True]
+    assert not dated_ahead("yesterday", now)

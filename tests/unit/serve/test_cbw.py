@@ -237,6 +237,7 @@ def test_a_full_scratch_has_room_again_once_the_job_took_what_is_held(rigs: Call
     assert b"".join(got[c] for c in sorted(got)) == before
 
 
+@pytest.mark.alone
 def test_a_stalled_scratch_holds_no_guest_write_longer_than_the_bound(
     rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +264,7 @@ def test_a_stalled_scratch_holds_no_guest_write_longer_than_the_bound(
     assert rig.copy.broken.errno == errno.ETIMEDOUT
 
 
+@pytest.mark.alone
 def test_a_stalled_read_of_the_job_holds_a_guest_write_no_longer_than_the_bound(rigs: Callable[..., Rig]) -> None:
     """The job reads a run from a disk that hangs; a write into that very run gives up on the backup in time."""
     rig = rigs(_filled(), timeout=0.4)

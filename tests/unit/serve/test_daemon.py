@@ -460,6 +460,7 @@ def test_connections_are_capped(tmp_path: Path, image: Path) -> None:
         clients[1].close()
 
 
+@pytest.mark.alone
 def test_a_stalled_target_process_holds_no_guest(tmp_path: Path, image: Path) -> None:
     """I4 through the real process: the target hangs, every guest write is answered within the bound; measured."""
     stall = threading.Event()

@@ -302,6 +302,7 @@ def test_several_jobs_on_one_disk_and_each_has_its_own_instant(tmp_path: Path) -
             assert bytes(peers[i].disk.data) == wanted[i]  # type: ignore[union-attr]
 
 
+@pytest.mark.alone
 def test_a_target_that_stalls_holds_no_guest_write(tmp_path: Path) -> None:
     """I4: the target takes nothing for a while; every guest write over the whole disk goes out at once."""
     faults = Faults(stall={"write": threading.Event()})

@@ -1,0 +1,126 @@
+"""Other programs in the same QEMU: external snapshots, filters and second writers. No guest is booted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kit.cli import Incbak, differing
+from tests.kit.guest import Guest, GuestDisk, need_guest
+from tests.kit.live import content_of, eventually, ours_in, qcow2_image
+from tests.kit.serve import raw_image
+
+pytestmark = pytest.mark.kvm
+SIZE = 8 << 20
+SLOW = ("--speed-limit", "3M")
+
+
+class Vm:
+    """A VM with one qcow2 disk, which waits before its first instruction, and a backup under way."""
+
+    def __init__(self, root: Path) -> None:
+        self.incbak = Incbak(root)
+        self.incbak("init")
+        self.image = qcow2_image(root / "vda.qcow2", SIZE)
+        fill = ["qemu-io", "-f", "qcow2", "-c", f"write -P 7 0 {SIZE}", self.image]
+        subprocess.run(fill, check=True, capture_output=True, timeout=20)
+        self.guest = Guest(root / "guest", [GuestDisk("vda", self.image, format="qcow2")], arguments=["-S"])
+        self.overlay = root / "overlay.qcow2"
+
+    def start(self) -> subprocess.Popen[str]:
+        """Begin a full; return when its job copies."""
+        process = self.incbak.popen("full", f"qmp:{self.guest.monitor}", "--name", "vm", *SLOW)
+        eventually(lambda: self.guest.qmp("query-block-jobs"), 20, "a job")
+        return process
+
+    def top(self) -> str:
+        """The node below the device."""
+        return str(self.guest.qmp("query-block")[0]["inserted"]["node-name"])
+
+    def snapshot(self, node: str) -> None:
+        """An external snapshot, as snapshot scripts and libvirt take it."""
+        names = {"node_name": node, "snapshot_file": str(self.overlay), "snapshot_node_name": "theirs"}
+        self.guest.qmp("blockdev-snapshot-sync", 20, **names, format="qcow2")
+
+    def write(self, pattern: int) -> None:
+        """By the guest's device; `content_of` tells whether it worked, the answer does not."""
+        command = f'qemu-io -d /machine/peripheral/vda-dev/virtio-backend "write -P {pattern} 0 64k"'
+        self.guest.qmp("human-monitor-command", 20, command_line=command)
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Iterator[Vm]:
+    need_guest()
+    made = Vm(tmp_path)
+    yield made
+    made.guest.kill()
+
+
+@pytest.mark.parametrize("where", ["image", "filter"])
+def test_an_external_snapshot_during_a_backup(vm: Vm, where: str) -> None:
+    """Of the image's node, or of the top node, which is our filter then: the guest's writes stay in the overlay."""
+    before = content_of(vm.image)
+    process = vm.start()
+    vm.snapshot("vda" if where == "image" else vm.top())
+    vm.write(9)
+    _, err = process.communicate(timeout=60)
+    assert (ours_in(vm.guest), vm.top()) == ([], "theirs"), err
+    if where == "image":
+        assert process.returncode == 0, err
+        assert differing(vm.incbak.restored(disk="vda-dev"), before) == []
+    else:  # QEMU itself ends the reading of the point in time
+        assert "the point in time cannot be read" in err
+    vm.write(10)
+    vm.guest.quit()
+    header = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", vm.overlay], timeout=20))
+    assert (header["full-backing-filename"], header["backing-filename-format"]) == (str(vm.image), "qcow2")
+    assert content_of(vm.image) == before
+    look = ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 10 0 64k", vm.overlay]
+    seen = subprocess.run(look, check=True, capture_output=True, text=True, timeout=20).stdout
+    assert "read 65536/65536" in seen
+    assert "failed" not in seen
+
+
+def test_a_filter_that_another_program_builds_on_is_told_and_goes_with_the_next_run(vm: Vm) -> None:
+    process = vm.start()
+    ours = vm.top()
+    vm.guest.qmp("object-add", 20, qom_type="throttle-group", id="group")
+    vm.guest.qmp("blockdev-add", 20, driver="throttle", node_name="limit", throttle_group="group", file=ours)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert "is made, but a part of it is still in the VM's QEMU" in err
+    assert "limit uses node" in err
+    vm.guest.qmp("blockdev-del", 20, node_name="limit")
+    vm.guest.qmp("cont")  # only then QEMU closes scratch files
+    vm.incbak("incremental", f"qmp:{vm.guest.monitor}", "--name", "vm")
+    assert ours_in(vm.guest) == []
+
+
+def test_disks_that_others_write_to_are_left_out_and_the_guest_lives(tmp_path: Path) -> None:
+    """Two devices on one node, and a writable export; beside them a disk that is backed up."""
+    need_guest()
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    images = {n: raw_image(tmp_path / f"{n}.raw", SIZE, n.encode() * 1000) for n in ("vda", "vdb", "vdc")}
+    twin = ["-device", "virtio-blk-pci,drive=vdb,id=twin,share-rw=on"]
+    arguments = ["-S", *_shared(images["vdb"], "vdb"), *twin, *_shared(images["vdc"], "vdc")]
+    with Guest(tmp_path / "guest", [GuestDisk("vda", images["vda"])], arguments=arguments) as guest:
+        guest.qmp("nbd-server-start", 20, addr={"type": "unix", "data": {"path": str(tmp_path / "nbd")}})
+        guest.qmp("block-export-add", 20, type="nbd", id="e", node_name="vdc", writable=True)
+        (made,) = incbak("--json", "full", f"qmp:{guest.monitor}", "--name", "vm").objects()
+        assert [d["name"] for d in made["disks"]] == ["vda-dev"]
+        notes = "; ".join(made["notes"])
+        assert all(f"disk {n} was left out" in notes for n in ("vdb-dev", "twin", "vdc-dev"))
+        ran = incbak.run("full", f"qmp:{guest.monitor}", "--name", "vm", "--disk", "vdc-dev")
+        assert (ran.code, "share-rw=on" in ran.err) == (2, True)
+        assert guest.process.poll() is None
+        assert ours_in(guest) == []
+
+
+def _shared(image: Path, name: str) -> list[str]:
+    node = {"driver": "raw", "node-name": name, "file": {"driver": "file", "filename": str(image)}}
+    return ["-blockdev", json.dumps(node), "-device", f"virtio-blk-pci,drive={name},id={name}-dev,share-rw=on"]
