@@ -8,10 +8,20 @@ within one boot and one set-up. What is unknown is never equal to anything: see 
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
+import struct
 import time
+from pathlib import Path
 from typing import NamedTuple
 
+from blake3 import blake3
+
+from incbak import host
+
 NO_WRITES = bytes(32)
+_SAMPLES, _SAMPLE = 16, 4096
 
 
 class Fingerprint(NamedTuple):
@@ -47,3 +57,52 @@ class Beat(NamedTuple):
 def beat_of(disk: Fingerprint) -> Beat:
     """A sign of life of now, of a disk that was not written since its fingerprint was taken."""
     return Beat(time.time_ns(), disk.mtime_ns, disk.ctime_ns, disk.writes)
+
+
+def take(fd: int, size: int) -> Fingerprint:
+    """The fingerprint of an open image, of which all that was written is on its device. Raises `OSError`."""
+    info = os.fstat(fd)
+    digest = blake3()
+    last = max(size - _SAMPLE, 0)
+    for i in range(_SAMPLES):
+        offset = last * i // (_SAMPLES - 1)
+        digest.update(_read(fd, offset, min(_SAMPLE, size - offset)))
+    sample = digest.digest(length=16)
+    if stat.S_ISBLK(info.st_mode):
+        return Fingerprint(size, 0, 0, sample, writes=writes_of(fd))
+    attributes = struct.pack("<4Q", info.st_uid, info.st_gid, info.st_mode, info.st_nlink)
+    known = blake3(attributes).digest(length=8)
+    return Fingerprint(size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known)
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    found = b""
+    while len(found) < length:
+        piece = os.pread(fd, length - len(found), offset + len(found))
+        if not piece:
+            raise OSError(errno.EIO, f"it ends at {offset + len(found)}")
+        found += piece
+    return found
+
+
+def writes_of(fd: int) -> bytes:
+    """What the kernel has counted of a block device; where it does not count, what equals nothing."""
+    counted = host.device_writes(Path(f"/proc/self/fd/{fd}"))
+    if not counted:
+        return os.urandom(32)
+    setup, _, counts = counted.encode().partition(b";")
+    return blake3(setup).digest(length=16) + blake3(counts).digest(length=16)
+
+
+def take_path(path: Path) -> Fingerprint:
+    """The fingerprint of a file or block device, whoever has it open. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISBLK(mode):
+            os.fdatasync(fd)
+        elif not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"{path} is neither a file nor a block device")
+        return take(fd, os.lseek(fd, 0, os.SEEK_END))
+    finally:
+        os.close(fd)

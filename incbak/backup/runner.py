@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -92,7 +92,7 @@ class Outcome:
 async def run(repo: Repository, engine: Engine, options: Options, report: Reporter = silent) -> Outcome:
     """Make one backup. Raises `IncbakError`: then there is none, and the engine is as it was, as far as it answers."""
     vm = await vm_name(engine, options.name)
-    async with locked(repo, vm, options.lock_wait) as still_locked:
+    async with nullcontext() if options.dry_run else locked(repo, vm, options.lock_wait) as still_locked:
         distrusted: set[str] = set()
         troubles = await asyncio.to_thread(options.memory.troubles, repo, vm) if options.memory else []
         for what in troubles:
@@ -108,7 +108,8 @@ async def run(repo: Repository, engine: Engine, options: Options, report: Report
                 if not bases:
                     raise
                 distrusted |= bases
-                add_note(repo.storage, set(), bases)
+                if not options.dry_run:
+                    add_note(repo.storage, set(), bases)
                 report(Warned(f"the base cannot be relied on, so the run begins again without it: {e}"))
 
 

@@ -18,10 +18,13 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
 from incbak.bitmap.body import digest_of, open_body
 from incbak.bitmap.format import REGION, REGION_SHIFT, TOUCHED, UNTOUCHED, Flag, Slot
+from incbak.bitmap.judge import Found
 from incbak.errors import BitmapError, DurabilityError
 from incbak.extents import Extent
 from incbak.fingerprint import Beat, Fingerprint, beat_of
 from incbak.reasons import Reason
+
+__all__ = ["EMPTY", "Bitmap", "Found", "State"]
 
 durable.declare(
     "bitmap.clear-first-slot",
@@ -34,16 +37,6 @@ durable.declare(
 )
 
 EMPTY = Fingerprint(0, 0, 0, bytes(16))
-
-
-class Found(StrEnum):
-    """How a bitmap came to be what it is in this session."""
-
-    CREATED = "created"
-    CLEAN = "clean"
-    RECOVERED = "recovered"
-    COARSE = "coarse"
-    INVALID = "invalid"
 
 
 class State(StrEnum):

@@ -183,7 +183,7 @@ def _back_up_one(
         memory=here.memory,
     )
     console = here.reporter()
-    wanted = Source(source, here.state_dir, name, disks, **engine_settings(**engine))
+    wanted = Source(source, here.state_dir, name, disks, look=dry_run, **engine_settings(**engine))
     with Surroundings(here.vm, name or source, kind, metrics, dry_run=dry_run) as around:
         try:
             outcome = interruptible(_run(here.open(), wanted, options, console))

@@ -6,26 +6,21 @@ import ctypes
 import errno
 import os
 import stat
-import struct
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from blake3 import blake3
-
-from incbak import host
 from incbak.disk.base import Disk
 from incbak.disk.locks import lock_image
 from incbak.errors import DiskError
 from incbak.extents import StatusExtent
-from incbak.fingerprint import Beat, Fingerprint
+from incbak.fingerprint import Beat, Fingerprint, take, writes_of
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 _PUNCH = _PUNCH_HOLE | _KEEP_SIZE
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 _ZEROES = bytes(1 << 20)
-_SAMPLES, _SAMPLE = 16, 4096
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -191,32 +186,14 @@ class FileDisk(Disk):
             raise
 
     def fingerprint(self) -> Fingerprint:
-        info = os.fstat(self.fd)
-        digest = blake3()
-        last = max(self.size - _SAMPLE, 0)
-        for i in range(_SAMPLES):
-            offset = last * i // (_SAMPLES - 1)
-            digest.update(self.read(offset, min(_SAMPLE, self.size - offset)))
-        sample = digest.digest(length=16)
         if self.is_block:
             self.flush()  # what another program has only written to the page cache is not counted yet
-            return Fingerprint(self.size, 0, 0, sample, writes=self._writes())
-        attributes = struct.pack("<4Q", info.st_uid, info.st_gid, info.st_mode, info.st_nlink)
-        known = blake3(attributes).digest(length=8)
-        return Fingerprint(self.size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known)
-
-    def _writes(self) -> bytes:
-        """What the kernel has counted; where it does not count, what equals nothing."""
-        counted = host.device_writes(Path(f"/proc/self/fd/{self.fd}"))
-        if not counted:
-            return os.urandom(32)
-        setup, _, counts = counted.encode().partition(b";")
-        return blake3(setup).digest(length=16) + blake3(counts).digest(length=16)
+        return take(self.fd, self.size)
 
     def beat(self) -> Beat:
         clock = time.time_ns()
         if self.is_block:
-            return Beat(clock, writes=self._writes())
+            return Beat(clock, writes=writes_of(self.fd))
         info = os.fstat(self.fd)
         return Beat(clock, info.st_mtime_ns, info.st_ctime_ns)
 

@@ -23,6 +23,7 @@ class Source:
     """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them.
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
+    ``look``: nothing is to be changed or owned.
     ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`.
     """
 
@@ -36,6 +37,7 @@ class Source:
     stall: float = STALL_SECONDS
     monitor_wait: float = GREETING_SECONDS
     agent: Path | None = None
+    look: bool = False
 
     def qemu_options(self) -> QemuOptions:
         """What of it concerns a running QEMU."""
@@ -61,7 +63,7 @@ async def open_engine(source: Source) -> Engine:
         image = Image(path, form, source.name or path.stem, source.disks[0] if source.disks else DEFAULT_DISK)
         return await OfflineEngine.open(image, source.speed)
     disk = source.disks[0] if source.disks else None
-    return ImageEngine(path, source.state_dir, source.name or path.stem, disk, source.speed)
+    return ImageEngine(path, source.state_dir, source.name or path.stem, disk, source.speed, look=source.look)
 
 
 async def _over_qmp(session: Session, source: Source) -> Engine:

@@ -13,7 +13,9 @@ import numpy as np
 
 from incbak.bitmap.continuity import changed, may_repeat
 from incbak.bitmap.file import Bitmap
-from incbak.bitmap.store import BitmapStore, component, views
+from incbak.bitmap.format import Flag
+from incbak.bitmap.look import views_in
+from incbak.bitmap.store import BitmapStore, BitmapView, component, views
 from incbak.disk.file import FileDisk, open_disk
 from incbak.engine.base import (
     BitmapInfo,
@@ -38,11 +40,17 @@ DEFAULT_DISK = "disk0"
 
 
 class ImageEngine(Engine):
-    """See `Engine`. Holds the image's lock and the bitmaps' from `describe` to `close`: nobody writes meanwhile."""
+    """See `Engine`. Holds the image's lock and the bitmaps' from `describe` to `close`: nobody writes meanwhile.
+
+    With ``look`` it only describes: it owns no bitmaps, and changes none.
+    """
 
     kind = "image"
 
-    def __init__(self, path: Path, state_dir: Path, vm: str, disk: str | None, speed: int = 0) -> None:
+    def __init__(
+        self, path: Path, state_dir: Path, vm: str, disk: str | None, speed: int = 0, *, look: bool = False
+    ) -> None:
+        self._look = look
         self._path, self._vm, self._speed = path, vm, speed
         self._disk: FileDisk = open_disk(path, read_only=True)
         self._bitmaps: dict[str, Bitmap] = {}
@@ -51,8 +59,9 @@ class ImageEngine(Engine):
             self._found = _settled(self._disk)
             self._name = disk or _known_disk(state_dir, vm, self._found.inode)
             self._store = BitmapStore(state_dir, vm, self._name)
-            self._store.lock()
-            self._store.note_image(path)
+            if not look:
+                self._store.lock()
+                self._store.note_image(path)
         except OSError as e:
             self._disk.close()
             raise DiskError(f"cannot read image {path}: {e.strerror}") from e
@@ -61,14 +70,13 @@ class ImageEngine(Engine):
             raise
 
     async def describe(self) -> Description:
-        if not self._bitmaps and not self._bad:
+        if not self._look and not self._bitmaps and not self._bad:
             good, self._bad = self._store.open_all(self._found)
             self._bitmaps = {b.name: b for b in good}
         infos = [_info(b) for b in self._bitmaps.values()]
-        infos += [
-            BitmapInfo(name, 0, 0, inconsistent=True, reason=reason, found="invalid")
-            for name, reason in self._bad.items()
-        ]
+        infos += [_invalid(name, reason) for name, reason in self._bad.items()]
+        if self._look:
+            infos = [_looked(v) for v in await asyncio.to_thread(views_in, self._store.directory, self._found)]
         extra = {"path": str(self._path)}
         disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos), extra=extra)
         return Description(self._vm, (disk,), "image", {"images": {self._name: str(self._path)}})
@@ -192,6 +200,23 @@ def _info(bitmap: Bitmap) -> BitmapInfo:
         recording=bitmap.enabled,
         found=bitmap.found.value,
         path=str(bitmap.path),
+    )
+
+
+def _invalid(name: str, reason: Reason) -> BitmapInfo:
+    return BitmapInfo(name, 0, 0, inconsistent=True, reason=reason, found="invalid")
+
+
+def _looked(seen: BitmapView) -> BitmapInfo:
+    if seen.reason or seen.slot is None:
+        return _invalid(seen.name, seen.reason or Reason.HEADER)
+    return BitmapInfo(
+        seen.name,
+        seen.slot.granularity,
+        total(seen.extents()),
+        recording=bool(seen.slot.flags & Flag.ENABLED),
+        found=seen.found.value if seen.found else "",
+        path=str(seen.path),
     )
 
 

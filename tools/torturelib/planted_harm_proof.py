@@ -15,6 +15,10 @@ def _device(test: str) -> tuple[str, ...]:
     return unit("bitmap/test_device_writes", test)
 
 
+def _look(test: str) -> tuple[str, ...]:
+    return unit("bitmap/test_look", test)
+
+
 def _image(test: str) -> tuple[str, ...]:
     return unit("backup/test_image", test)
 
@@ -97,6 +101,41 @@ FAULTS = (
         "            bitmap.close(self._found)",
         "            bitmap.close(self._disk.fingerprint())",
         _image("test_what_was_written_meanwhile_is_not_taken_for_seen"),
+    ),
+    Fault(
+        "look-second-opinion",
+        "incbak/bitmap/look.py",
+        "    found = judge(header, name, uuid.UUID(identity.uuid).bytes, image)\n",
+        "    found = said_invalid(header.slot) or Found.RECOVERED\n",
+        _look("test_the_look_is_what_the_next_owner_finds"),
+    ),
+    Fault(
+        "look-fine-bits-after-a-power-cut",
+        "incbak/bitmap/look.py",
+        "        if self.found is Found.COARSE:\n",
+        "        if False:\n",
+        _look("test_the_look_is_what_the_next_owner_finds"),
+    ),
+    Fault(
+        "look-extents-of-what-is-invalid",
+        "incbak/bitmap/look.py",
+        "        if self.slot is None or self.reason:\n",
+        "        if self.slot is None:\n",
+        _look("test_there_are_no_extents_of_what_is_not_believed"),
+    ),
+    Fault(
+        "status-owns-bitmaps",
+        _IMAGE,
+        "            if not look:\n",
+        "            if True:\n",
+        _look("test_an_engine_that_looks_changes_nothing"),
+    ),
+    Fault(
+        "runner-dry-run-locks",
+        "incbak/backup/runner.py",
+        "nullcontext() if options.dry_run else locked(",
+        "locked(",
+        unit("backup/test_runner", "test_a_dry_run_needs_no_lock"),
     ),
     Fault(
         "runner-does-not-look-again",

@@ -466,6 +466,15 @@ def test_a_dry_run_changes_nothing(repo: Repository, engine: FakeEngine) -> None
     assert len(repo.backups()) == 1
 
 
+def test_a_dry_run_needs_no_lock(repo: Repository, engine: FakeEngine) -> None:
+    """Monitoring beside a long backup."""
+    made(back_up(repo, engine))
+    with repo.vm_lock("vm"):
+        outcome = back_up(repo, engine, incremental=True, dry_run=True)
+    assert outcome.record is None
+    assert [p.name for p in outcome.planned] == list(engine.disks)
+
+
 def test_a_fallback_can_be_refused(repo: Repository) -> None:
     """For one disk of two; then neither is backed up."""
     engine = _two()

@@ -59,6 +59,7 @@ class Scene:
         monkeypatch.setenv("INCBAK_BOOT_ID_FILE", str(self._boot))
         self.store = BitmapStore(self.state, "vm", "disk")
         self.store.lock()
+        self.store.note_image(self.image)
 
     @property
     def path(self) -> Path:
