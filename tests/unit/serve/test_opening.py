@@ -13,7 +13,9 @@ from incbak.bitmap import judge
 from incbak.bitmap import store as module
 from incbak.bitmap.disown import disown
 from incbak.bitmap.file import Found
+from incbak.disk import file
 from incbak.errors import BitmapError
+from incbak.fingerprint import take
 from incbak.reasons import Reason
 from incbak.serve.opening import close_tracked, open_tracked
 from incbak.serve.vm import Vm
@@ -23,6 +25,12 @@ GRAIN = 65536
 SIZE = 64 * GRAIN
 WHERE = 3 * GRAIN + 512
 """No block of the fingerprint's sample is there."""
+
+
+@pytest.fixture(autouse=True)
+def _no_ctime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `_session` puts back would show in it."""
+    monkeypatch.setattr(file, "take", lambda fd, size: take(fd, size)._replace(ctime_ns=0))
 
 
 @pytest.fixture
