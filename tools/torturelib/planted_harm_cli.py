@@ -88,8 +88,8 @@ _PROCESS = (
     Fault(
         "cli-interrupt-while-importing",
         _START,
-        "    signal.signal(signal.SIGINT, _quit)\n",
-        "    pass\n",
+        "\n\nuntil_begun()\n",
+        "\n",
         unit("cli/test_start", "test_an_interrupt_while_modules_are_imported"),
     ),
     Fault(

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from incbak.bitmap.store import BitmapStore
 from incbak.cli.configured import Done
 from incbak.cli.main import cli
+from incbak.disk.memory import MemoryDisk
 from incbak.doctor import source as doctor
 from incbak.doctor.finding import Level
 from incbak.drill.partitions import Part
@@ -22,6 +23,7 @@ from incbak.drill.scratch import Scratch as DrillScratch
 from incbak.engine.base import EngineDisk
 from incbak.engine.qemu import _explain
 from incbak.engine.qemu_filter import DiskFilter
+from incbak.export.overlay import Overlay
 from incbak.fleet.config import load
 from incbak.fleet.schedule import left_out
 from incbak.serve.scratch import Budget, Scratch
@@ -115,8 +117,16 @@ def full(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.root
-def test_a_scratch_file_system_that_is_full_is_named(full: Path, tmp_path: Path) -> None:
-    """By serve, by a drill, and for the scratch file that QEMU writes to."""
+def test_a_scratch_file_system_that_is_full_is_named(
+    full: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By serve, by a drill, by a writable export, and for the scratch file that QEMU writes to."""
+    overlay = Overlay(MemoryDisk(4 << 20, name="vda"), full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            overlay.write(memoryview(bytes(4 << 20)), 0)
+    assert caplog.messages == [f"vda: the file system of the scratch directory {full} is full"]
+    overlay.close()
     scratch = Scratch(Budget(full, 1 << 30), 4 << 20)
     with pytest.raises(OSError, match=f"the file system of the scratch directory {full} is full") as caught:
         scratch.write(memoryview(bytes(4 << 20)), 0)
