@@ -78,6 +78,7 @@ def schedule() -> None:
 def show(kind: str, to: Path | None) -> None:
     """Print lines for /etc/cron.d, or units for /etc/systemd/system: backups of all VMs each night, drills, prunes and
     syncs where the configuration has their tables, and for each VM whose table says so, incbak serve or incbak watch.
+    What is left out is said on stderr.
 
     \b
     Example:
@@ -86,6 +87,8 @@ def show(kind: str, to: Path | None) -> None:
     here = settings()
     found, path = _read(here)
     refuse_unencodable_path("the path of the configuration", [path])
+    for each in schedules.left_out(kind, found):
+        click.echo(printable(f"incbak: {each}"), err=True)
     program = shutil.which("incbak") or sys.argv[0]
     if kind == "cron":
         if to:

@@ -13,9 +13,8 @@ from typing import NoReturn
 import click
 
 from incbak import __version__
-from incbak.cli import start, streams
+from incbak.cli import interrupts, streams
 from incbak.cli.settings import common, debugging, printable
-from incbak.cli.start import INTERRUPTED
 from incbak.errors import IncbakError
 
 _COMMANDS = MappingProxyType(
@@ -80,7 +79,7 @@ class Lazy(click.Group):
         resolved = super().resolve_command(ctx, args)
         if resolved[0] in _ACTS:
             streams.output_is_beside_the_point()
-        start.begin()
+        interrupts.begin()
         return resolved
 
 
@@ -110,9 +109,9 @@ def main() -> NoReturn:
         warnings.filterwarnings("ignore", message="coroutine .* was never awaited")  # interrupted before it began
     try:
         status = _status()
-        start.over()
+        interrupts.over()
     except KeyboardInterrupt:  # once more, while the first was being told
-        status = INTERRUPTED
+        status = interrupts.INTERRUPTED
     sys.exit(status)
 
 
@@ -131,7 +130,7 @@ def _status() -> int:
         status = e.exit_code
     except (KeyboardInterrupt, click.Abort):
         _say_error("interrupted", "")
-        status = INTERRUPTED
+        status = interrupts.INTERRUPTED
     except BrokenPipeError:
         status = 1
     except MemoryError:

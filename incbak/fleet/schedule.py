@@ -67,6 +67,22 @@ def _prunes(config: Config) -> bool:
     return any(config.vm(name).keep for name in config.vms)
 
 
+def left_out(kind: str, config: Config) -> list[str]:
+    """What of the configuration the lines or units do not do, for people."""
+    found = []
+    vms = {name: config.vm(name) for name in sorted(config.vms)}
+    if kind == "cron":
+        for service in ("serve", "watch"):
+            if names := [name for name, vm in vms.items() if getattr(vm, service)]:
+                hint = "cron starts no services; see: incbak schedule show systemd"
+                found.append(f"incbak {service} of {', '.join(names)} is left out: {hint}")
+    if names := [name for name, vm in vms.items() if not vm.keep]:
+        found.append(f"backups of {', '.join(names)} are never pruned: no [vms.NAME.keep] says which stay")
+    if not config.sync.target:
+        found.append("no backup is copied to a second place: there is no [sync] with a target")
+    return found
+
+
 def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
     """Units by file name."""
     argv = ("incremental", "--all", "--lock-wait", "30m")

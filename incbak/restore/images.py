@@ -14,6 +14,7 @@ from incbak.disk.claims import claims
 from incbak.disk.file import FileDisk, open_disk, probe_format
 from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, ImageInUseError, RestoreError
+from incbak.nbd.uri import NbdUri
 from incbak.private import PrivateDirectory
 from incbak.restore.targets import DeviceTarget, FileTarget, NbdTarget, Target
 
@@ -69,7 +70,7 @@ class Qcow2Target(Target):
             if self._server.poll() is not None or time.monotonic() > deadline:
                 raise RestoreError(f"cannot write {self.name}: {self._said() or 'qemu-nbd did not start'}")
             time.sleep(0.01)
-        return NbdTarget(f"nbd+unix:///?socket={sock}", size)
+        return NbdTarget(str(NbdUri("", path=str(sock))), size)
 
     def _said(self) -> str:
         return (self._directory / "log").read_text(errors="replace").strip()

@@ -76,6 +76,18 @@ def test_a_name_that_ends_in_qcow2_gets_such_an_image(incbak: Incbak, tmp_path: 
     subprocess.run(["qemu-img", "compare", "-q", tmp_path / "x.qcow2", tmp_path / "x.raw"], check=True, timeout=60)
 
 
+@pytest.mark.qemu
+@pytest.mark.parametrize("name", ["x" * 100, "a&b=c%41+d e"], ids=["long", "strange"])
+def test_qcow2_images_whatever_tmpdir_is(incbak: Incbak, tmp_path: Path, name: str) -> None:
+    """Sockets of QEMU's tools go below it where they can, whose paths are short, and part of URIs."""
+    need("qemu-img", "qemu-nbd", "qemu-storage-daemon")
+    (tmp_path / name).mkdir()
+    env = {"TMPDIR": str(tmp_path / name)}
+    incbak("restore", "latest", tmp_path / "x.qcow2", env=env)
+    incbak("full", tmp_path / "x.qcow2", "--name", "x", env=env)
+    assert list((tmp_path / name).iterdir()) == []
+
+
 def test_a_mistyped_device_is_not_filled(incbak: Incbak) -> None:
     ran = incbak.run("restore", "latest", "/dev/incbak-no-such-disk")
     assert (ran.code, "nothing is made below /dev" in ran.err, "lsblk" in ran.err) == (2, True, True)

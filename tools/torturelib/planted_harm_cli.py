@@ -88,8 +88,8 @@ _PROCESS = (
     Fault(
         "cli-interrupt-while-importing",
         _START,
-        "    signal.signal(signal.SIGINT, _quit)\n",
-        "    pass\n",
+        "\n\nuntil_begun()\n",
+        "\n",
         unit("cli/test_start", "test_an_interrupt_while_modules_are_imported"),
     ),
     Fault(
@@ -136,4 +136,58 @@ _PROCESS = (
     ),
 )
 
-FAULTS = _CREATING + _PROCESS
+_SMALL = "cli/test_small_faults"
+
+_TOLD = (
+    Fault(
+        "private-directory-where-no-socket-can-be",
+        "incbak/private.py",
+        "    return length + _BELOW <= _SOCKET_PATH and ",
+        "    return ",
+        unit("test_private", "test_where_no_socket_can_be_it_is_elsewhere"),
+    ),
+    Fault(
+        "cli-source-not-utf8",
+        "incbak/cli/encodable.py",
+        "            text.encode()\n",
+        "            text.encode(errors='replace')\n",
+        unit("cli/test_surroundings", "test_what_would_get_into_a_record_is_refused_before_anything_is_done"),
+    ),
+    Fault(
+        "cli-units-written-through-links",
+        "incbak/cli/fleet.py",
+        "            durable.write_new(to / name, [text.encode()], replace=True, mode=0o644)\n",
+        "            (to / name).write_text(text)\n",
+        unit("cli/test_surroundings", "test_units_do_not_follow_a_link"),
+    ),
+    Fault(
+        "status-as-they-end",
+        "incbak/cli/status.py",
+        "key=lambda done: order[done.vm]",
+        "key=lambda done: 0",
+        unit(_SMALL, "test_status_of_all_is_in_the_order_of_the_configuration"),
+    ),
+    Fault(
+        "doctor-does-not-see-a-watch",
+        "incbak/doctor/source.py",
+        "        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)\n",
+        "        pass\n",
+        unit(_SMALL, "test_doctor_knows_a_watch_that_runs"),
+    ),
+    Fault(
+        "scratch-file-system-not-named",
+        "incbak/engine/qemu.py",
+        "    if disk.scratch_dir_full():\n",
+        "    if False:\n",
+        unit(_SMALL, "test_a_scratch_file_system_that_is_full_is_named"),
+    ),
+    Fault(
+        "no-disk-without-reasons",
+        "incbak/backup/plan.py",
+        "    reasons += [",
+        "    _ = [",
+        unit("backup/test_plan", "test_that_there_is_no_disk_gives_the_reasons"),
+    ),
+)
+
+FAULTS = _CREATING + _PROCESS + _TOLD
