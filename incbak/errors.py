@@ -13,6 +13,7 @@
     +-- DamagedError                13  stored data does not verify
     |   +-- FormatTooNewError       13  written by a newer incbak
     +-- DurabilityError                 a write, sync or rename failed
+    +-- StorageError                    a repository's files cannot be read; they may be whole
     +-- DiskError                       an image or device cannot be used
     |   +-- ImageInUseError             another process holds its lock
     |   +-- ImageChangedError           another program wrote to it during a backup
@@ -123,6 +124,13 @@ class DurabilityError(IncbakError):
     """Something could not be made durable. The first failure of a sync is final."""
 
     code = "durability"
+
+
+class StorageError(IncbakError):
+    """Files of a repository cannot be read, for a reason that says nothing of their content."""
+
+    code = "storage"
+    retry = True
 
 
 class DiskError(IncbakError):

@@ -216,7 +216,7 @@ class Repository:
                 self.unreadable[name] = str(e)
         if self._index is not None:
             self._index.refresh()
-        return sorted((r for r in found if vm is None or r.vm == vm), key=lambda r: (r.seq, r.started, r.id))
+        return sorted((r for r in found if vm is None or r.vm == vm), key=records.order)
 
     def record(self, name: str) -> Record:
         """One record by its whole id. Raises `DamagedError`, `FileNotFoundError`."""

@@ -99,4 +99,89 @@ _ENCRYPTION = (
     ),
 )
 
-FAULTS = (*_PLACE, *_FITTING, *_ENCRYPTION)
+_SYNC = (
+    Fault(
+        "repo-sync-forgets-what-it-missed",
+        "incbak/sync/copy.py",
+        "                    self._missed.add(record.id)\n",
+        "",
+        unit("sync/test_copy", "test_what_was_missed_is_copied_when_it_can_be_read"),
+    ),
+    Fault(
+        "repo-sync-never-tries-again",
+        "incbak/sync/plan.py",
+        "(r.seq > reached or r.id in missed or _late(r, reached))",
+        "(r.seq > reached)",
+        unit("sync/test_copy", "test_a_record_that_could_not_be_read_is_copied_later"),
+    ),
+    Fault(
+        "repo-sync-late-is-latest",
+        "incbak/sync/copy.py",
+        "seq=self._number(record),",
+        "seq=self._seq + 1,",
+        unit("sync/test_copy", "test_what_was_missed_is_copied_when_it_can_be_read"),
+    ),
+)
+
+_DURABLE, _LOCAL = "incbak/durable.py", "incbak/repo/storage/local.py"
+
+_STORAGE = (
+    Fault(
+        "repo-rename-replaces",
+        _DURABLE,
+        "    if os.path.lexists(path):\n",
+        "    if False:\n",
+        unit("test_durable", "test_without_hard_links_it_is_renamed_and_nothing_is_replaced"),
+    ),
+    Fault(
+        "repo-no-links-no-names",
+        _DURABLE,
+        "            if e.errno not in (*_NOT_SUPPORTED, errno.EPERM, errno.EMLINK):\n",
+        "            if True:\n",
+        unit("test_durable", "test_without_hard_links_it_is_renamed_and_nothing_is_replaced"),
+    ),
+    Fault(
+        "repo-failed-directory-sync-passed-over",
+        _DURABLE,
+        "        if e.errno not in _NOT_SUPPORTED:\n            raise DurabilityError(",
+        "        if False:\n            raise DurabilityError(",
+        unit("test_durable", "test_only_a_directory_that_cannot_be_synced_at_all_is_passed_over"),
+    ),
+    Fault(
+        "repo-temporary-not-held",
+        _DURABLE,
+        "            fcntl.flock(fd, fcntl.LOCK_EX)\n",
+        "            pass\n",
+        unit("test_durable", "test_a_temporary_file_is_removed_only_when_its_process_is_dead"),
+    ),
+    Fault(
+        "repo-temporary-removed-before-it-is-held",
+        _DURABLE,
+        "        if os.path.lexists(temporary):\n            return fd\n",
+        "        return fd\n",
+        unit("test_durable", "test_one_that_is_removed_before_it_is_held_is_made_again"),
+    ),
+    Fault(
+        "repo-dead-runs-leave-files",
+        _LOCAL,
+        "                    if path.name.endswith(durable.HELD) and durable.remove_abandoned(path):\n",
+        "                    if False:\n",
+        unit("repo/test_formats", "test_temporary_files_of_dead_runs_are_swept_at_once"),
+    ),
+    Fault(
+        "repo-lost-folder-is-empty",
+        _LOCAL,
+        "        if not self.root.is_dir() or any((self.root / other).is_dir() for other in theirs):\n",
+        "        if not self.root.is_dir():\n",
+        unit("repo/test_formats", "test_a_folder_of_content_that_is_missing_beside_others_is_damage"),
+    ),
+    Fault(
+        "repo-open-files-not-bounded",
+        _LOCAL,
+        "            if len(self._files) >= _open_files():\n",
+        "            if len(self._files) >= _OPEN_FILES:\n",
+        unit("repo/test_formats", "test_as_many_files_stay_open_as_the_process_may_have"),
+    ),
+)
+
+FAULTS = (*_PLACE, *_FITTING, *_ENCRYPTION, *_SYNC, *_STORAGE)
