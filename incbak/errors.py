@@ -13,7 +13,8 @@
     |   +-- FormatTooNewError       13  written by a newer incbak
     +-- DurabilityError                 a write, sync or rename failed
     +-- DiskError                       an image or device cannot be used
-    |   +-- ImageInUseError             another process holds its lock
+    |   +-- ImageInUseError             another process holds its lock, or has it open
+    |   +-- FormatError                 an image is not of the format that it should be, or of none that is supported
     +-- BitmapError                     a bitmap cannot be used; ``reason`` says why
     |   +-- AuditError              5   a bitmap calls clean what has changed
     +-- NbdError                        the peer, or the wire
@@ -125,6 +126,12 @@ class ImageInUseError(DiskError):
 
     code = "image-in-use"
     retry = True
+
+
+class FormatError(DiskError):
+    """An image is not of the format that its owner or its history says, or of one that is not supported."""
+
+    code = "format"
 
 
 class BitmapError(IncbakError):

@@ -332,6 +332,7 @@ def _disk_record(planned: Planned, sink: DiskSink, root: bytes) -> DiskRecord:
         bitmap=planned.plan.new_bitmap,
         audited=planned.audited,
         audit_turn=planned.audit_turn,
+        format=planned.plan.disk.format,
     )
 
 

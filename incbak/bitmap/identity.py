@@ -11,10 +11,14 @@ from incbak import durable
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """``image``: where it was last opened. ``writes``: what `incbak.host.device_writes` said at the last clean end."""
+    """``image``: where it was last opened. ``writes``: what `incbak.host.device_writes` said at the last clean end.
+
+    ``format``: see `incbak.disk.formats`; empty: raw.
+    """
 
     uuid: str
     image: str = ""
+    format: str = ""
     writes: str = ""
 
 

@@ -21,7 +21,13 @@ from incbak.cli.settings import Settings
 from incbak.errors import IncbakError, IncompleteError, UsageError
 from incbak.fleet.config import Vm
 
-_LISTS = {"disks": "--disk", "exclude": "--exclude", "tags": "--tag", "attach": "--attach"}
+_LISTS = {
+    "disks": "--disk",
+    "exclude": "--exclude",
+    "tags": "--tag",
+    "attach": "--attach",
+    "allow_backing": "--allow-backing",
+}
 _TEXTS = {
     "lock_wait": "--lock-wait",
     "monitor_wait": "--monitor-wait",
@@ -30,6 +36,7 @@ _TEXTS = {
     "scratch_limit": "--scratch-limit",
     "audit": "--audit",
     "agent_socket": "--agent-socket",
+    "format": "--format",
 }
 
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from incbak import durable
-from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.formats import named_format, recognise
 from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, RestoreError
 from incbak.private import PrivateDirectory
@@ -115,7 +116,7 @@ class InPlaceTarget(Target):
             self._disk: FileDisk = self._device.disk
             self.larger = self._device.larger
             return
-        if (form := probe_format(path)) != "raw":
+        if (form := named_format(path)) not in ("", "raw") and form == recognise(path):
             raise RestoreError(f"{path} is a {form} image", hint="Only raw images can be restored in place.")
         self._disk = open_disk(path)
         try:
