@@ -68,7 +68,8 @@ def status(
     if all_vms:
         if source or name:
             raise UsageError("--all is for all VMs of the configuration, and one was named")
-        results = list(run_all(here, "status", jobs, json=True))
+        order = {vm: at for at, vm in enumerate(here.configuration().vms)}
+        results = sorted(run_all(here, "status", jobs, json=True), key=lambda done: order[done.vm])
         _print(here, [json.loads(line) for done in results for line in done.out.splitlines()], several=True)
         for done in results:
             done.say_errors()
@@ -76,7 +77,7 @@ def status(
         return
     wait = max(parse_duration(monitor_wait), 0.5)
     form, allowed = here.vm.format if here.vm else "", [Path(p) for p in here.vm.allow_backing] if here.vm else ()
-    wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait)
+    wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
     wanted = replace(wanted, format=form, allow_backing=allowed)
     rows = _rows(here, wanted, tolerant=limit is not None)
     _print(here, rows, several=False)

@@ -10,10 +10,11 @@ from incbak.bitmap.remembered import remembered_format
 from incbak.disk.chain import Allowed
 from incbak.disk.formats import Before, decide
 from incbak.engine.base import Engine
+from incbak.engine.headway import STALL_SECONDS
 from incbak.engine.image import ImageEngine
 from incbak.engine.offline import OfflineEngine
 from incbak.engine.private_daemon import DEFAULT_DISK, Image
-from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, STALL_SECONDS, QemuEngine, QemuOptions
+from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import GREETING_SECONDS, Address, Session
 from incbak.engine.storage_daemon import StorageDaemonEngine
@@ -25,6 +26,7 @@ class Source:
     """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them.
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
+    ``look``: nothing is to be changed or owned.
     ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`. Of an image:
     ``format`` as the user gave it, ``allow_backing`` as in `incbak.disk.chain`, ``recorded`` what the repository says.
     """
@@ -42,6 +44,7 @@ class Source:
     format: str = ""
     allow_backing: Sequence[Path] = ()
     recorded: Before | None = None
+    look: bool = False
 
     def qemu_options(self) -> QemuOptions:
         """What of it concerns a running QEMU."""
@@ -60,6 +63,8 @@ async def open_engine(source: Source) -> Engine:
             raise
     _no_agent(source)
     path = Path(source.text)
+    if path.is_socket():
+        raise UsageError(f"{path} is a socket, not an image", hint=f"If it is a VM's monitor, write qmp:{path}")
     if len(source.disks) > 1:
         raise UsageError("an image is one disk", hint="Give one --disk at most.")
     return await _image(source, path, source.disks[0] if source.disks else None)
@@ -69,7 +74,7 @@ async def _image(source: Source, path: Path, disk: str | None) -> Engine:
     vm = source.name or path.stem
     decision = decide(path, source.format, _before(source, vm, disk, path))
     if decision.format == "raw":
-        return ImageEngine(path, source.state_dir, vm, disk, source.speed, decision.note)
+        return ImageEngine(path, source.state_dir, vm, disk, source.speed, decision.note, look=source.look)
     allowed = Allowed(source.allow_backing, beside=not decision.guessed)
     image = Image(path, decision.format, vm, disk or DEFAULT_DISK, allowed, decision.note)
     return await OfflineEngine.open(image, source.state_dir, source.speed)

@@ -49,7 +49,7 @@ class StorageDaemonEngine(Engine):
             if name in under or name.startswith("incbak-"):
                 continue
             if why := _why_not(name, node, written):
-                left_out.append(LeftOut(name, why))
+                left_out.append(LeftOut(name, why, expected=bool(node["ro"]) or not node["image"]["virtual-size"]))
             else:
                 disks.append(disk_of(name, name, node))
         version = (await self._session.execute("query-version"))["qemu"]
@@ -85,7 +85,7 @@ class StorageDaemonEngine(Engine):
                 await self._session.execute("blockdev-add", nbd)
             await self._begin(jobs)
             disks = {ident: plan.disk.name for ident, plan in jobs.items()}
-            results = await wait_for_jobs(self._session, disks, progress)
+            results = await wait_for_jobs(self._session, disks, progress, speed=self._speed)
             for ident, plan in jobs.items():
                 name = plan.disk.name
                 results[name] = await without_padding(self._session, f"{ident}t", plan.disk.size, results[name])
