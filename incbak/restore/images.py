@@ -11,7 +11,8 @@ from typing import Any
 
 from incbak import durable
 from incbak.disk.claims import claims
-from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.formats import named_format, recognise
 from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, ImageInUseError, RestoreError
 from incbak.nbd.uri import NbdUri
@@ -123,7 +124,7 @@ class InPlaceTarget(Target):
             self._disk: FileDisk = self._device.disk
             self.larger = self._device.larger
             return
-        if (form := probe_format(path)) != "raw":
+        if (form := named_format(path)) not in ("", "raw") and form == recognise(path):
             raise RestoreError(f"{path} is a {form} image", hint="Only raw images can be restored in place.")
         if used := claims(path):
             raise ImageInUseError(f"{path} is {', '.join(used)}", hint="Unmount and detach it first.")
