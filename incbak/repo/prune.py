@@ -165,6 +165,7 @@ class _Prune:
         self._told: set[str] = set()
         self._unsure: DamagedError | None = None
         """Why it is not known what is needed."""
+        self._full: DurabilityError | None = None
 
     def run(self, rules: Rules, vm: str | None) -> Outcome:
         self._storage.sweep()
@@ -188,6 +189,7 @@ class _Prune:
                 durable.crash_point("prune.repacked")
                 self._condemn(done, lambda: [p for p in chosen if self._repacker.free(p)])
             self._expire(done)
+            done.trouble = self._full
         except IncbakError as e:
             done.trouble = e
         if not self._unsure:
@@ -303,6 +305,8 @@ class _Prune:
             self._storage.remove_all("packs", sorted(there.keys() & set(packs)))
             done.freed += sum(there.get(p, 0) for p in packs)
             self._storage.settle()
+            what = f"the disk had no room to say which packs go, so they were removed at once: {e}"
+            self._full = DurabilityError(what, hint="Run it again: it goes on.")
             condemn(self._storage, packs, self._options.clock())
 
     def _without_backups(self, wait: float) -> ExitStack:
