@@ -91,10 +91,18 @@ def order(record: Record) -> tuple[int, int, str, str]:
     return record.seq, record.origin.seq if record.origin else 0, record.started, record.id
 
 
-def not_whole(record: Record, why: str) -> DamagedError:
+class NotWholeError(DamagedError):
+    """Something of a backup of ``vm`` is missing or wrong."""
+
+    def __init__(self, message: str, *, vm: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.vm = vm
+
+
+def not_whole(record: Record, why: str) -> NotWholeError:
     """The error that names a backup of which something is missing or wrong."""
     what = f"backup {record.id[:8]} of {record.vm} is not whole: {why}"
-    return DamagedError(what, hint="Run: incbak check --read-data")
+    return NotWholeError(what, vm=record.vm, hint="Run: incbak check --read-data")
 
 
 def encode(record: Record) -> bytes:
