@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 from incbak.errors import UsageError
@@ -18,6 +19,13 @@ def boot_id() -> bytes:
     return bytes.fromhex(Path(path).read_text(encoding="ascii").strip().replace("-", ""))
 
 
+def boot_began_ns() -> int:
+    """When this boot began, in ns since the epoch, by the clock as it is now."""
+    if acted := os.environ.get("INCBAK_BOOT_ID_FILE"):
+        return Path(acted).stat().st_mtime_ns
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 def start_time(pid: int) -> int | None:
     """When process ``pid`` started, in clock ticks since boot; ``None`` if there is no such process."""
     try:
@@ -28,7 +36,7 @@ def start_time(pid: int) -> int | None:
 
 
 def device_writes(path: Path) -> str:
-    """What changes with every write to a block device: ``boot:number of its set-up:sectors written:sectors discarded``.
+    """What changes with every write to a block device: ``boot:number of its set-up;sectors written:sectors discarded``.
 
     Empty for what is no block device, and where the kernel does not count.
     """
@@ -43,7 +51,7 @@ def device_writes(path: Path) -> str:
     except OSError:
         return ""
     counts = [fields[i] for i in (6, 13) if i < len(fields)]  # sectors; a flush of nothing is counted as a request
-    return ":".join([boot_id().hex(), setup, *counts])
+    return f"{boot_id().hex()}:{setup};{':'.join(counts)}"
 
 
 def default_state_dir() -> Path:

@@ -19,6 +19,8 @@ from types import TracebackType
 _PREFIX = "incbak-private-"
 NAMES = ("nbd", "nbd.sock", "sink.sock", "qmp", "log")
 """What incbak and its helpers make in them."""
+DIRECTORY = "sink"
+"""A directory that incbak makes in them: see `incbak.engine.qemu_door`."""
 _SOCKET_PATH = 107
 _BELOW = len(f"/{_PREFIX}12345678/") + max(map(len, NAMES))
 """The length of the longest path in such a directory."""
@@ -93,6 +95,8 @@ def _remove(path: Path) -> None:
         for name in NAMES:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=fd)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(DIRECTORY, dir_fd=fd)
         path.rmdir()
     finally:
         os.close(fd)

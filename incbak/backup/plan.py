@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from incbak.engine.base import Description, DiskPlan, EngineDisk, bitmap_name, repository_prefix
+from incbak.engine.base import Description, DiskPlan, EngineDisk, LeftOut, bitmap_name, repository_prefix
 from incbak.errors import UsageError
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Record
@@ -93,6 +93,12 @@ def choose(description: Description, include: Sequence[str], exclude: Sequence[s
     if not chosen:
         raise UsageError(f"there is no disk to back up: {_why_none(description)}", hint="See: incbak doctor SOURCE")
     return tuple(chosen.values())
+
+
+def missed(description: Description, include: Sequence[str], exclude: Sequence[str]) -> list[LeftOut]:
+    """The disks that are left out though nobody said so, and that a user may believe to be in: each run names them."""
+    wanted = (x for x in description.left_out if not include or x.name in include)
+    return [x for x in wanted if not x.expected and x.name not in exclude]
 
 
 def _why_none(description: Description) -> str:

@@ -25,6 +25,7 @@ from incbak.fleet.config import Vm
 _LISTS = {"disks": "--disk", "exclude": "--exclude", "tags": "--tag", "attach": "--attach"}
 _TEXTS = {
     "lock_wait": "--lock-wait",
+    "max_duration": "--max-duration",
     "monitor_wait": "--monitor-wait",
     "speed_limit": "--speed-limit",
     "scratch_dir": "--scratch-dir",

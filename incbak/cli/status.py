@@ -72,7 +72,7 @@ def status(
         judge(results, "is well")
         return
     wait = max(parse_duration(monitor_wait), 0.5)
-    wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait)
+    wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
     rows = _rows(here, wanted, tolerant=limit is not None)
     _print(here, rows, several=False)
     if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):

@@ -29,8 +29,9 @@ def sync_command(target: Path | None, names: tuple[str, ...], last: int | None, 
 
     Only what TARGET lacks is read, and all of it is verified. The copies keep their ids; what was pruned from TARGET
     does not come back, so it can keep more, or less, than the repository itself. A backup of which something is damaged
-    is passed over; if others were copied, this exits with 3. Either may be encrypted: TARGET's passphrase comes from
-    INCBAK_TARGET_PASSWORD_FILE, INCBAK_TARGET_PASSWORD_COMMAND or INCBAK_TARGET_PASSWORD_FD, or is asked for.
+    is passed over, and tried again by each later sync; if others were copied, this exits with 3. Either may be
+    encrypted: TARGET's passphrase comes from INCBAK_TARGET_PASSWORD_FILE, INCBAK_TARGET_PASSWORD_COMMAND or
+    INCBAK_TARGET_PASSWORD_FD, or is asked for.
 
     \b
     Example:

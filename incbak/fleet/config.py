@@ -81,6 +81,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     password_command: tuple[str, ...] = ()
     state_dir: str = ""
     lock_wait: str = ""
+    max_duration: str = ""
     monitor_wait: str = ""
     speed_limit: str = ""
     scratch_dir: str = ""
@@ -218,6 +219,7 @@ def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
     yield from _relative(key, paths)
     parsed: Mapping[str, tuple[str, Callable[[str], Any]]] = {
         "lock-wait": (values.lock_wait, parse_duration),
+        "max-duration": (values.max_duration, parse_duration),
         "monitor-wait": (values.monitor_wait, parse_duration),
         "speed-limit": (values.speed_limit.removesuffix("/s"), parse_size),
         "scratch-limit": (values.scratch_limit, parse_size),

@@ -25,6 +25,7 @@ from blake3 import blake3
 from incbak import durable
 from incbak.errors import DamagedError, DurabilityError
 from incbak.repo import record as records
+from incbak.repo.ids import is_id
 from incbak.repo.record import Record
 from incbak.repo.repository import Config, Repository
 
@@ -39,6 +40,8 @@ class Place(msgspec.Struct, frozen=True):
 
     path: str
     encrypted: bool
+    key: str = ""
+    """The key file that opened it."""
 
 
 class LastBackup(msgspec.Struct, frozen=True):
@@ -70,9 +73,14 @@ class Memory:
                 what = f"the repository {path} was encrypted when this host used it last, and is not now"
                 raise DamagedError(what, hint=f"Somebody may have replaced it. If that was you, remove {file}")
 
-    def note_place(self, path: Path, config: Config) -> None:
-        """The repository is there, encrypted or not. Raises `DurabilityError`."""
-        self._write(f"{config.id}.json", Place(_text(path), bool(config.cipher)))
+    def note_place(self, path: Path, config: Config, key: str = "") -> None:
+        """The repository is there, encrypted or not; ``key`` is the file that opened it. Raises `DurabilityError`."""
+        self._write(f"{config.id}.json", Place(_text(path), bool(config.cipher), key or self.key(config)))
+
+    def key(self, config: Config) -> str:
+        """The id of the key file that opened the repository last; empty where that is not known."""
+        place = _read(self._folder / f"{config.id}.json", Place) if config.cipher and self._folder else None
+        return place.key if place and is_id(place.key) else ""
 
     def forget_place(self, path: Path) -> None:
         """A new repository is made there: what was there before is of the past. Raises `DurabilityError`."""
@@ -84,7 +92,7 @@ class Memory:
         """A backup that this host has just committed. Raises `DurabilityError`."""
         digest = blake3(records.encode(record)).hexdigest()
         self._write(self._name(repo.id, record.vm), LastBackup(record.vm, record.id, record.seq, digest))
-        self.note_place(repo.storage.root, repo.config)
+        self.note_place(repo.storage.root, repo.config, repo.key)
 
     def pruned(self, repo: Repository, removed: Collection[str]) -> None:
         """This host has removed these backups. Raises `DurabilityError`."""

@@ -12,6 +12,7 @@ from typing import Any
 from incbak import durable, newfile
 from incbak.disk.claims import claims
 from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, ImageInUseError, RestoreError
 from incbak.nbd.uri import NbdUri
 from incbak.private import PrivateDirectory
@@ -128,6 +129,11 @@ class InPlaceTarget(Target):
         if used := claims(path):
             raise ImageInUseError(f"{path} is {', '.join(used)}", hint="Unmount and detach it first.")
         self._disk = open_disk(path)
+        try:
+            refuse_users(path)
+        except BaseException:
+            self._disk.close()
+            raise
         if self._disk.size != size:
             has = self._disk.size
             self._disk.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from incbak import durable, newfile
 from incbak.disk.claims import claims
 from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.users import refuse_users
 from incbak.errors import DiskError, DurabilityError, IncbakError, NbdError, RestoreError
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
@@ -90,6 +91,7 @@ class FileTarget(Target):
         if not self.path.is_file():
             raise RestoreError(f"{self.name} is not a regular file")
         open_disk(self.path).close()
+        refuse_users(self.path)
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         self._flushing.wrote(len(data))

@@ -23,6 +23,8 @@ made = PrivateDirectory()
 for name in ("sink.sock", "log"):
     s = socket.socket(socket.AF_UNIX)
     s.bind(str(made.path / name))
+(made.path / "sink").mkdir()
+(made.path / "sink" / "0a1b").write_text("")
 print(made.path, flush=True)
 if os.environ["HOW"] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from incbak.backup.plan import Known, Planned, Request, choose, make_plan
+from incbak.backup.plan import Known, Planned, Request, choose, make_plan, missed
 from incbak.engine.base import BitmapInfo, Description, EngineDisk, LeftOut
 from incbak.errors import UsageError
 from incbak.reasons import Reason
@@ -199,6 +199,17 @@ def test_disks_are_chosen_by_name_device_or_node(include: list[str], exclude: li
 def test_disks_that_cannot_be_chosen(include: list[str], exclude: list[str], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         choose(DISKS, include, exclude)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "told"),
+    [((), (), ["usb0", "data"]), (("vda",), (), []), (("usb0",), (), ["usb0"]), ((), ("data",), ["usb0"])],
+)
+def test_a_disk_that_nobody_would_miss_is_left_out_unsaid(
+    include: tuple[str, ...], exclude: tuple[str, ...], told: list[str]
+) -> None:
+    left = (LeftOut("usb0", "it is removable"), LeftOut("cd0", "no medium", expected=True), LeftOut("data", "why"))
+    assert [x.name for x in missed(Description("vm", (_disk(),), left_out=left), include, exclude)] == told
 
 
 def test_that_there_is_no_disk_gives_the_reasons() -> None:

@@ -139,6 +139,15 @@ def test_in_place_refuses_what_it_cannot_do_and_changes_nothing(tmp_path: Path) 
     lock.close()
 
 
+def test_in_place_refuses_an_image_that_is_open_without_locks(tmp_path: Path) -> None:
+    image = raw_image(tmp_path / "there.raw", SIZE)
+    with image.open("rb") as f, subprocess.Popen(["sleep", "60"], stdin=f) as other:
+        with pytest.raises(ImageInUseError, match=f"process {other.pid} "):
+            InPlaceTarget(image, SIZE)
+        other.kill()
+    InPlaceTarget(image, SIZE).abandon()
+
+
 def test_in_place_is_synced_before_it_is_said_to_be_done(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
