@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from incbak import durable
+from incbak import durable, newfile
 from incbak.disk.claims import claims
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.formats import named_format, recognise
@@ -117,6 +117,7 @@ class InPlaceTarget(Target):
         self.name, self.changed = str(path), 0
         self._lock = threading.Lock()
         self._device: DeviceTarget | None = None
+        newfile.refuse_foreign_links(path)
         if not path.exists():
             raise RestoreError(f"{path} is not there", hint="Restore without --in-place.")
         if path.is_block_device():
