@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ class ImageEngine(Engine):
             infos = [_looked(v) for v in await asyncio.to_thread(views_in, self._store.directory, self._found)]
         extra = {"path": str(self._path)}
         disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos), extra=extra)
-        return Description(self._vm, (disk,), "image", {"images": {self._name: str(self._path)}})
+        return Description(self._vm, (disk,), "image", {"images": {self._name: os.path.abspath(self._path)}})
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         gone = [name for name in (*self._bitmaps, *self._bad) if name.startswith(prefix) and name not in keep]
