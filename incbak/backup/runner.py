@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
 from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
+from incbak.backup.sources import Sources, check_images
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.vm import locked, vm_name
 from incbak.engine.base import Description, DiskResult, Engine, RunResult
@@ -134,10 +135,10 @@ class _Attempt:
         distrusted: set[str],
         troubles: Sequence[str],
     ) -> None:
-        self._troubles = troubles
+        self._troubles, self._distrusted = troubles, distrusted
         self._repo, self._engine, self._options, self._report, self._vm = repo, engine, options, report, vm
-        self._distrusted = distrusted
         self._planned: list[Planned] = []
+        self._sources: Sources
         self._started = _now()
         self._id = repo.new_backup_id()
 
@@ -178,6 +179,8 @@ class _Attempt:
         )
         keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
         description = await self._engine.describe()
+        if self._engine.kind == "image" and not self._options.disks:
+            check_images(description, known.records, host_name())
         strays = {
             (d.name, b.name)
             for d in description.disks
@@ -192,7 +195,8 @@ class _Attempt:
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
-        known = Known(known.repository, known.cluster_size, known.records, damaged, known.unreadable)
+        self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
+        known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
             for planned in self._planned:
@@ -239,6 +243,7 @@ class _Attempt:
             for what in lost:
                 self._report(Warned(what))
             await self._engine.confirm()
+            await asyncio.to_thread(self._sources.confirm)
             await _to_the_end(asyncio.to_thread(writer.commit, record))
             committed = True
         finally:
@@ -315,7 +320,7 @@ class _Attempt:
             host=host_name(),
             program=f"incbak {__version__}",
             tags=tuple(self._options.tags),
-            config=dict(description.config),
+            config=dict(description.config) | self._sources.config(),
             attachments=dict(self._options.attachments or {}),
             notes=tuple(notes),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -90,7 +91,8 @@ class ImageEngine(Engine):
         extra = {"path": str(self._path)}
         notes = (self._note,) if self._note else ()
         disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos), extra=extra)
-        return Description(self._vm, (disk,), "image", {"images": {self._name: str(self._path)}}, (), notes)
+        images = {"images": {self._name: os.path.abspath(self._path)}}
+        return Description(self._vm, (disk,), "image", images, (), notes)
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         gone = [name for name in (*self._bitmaps, *self._bad) if name.startswith(prefix) and name not in keep]

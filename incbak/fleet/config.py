@@ -199,6 +199,7 @@ def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
     yield from _relative("sync", {"target": config.sync.target})
     if config.sync != Sync() and not config.sync.target:
         yield "sync.target", "missing", "Write the path of the other repository."
+    yield from _one_source(config)
     for name, vm in config.vms.items():
         key = f"vms.{name}"
         if not _NAME.fullmatch(name):
@@ -217,6 +218,17 @@ def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
         paths |= {f"attach[{n}]": path for n, path in enumerate(vm.attach)}
         paths |= {f"serve.{disk}": path for disk, path in vm.serve.items()}
         yield from _relative(key, paths)
+
+
+def _one_source(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Two VMs are not one: unless each of them has disks of its own."""
+    seen: dict[str, list[str]] = {}
+    for name, vm in config.vms.items():
+        for other in seen.setdefault(os.path.normpath(vm.source), []):
+            theirs = config.vms[other].disks
+            if not (vm.disks and theirs) or set(vm.disks) & set(theirs):
+                yield f"vms.{name}.source", f"it is also the source of {other}", "Give each VM its own, or name disks."
+        seen[os.path.normpath(vm.source)].append(name)
 
 
 def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
