@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from incbak import __version__, durable
 from incbak.backup.audit import Slice, audit_disk
@@ -28,6 +28,7 @@ from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_p
 from incbak.backup.sink import DiskSink
 from incbak.backup.sources import Sources, check_images
 from incbak.backup.target import SinkServer, SinkTarget
+from incbak.backup.uncancelled import to_the_end
 from incbak.backup.vm import locked, vm_name
 from incbak.engine.base import Description, DiskResult, Engine, RunResult
 from incbak.errors import (
@@ -48,8 +49,6 @@ from incbak.repo.repository import Repository, host_name
 from incbak.repo.writer import Writer
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 durable.declare("runner.planned", "runner.copied", "runner.committed", "runner.done")
 
@@ -244,13 +243,13 @@ class _Attempt:
                 self._report(Warned(what))
             await self._engine.confirm()
             await asyncio.to_thread(self._sources.confirm)
-            await _to_the_end(asyncio.to_thread(writer.commit, record))
+            await to_the_end(asyncio.to_thread(writer.commit, record))
             committed = True
         finally:
             if not committed:
-                await _to_the_end(self._roll_back(plans))
+                await to_the_end(self._roll_back(plans))
         durable.crash_point("runner.committed")
-        await _to_the_end(self._give_up_replaced(set(roots)))
+        await to_the_end(self._give_up_replaced(set(roots)))
         durable.crash_point("runner.done")
         return Outcome(self._vm, self._planned, record, failed, result.left)
 
@@ -379,25 +378,6 @@ def _cause(failed: Mapping[str, str], pipeline: Pipeline) -> IncbakError:
 def _root(failure: BaseException) -> IncbakError:
     """What stopped the pipeline: that is what the user has to mend, not the I/O errors that followed from it."""
     return failure if isinstance(failure, IncbakError) else BackupError(f"cannot store the backup: {failure}")
-
-
-async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Do ``work`` whole even if this task is cancelled meanwhile; the cancellation is forgotten only when it worked."""
-    task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise
-            cancelled = True
-        except Exception:  # noqa: BLE001 - raised again below, from the task itself
-            break
-    if cancelled and (current := asyncio.current_task()):
-        with suppress(AttributeError):
-            current.uncancel()
-    return task.result()
 
 
 def _now() -> str:
