@@ -264,7 +264,7 @@ _BACKUP = (
     ),
     Fault(
         "runner-interrupt-cuts-the-commit",
-        _RUNNER,
+        "incbak/backup/uncancelled.py",
         "            await asyncio.shield(task)\n",
         "            await task\n",
         _runner("test_an_interrupt_during_the_commit_comes_too_late"),
