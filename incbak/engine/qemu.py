@@ -318,6 +318,8 @@ def _explain(disk: DiskFilter, error: str) -> str:
         return disk.why_cut
     if disk.scratch_full():
         return f"the scratch file was full ({disk.bound} bytes): {error}"
+    if disk.scratch_dir_full():
+        return f"the file system of the scratch directory {disk.scratch_dir} is full: {error}"
     return error
 
 

@@ -252,6 +252,13 @@ class DiskFilter:
         """Whether the scratch file has no room for one more cluster."""
         return self.scratch >= 0 and os.fstat(self.scratch).st_blocks * 512 > self.bound - _CLOSE_TO_FULL
 
+    def scratch_dir_full(self) -> bool:
+        """Whether the file system below the scratch file has no room for one more cluster."""
+        if self.scratch < 0:
+            return False
+        free = os.fstatvfs(self.scratch)
+        return free.f_bavail * free.f_frsize < _CLOSE_TO_FULL
+
     def cut(self, why: str = "") -> None:
         """End the connection to the target, whatever is in flight; needs no answer of QEMU, which may wait for it."""
         self.why_cut = self.why_cut or why
