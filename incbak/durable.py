@@ -34,6 +34,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from incbak import newfile
 from incbak.errors import DurabilityError
 
 POINTS: dict[str, int] = {}
@@ -140,9 +141,13 @@ def sync_filesystem(fd: int, what: str) -> None:
 
 
 def make_dir(path: Path, mode: int = 0o700) -> None:
-    """Create ``path`` and its missing parents, each durable in its parent; an existing one is left as it is."""
+    """Create ``path`` and its missing parents, each durable in its parent; an existing one is left as it is.
+
+    Raises `UsageError` below ``/dev``, `OSError`.
+    """
     if path.is_dir():
         return
+    newfile.refuse_below_dev(path)
     make_dir(path.parent, mode)
     with suppress(FileExistsError):
         path.mkdir(mode)
@@ -193,8 +198,9 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
     """A durable file at ``path`` with the concatenated pieces, or none: see the module's docstring.
 
     Returns the bytes written. Raises `FileExistsError` when ``path`` exists and ``replace`` is false, else
-    `DurabilityError` when anything fails; then ``path`` is as it was.
+    `DurabilityError` when anything fails; then ``path`` is as it was. `UsageError` below ``/dev``.
     """
+    newfile.refuse_below_dev(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}{HELD}")
     try:
         fd = create_held(temporary, mode)
@@ -217,26 +223,40 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
     return count
 
 
-def commit(temporary: Path, path: Path, *, replace: bool = False) -> None:
+def commit(temporary: Path, path: Path, *, replace: bool = False, fd: int | None = None) -> None:
     """Give a file that was written under another name its own: sync it, rename, sync the directory.
 
+    ``fd``: the open file, where another user may have put another one in its place; else it is opened by its name.
     Refuses to replace (`FileExistsError`) unless told to. For files too large for :func:`write_new`. Raises
     `DurabilityError`.
     """
+    own = fd is None
     try:
-        fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC) if fd is None else fd
         try:
             crash_point("durable.written")
             os.fsync(fd)
             crash_point("durable.synced")
+            if own:
+                _name(temporary, path, replace=replace)
+            else:
+                _must_name(temporary, fd)
+                _name(temporary, path, replace=replace)
+                _must_name(path, fd)
         finally:
-            os.close(fd)
-        _name(temporary, path, replace=replace)
+            if own:
+                os.close(fd)
     except FileExistsError:
         raise
     except OSError as e:
         raise DurabilityError(f"cannot write {path}: {e.strerror}") from e
     sync_dir(path.parent)
+
+
+def _must_name(path: Path, fd: int) -> None:
+    if not newfile.names(path, fd):
+        hint = "See who can write to that directory, and choose another."
+        raise DurabilityError(f"{path} was replaced by another process while it was written", hint=hint)
 
 
 def _name(temporary: Path, path: Path, *, replace: bool) -> None:

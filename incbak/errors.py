@@ -16,12 +16,15 @@
     +-- StorageError                    a repository's files cannot be read; they may be whole
     +-- DiskError                       an image or device cannot be used
     |   +-- ImageInUseError             another process holds its lock
+    |   +-- ImageChangedError           another program wrote to it during a backup
     +-- BitmapError                     a bitmap cannot be used; ``reason`` says why
     |   +-- AuditError              5   a bitmap calls clean what has changed
     +-- NbdError                        the peer, or the wire
     |   +-- NbdProtocolError            the peer does not keep to the protocol
     |   +-- NbdRequestError             the server refused one request; ``errno`` is its error
+    |   +-- NbdSilentError              the peer owes an answer and sends nothing
     +-- EngineError                     an engine refused or failed a QMP command
+    |   +-- RunStateError           6   the VM migrates, or has moved away
     +-- BackupError                     a backup could not be made
     +-- RestoreError                    a restore could not be made
     +-- SyncError                       a backup could not be copied to another repository
@@ -143,6 +146,13 @@ class ImageInUseError(DiskError):
     retry = True
 
 
+class ImageChangedError(DiskError):
+    """An image was written by another program while it was read."""
+
+    code = "image-changed"
+    retry = True
+
+
 class BitmapError(IncbakError):
     """A bitmap cannot be used or changed; ``reason`` is set where it makes the bitmap invalid."""
 
@@ -185,10 +195,24 @@ class NbdRequestError(NbdError):
         self.errno = errno
 
 
+class NbdSilentError(NbdError):
+    """The peer owes an answer, or has to take what is sent, and does neither for too long."""
+
+    code = "nbd-silent"
+
+
 class EngineError(IncbakError):
     """An engine refused or failed a command, or went away."""
 
     code = "engine"
+
+
+class RunStateError(EngineError):
+    """The VM is in a state in which no backup of it can be made: it migrates, or has moved to another host."""
+
+    code = "run-state"
+    exit_code = 6
+    retry = True
 
 
 class BackupError(IncbakError):

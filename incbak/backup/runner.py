@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from incbak import __version__, durable
 from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
-from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan
+from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.vm import locked, vm_name
@@ -93,7 +93,7 @@ class Outcome:
 async def run(repo: Repository, engine: Engine, options: Options, report: Reporter = silent) -> Outcome:
     """Make one backup. Raises `IncbakError`: then there is none, and the engine is as it was, as far as it answers."""
     vm = await vm_name(engine, options.name)
-    async with locked(repo, vm, options.lock_wait) as still_locked:
+    async with nullcontext() if options.dry_run else locked(repo, vm, options.lock_wait) as still_locked:
         distrusted: set[str] = set()
         troubles = await asyncio.to_thread(options.memory.troubles, repo, vm) if options.memory else []
         for what in troubles:
@@ -109,7 +109,8 @@ async def run(repo: Repository, engine: Engine, options: Options, report: Report
                 if not bases:
                     raise
                 distrusted |= bases
-                add_note(repo.storage, set(), bases)
+                if not options.dry_run:
+                    add_note(repo.storage, set(), bases)
                 report(Warned(f"the base cannot be relied on, so the run begins again without it: {e}"))
 
 
@@ -188,6 +189,8 @@ class _Attempt:
             for removed in await self._engine.cleanup(known.prefix, keep):
                 self._report(Notice(f"removed what an earlier run left: {removed}"))
             description = await self._engine.describe()
+        for each in missed(description, self._options.disks, self._options.exclude):
+            self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
         known = Known(known.repository, known.cluster_size, known.records, damaged, known.unreadable)
@@ -236,6 +239,7 @@ class _Attempt:
             record, lost = fitted(self._record(description, sinks, roots, result, failed))
             for what in lost:
                 self._report(Warned(what))
+            await self._engine.confirm()
             await _to_the_end(asyncio.to_thread(writer.commit, record))
             committed = True
         finally:
@@ -277,7 +281,7 @@ class _Attempt:
             await self._engine.rollback([p.plan for p in self._planned if p.name not in done])
             await self._engine.commit([p.plan for p in self._planned if p.name in done])
         except IncbakError as e:
-            self._report(Warned(f"the backup is made, but older bitmaps could not be removed: {e}"))
+            self._report(Warned(f"the backup is made, but not all bitmaps are up to date: {e}"))
 
     # -- the record -----------------------------------------------------------------------------------------------
 

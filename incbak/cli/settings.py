@@ -66,8 +66,11 @@ class Settings:
 
     @property
     def memory(self) -> Memory:
-        """What this host remembers of repositories."""
-        return Memory(self.state_dir)
+        """What this host remembers of repositories; nothing where there is no state directory."""
+        try:
+            return Memory(self.state_dir)
+        except UsageError:
+            return Memory(None)
 
     @cached_property
     def passphrase(self) -> Passphrase:

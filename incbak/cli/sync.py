@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from incbak.cli.passphrase import TARGET_PREFIX, Passphrase
 from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.signals import interrupt_on_ending
 from incbak.errors import DamagedError, IncompleteError, UsageError
 from incbak.repo.record import Record
 from incbak.sync.copy import Options, Outcome, plan, sync
@@ -40,7 +40,7 @@ def sync_command(target: Path | None, names: tuple[str, ...], last: int | None, 
     """
     here = settings()
     options = Options(names, last, parse_duration(lock_wait), memory=here.memory)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_ending()
     path, passphrase = _target(here, target)
     source, other = here.open(), here.open_other(path, passphrase)
     console = here.reporter()

@@ -13,6 +13,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from incbak import host
+from incbak.bitmap.continuity import may_repeat
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.disk.locks import writer_present
@@ -22,12 +23,12 @@ from incbak.engine.qemu_graph import Graph, read_graph
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint
+from incbak.opening import open_image
 
 LOCK_SECONDS = 15.0
 """How long the watch of the VM's last run may take to save."""
 _PROTOCOLS = ("file", "host_device")
 _SETTLE_SECONDS = 10.0
-_SECOND, _TICK = 1_000_000_000, 20_000_000
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Watched:
             found = disk.fingerprint()
         finally:
             disk.close()
+        # A manager of VMs changes the image's owner at each start and end.
+        found = found._replace(ctime_ns=0, attributes=bytes(8))
         if self.raw:
             return found
         sample = blake3(found.sample + found.size.to_bytes(8, "little")).digest(length=16)
@@ -63,7 +66,7 @@ class Watched:
         while True:
             now = time.time_ns()
             found = self.fingerprint()
-            if not found.mtime_ns or not _may_repeat(found.mtime_ns, now):
+            if not found.mtime_ns or not may_repeat(found, now):
                 return found
             if time.monotonic() > deadline:
                 raise DiskError(f"somebody goes on writing to {self.image}", hint="Look who has it open.")
@@ -71,17 +74,11 @@ class Watched:
 
     def sync(self) -> None:
         """What was written to the image is on its storage. Raises `OSError`."""
-        fd = os.open(self.image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_image(self.image, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _may_repeat(mtime_ns: int, now_ns: int) -> bool:
-    """Whether a write after ``now_ns`` could have the time ``mtime_ns`` too. A clock that was set back is no reason."""
-    grain = 2 * _SECOND if mtime_ns % _SECOND == 0 else _TICK
-    return mtime_ns - _SECOND <= now_ns <= mtime_ns + grain
 
 
 async def find_watched(session: Session, state_dir: Path, vm: str) -> tuple[list[Watched], list[LeftOut]]:
@@ -107,12 +104,13 @@ def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
     """The one file or block device that the disk is, or why there is none."""
     if disk.can_persist:
         return "its image stores its bitmaps itself"
-    node = disk.node
+    node, seen = disk.node, {disk.node}
     while graph.nodes[node]["drv"] not in _PROTOCOLS:
         below = [(edge, child) for (parent, edge), child in graph.edges.items() if parent == node]
-        if len(below) != 1 or below[0][0] != "file":
+        if len(below) != 1 or below[0][0] != "file" or below[0][1] in seen or below[0][1] not in graph.nodes:
             return "its image is not one file or block device of this host"
         node = below[0][1]
+        seen.add(node)
     path = str(graph.nodes[node].get("file", ""))
     if not path.startswith("/") or path.startswith("/dev/fdset/"):
         return "QEMU was not given its image by an absolute path"
@@ -120,14 +118,15 @@ def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
 
 
 def _unusable(disk: Watched, pid: int | None) -> str:
+    """Nothing of an image is read before it is known to be QEMU's: QEMU may name any file."""
+    if not (pid and _has_open(pid, disk.image)) and not _locked(disk):
+        return f"nothing shows that QEMU has this {disk.image} open: it takes no locks, and its files are not seen"
     try:
         found = disk.fingerprint()
     except (DiskError, OSError) as e:
         return f"its image cannot be read here: {e}"
     if found.size != disk.size:
         return f"the image has {found.size} bytes, the disk has {disk.size}"
-    if not _locked(disk) and not (pid and _has_open(pid, disk.image)):
-        return f"nothing shows that QEMU has this {disk.image} open: it takes no locks, and its files are not seen"
     return ""
 
 

@@ -28,13 +28,8 @@ _REPO = (
     Fault(
         "durable-large-file-not-synced",
         _DURABLE,
-        '            crash_point("durable.written")\n            os.fsync(fd)\n'
-        '            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        raise\n",
-        '            crash_point("durable.written")\n            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        raise\n",
+        '            os.fsync(fd)\n            crash_point("durable.synced")\n            if own:\n',
+        '            crash_point("durable.synced")\n            if own:\n',
         unit("repo/test_writer", "test_the_order_of_the_steps"),
     ),
     Fault(
