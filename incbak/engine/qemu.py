@@ -165,7 +165,7 @@ class QemuEngine(Engine):
                             for disk, copy in zip(disks, copies, strict=True)
                         ),
                     )
-                await blocker.remove()
+                left = [text for disk in disks for text in disk.left] + await blocker.remove()
         except BaseException:
             await self._abandon(disks, blocker)
             raise
@@ -174,8 +174,8 @@ class QemuEngine(Engine):
                 disk.close()
             if frozen.why:
                 log.warning("the guest was not frozen: %s", frozen.why)
-        left = tuple(text for disk in disks for text in disk.left)
-        return RunResult({d.disk: r for d, r in zip(disks, results, strict=True)}, frozen.state, tuple(notes), left)
+        copied = {d.disk: r for d, r in zip(disks, results, strict=True)}
+        return RunResult(copied, frozen.state, tuple(notes), tuple(left))
 
     def _limit(self, count: int) -> int:
         if self._options.scratch_limit is not None:
@@ -287,7 +287,8 @@ class QemuEngine(Engine):
             except EngineError as e:
                 log.warning("cannot clean up: %s", e)
         with suppress(EngineError):
-            await blocker.remove()
+            for text in await blocker.remove():
+                log.warning("%s", text)
             await self.rollback([disk.plan for disk in disks])
 
     async def confirm(self) -> None:

@@ -19,11 +19,7 @@ Nm    the filter
 
 from __future__ import annotations
 
-import logging
-
 from incbak.engine.session import CommandFailed, Session
-
-log = logging.getLogger(__name__)
 
 _SIZE = 65536
 
@@ -46,11 +42,13 @@ class MigrationBlocker:
         await self._session.execute("blockdev-add", {"node-name": self._prefix + letter, **options})
         self._nodes.append(self._prefix + letter)
 
-    async def remove(self) -> None:
-        """Remove what was added, as far as QEMU answers; call it when all filters are gone."""
+    async def remove(self) -> list[str]:
+        """Remove what was added; return what QEMU keeps, in words. Call it when all filters are gone."""
+        left = []
         while self._nodes:
             node = self._nodes.pop()
             try:
                 await self._session.execute("blockdev-del", {"node-name": node})
             except CommandFailed as e:
-                log.warning("node %s: %s", node, e)
+                left.append(f"node {node}: {e}")
+        return left

@@ -135,4 +135,11 @@ FAULTS = [
         "        self._kept = dict(self._listeners)\n",
         unit("engine/test_door", "test_a_listener_that_nobody_came_to_is_closed_too"),
     ),
+    Fault(
+        "live: what QEMU keeps of the nodes against a migration is not told",
+        "incbak/engine/qemu_migration.py",
+        '                left.append(f"node {node}: {e}")\n',
+        "                assert e\n",
+        unit("engine/test_qemu_migration", "test_what_qemu_keeps_is_said"),
+    ),
 ]
