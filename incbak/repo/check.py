@@ -13,7 +13,7 @@ from incbak.errors import DamagedError, DurabilityError, FormatTooNewError
 from incbak.events import Reporter, silent
 from incbak.repo import pack
 from incbak.repo.damage import notes, replace_notes
-from incbak.repo.ids import is_id, new_id
+from incbak.repo.ids import ids, is_id, new_id
 from incbak.repo.index import REBUILD, IndexFile, encode, mapped
 from incbak.repo.reader import digests_array
 from incbak.repo.reading import PackRead, read_packs, save
@@ -30,12 +30,12 @@ _LEAVES = 256
 class Problem:
     """``what`` is wrong, in words that name the object; ``backups`` that cannot be restored whole because of it.
 
-    ``healed``: it was stored again since, so nothing is lost; a prune forgets it.
+    ``harmless``: nothing is lost by it: a damaged copy of what is whole elsewhere, a file that is not ours.
     """
 
     what: str
     backups: tuple[str, ...] = ()
-    healed: bool = False
+    harmless: bool = False
 
 
 @dataclass
@@ -56,9 +56,9 @@ class Report:
     hint: str = "The next backup stores anew what it can."
 
     @property
-    def unhealed(self) -> list[Problem]:
-        """What is still to be mended."""
-        return [p for p in self.problems if not p.healed]
+    def serious(self) -> list[Problem]:
+        """Those that are to be mended."""
+        return [p for p in self.problems if not p.harmless]
 
 
 class NotNotedError(DurabilityError):
@@ -97,6 +97,7 @@ def check(
         found.problems.append(Problem(what))
     for why in repo.index.condemned.unknown.values():
         found.problems.append(Problem(f"{why}; until then backups store everything anew; mend it with: incbak prune"))
+    _strays(repo, found)
     _large_indexes(repo, found)
     packs, suspects = _packs(repo, found)
     chosen = sorted(packs) if read_data else []
@@ -126,7 +127,7 @@ def check(
         return found
     for each in bad:
         verified.add(each.name, each.at, each.file, whole=False)
-    verified.last = LastCheck(clock(), found.bytes_read, found.packs_read, len(found.unhealed))
+    verified.last = LastCheck(clock(), found.bytes_read, found.packs_read, len(found.serious))
     save(verified, report)
     found.coverage = verified.coverage()
     return found
@@ -140,6 +141,14 @@ def _doubt(repo: Repository, found: Report) -> None:
         found.problems.append(Problem(f"{what}; bring back what is in them with: incbak check --rebuild-index"))
     if repo.index.damaged or (missing and repo.index.unnamed):
         found.hint = REBUILD
+
+
+def _strays(repo: Repository, found: Report) -> None:
+    for kind in ("packs", "index", "backups"):
+        for name in sorted(repo.storage.list(kind)):
+            if not is_id(name):
+                what = f"{name[:100]!r} in {kind} is no file of a repository, and is passed over"
+                found.problems.append(Problem(what, harmless=True))
 
 
 def _large_indexes(repo: Repository, found: Report) -> None:
@@ -159,7 +168,7 @@ def _packs(repo: Repository, found: Report) -> tuple[dict[str, int], dict[str, p
     second one tells what the index looks for there: all of it is suspect. Condemned packs may be there or not, and hold
     nothing that counts.
     """
-    there = repo.storage.list("packs")
+    there = ids(repo.storage.list("packs"))
     for name in sorted(_named(repo) - there.keys()):
         if not _pruned(repo, name):
             found.problems.append(Problem(f"pack {name} is missing"))
@@ -168,8 +177,6 @@ def _packs(repo: Repository, found: Report) -> tuple[dict[str, int], dict[str, p
         if name in repo.index.condemned.packs:
             continue
         try:
-            if not is_id(name):
-                raise DamagedError(f"{name[:100]!r} in packs is no pack")
             table = pack.read_table(repo.storage, name, size)
             packs[name] = int(table["stored"].sum())
             found.packs += 1
@@ -231,8 +238,8 @@ def _judge(repo: Repository, found: Report, reads: Iterator[PackRead]) -> list[P
             continue
         try:
             reader.read(digest)
-            what = f"blob {digest.hex()} in pack {name} is damaged; another copy is whole"
-            found.problems.append(Problem(what, healed=True))
+            what = f"blob {digest.hex()} in pack {name} is damaged; another copy is whole, so a prune drops it"
+            found.problems.append(Problem(what, harmless=True))
         except DamagedError:
             found.damaged.add(digest)
             found.problems.append(Problem(f"blob {digest.hex()} in pack {name} is damaged"))
@@ -317,11 +324,11 @@ def rebuild_index(repo: Repository) -> int:
     Call it with the repository's lock held exclusively. Raises `FormatTooNewError`, with nothing changed.
     """
     repo.index.refresh()
-    old = list(repo.storage.list("index"))
+    old = list(ids(repo.storage.list("index")))
     total = 0
     packs: list[tuple[str, int]] = []
     parts: list[pack.Entries] = []
-    for name, size in sorted(repo.storage.list("packs").items()):
+    for name, size in sorted(ids(repo.storage.list("packs")).items()):
         try:
             parts.append(pack.read_table(repo.storage, name, size))
         except FormatTooNewError:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from incbak.errors import DamagedError, FormatTooNewError
 from incbak.repo.condemned import Condemned, read_condemned
+from incbak.repo.ids import ids
 from incbak.repo.mapping import readable
 from incbak.repo.pack import ENTRY, Entries
 from incbak.repo.seal import PLAIN, Seal
@@ -226,12 +227,12 @@ class Index:
         """
         known = {f.name: f for f in self.files}
         for _ in range(8):
-            names = self._storage.list("index")
+            names = ids(self._storage.list("index"))
             try:
                 files = [known.get(n) or f for n in names if (f := self._open(n, known)) is not None]
             except FileNotFoundError:
                 continue
-            packs = self._storage.list("packs")
+            packs = ids(self._storage.list("packs"))
             condemned = read_condemned(self._storage)
             if {f.name for f in files} <= self._storage.list("index").keys():
                 break
@@ -246,7 +247,7 @@ class Index:
 
     def stale(self) -> bool:
         """Whether index files came or went since the last `refresh`."""
-        return {f.name for f in self.files} != self._storage.list("index").keys() - set(self.damaged)
+        return {f.name for f in self.files} != ids(self._storage.list("index")).keys() - set(self.damaged)
 
     @property
     def complete(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from incbak import durable
 from incbak.errors import DamagedError, LockedError
-from incbak.repo.ids import new_id
+from incbak.repo.ids import ids, new_id
 from incbak.repo.index import IndexFile, encode, mapped
 from incbak.repo.seal import Seal
 from incbak.repo.storage.base import Storage
@@ -37,7 +37,7 @@ def merge_small(storage: Storage) -> None:
 
 
 def _merge(storage: Storage) -> None:
-    sizes = storage.list("index")
+    sizes = ids(storage.list("index"))
     chosen: list[IndexFile] = []
     total = 0
     for name in sorted(sizes, key=lambda n: sizes[n]):
@@ -76,7 +76,7 @@ def drop_packs(storage: Storage, packs: Collection[str]) -> None:
     Raises `LockedError` when somebody else replaces index files for a minute.
     """
     with storage.lock(_LOCK, exclusive=True, wait=_WAIT):
-        for name in sorted(storage.list("index")):
+        for name in sorted(ids(storage.list("index"))):
             with suppress(FileNotFoundError, DamagedError):
                 if not set(_file(storage, name, verify=False).names) & set(packs):
                     continue

@@ -50,7 +50,7 @@ from incbak.events import Reporter, Warned, silent
 from incbak.repo import pack
 from incbak.repo.condemned import condemn, read_condemned
 from incbak.repo.good import last_good
-from incbak.repo.ids import is_id
+from incbak.repo.ids import ids, is_id
 from incbak.repo.index import REBUILD, Digests
 from incbak.repo.merge import drop_packs
 from incbak.repo.needs import Needs
@@ -284,7 +284,7 @@ class _Prune:
         deadline = time.monotonic() + self._options.lock_wait
         while packs := choose():
             with self._without_backups(max(deadline - time.monotonic(), 0.0)):
-                fresh = self._storage.list("backups").keys() - self._needs.counted
+                fresh = ids(self._storage.list("backups")).keys() - self._needs.counted
                 if not fresh:
                     durable.crash_point("prune.condemning")
                     self._condemned(packs, done)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from incbak import durable
 from incbak.errors import DamagedError, IncbakError, UsageError
 from incbak.events import Reporter, silent
+from incbak.repo.ids import ids
 from incbak.repo.pins import pins_held
 from incbak.repo.prune import PRUNE_LOCK, Options, prune
 from incbak.repo.record import Record
@@ -58,7 +59,7 @@ def choose(repo: Repository, names: Sequence[str]) -> list[Chosen]:
 
     A record that cannot be read can be chosen like any other. Raises `UsageError`.
     """
-    there = repo.storage.list("backups")
+    there = ids(repo.storage.list("backups"))
     return [_chosen(repo, ident) for ident in dict.fromkeys(_match(name, there) for name in names)]
 
 

@@ -28,7 +28,7 @@ from incbak.repo import record as records
 from incbak.repo.cipher import KEY, Cipher
 from incbak.repo.cipher import NAME as CIPHER
 from incbak.repo.damage import Damage, read_damage
-from incbak.repo.ids import is_id, new_id
+from incbak.repo.ids import ids, is_id, new_id
 from incbak.repo.index import Index
 from incbak.repo.keys import Cost, Unlocked, add_key, unlock
 from incbak.repo.merge import merge_small
@@ -207,7 +207,7 @@ class Repository:
         """
         found = []
         self.unreadable = {}
-        for name in self.storage.list("backups"):
+        for name in ids(self.storage.list("backups")):
             try:
                 found.append(self.record(name))
             except FileNotFoundError:
@@ -222,7 +222,13 @@ class Repository:
         """One record by its whole id. Raises `DamagedError`, `FileNotFoundError`."""
         if not is_id(name):
             raise DamagedError(f"{name[:100]!r} in backups is no backup")
-        return records.decode(name, self.storage.read("backups", name, records.LIMIT))
+        try:
+            data = self.storage.read("backups", name, records.LIMIT)
+        except FileNotFoundError:
+            raise
+        except OSError as e:
+            raise DamagedError(f"the record of backup {name} cannot be read: {e.strerror}") from e
+        return records.decode(name, data)
 
     def find(self, text: str, vm: str | None = None) -> Record:
         """A backup by id, unique prefix of one, or ``latest``. Raises `UsageError`; `DamagedError` for a bad record."""
@@ -235,9 +241,8 @@ class Repository:
                 what = f" of {vm}" if vm else ""
                 raise UsageError(f"there is no backup{what} in the repository", hint="See: incbak list")
             return found[-1]
-        matches = (
-            [n for n in self.storage.list("backups") if n.startswith(text)] if re.fullmatch("[0-9a-f]+", text) else []
-        )
+        there = ids(self.storage.list("backups")) if re.fullmatch("[0-9a-f]+", text) else {}
+        matches = [n for n in there if n.startswith(text)]
         if len(matches) != 1:
             what = "several backups begin" if matches else "no backup begins"
             raise UsageError(f"{what} with {text[:64]!r}", hint="See: incbak list")

@@ -74,11 +74,17 @@ def plan(source: Repository, target: Repository, options: Options, report: Repor
     for repo in (source, target):
         for what in options.memory.troubles(repo) if options.memory else []:
             report(Warned(what))
-    theirs = target.backups()
-    if target.unreadable:
-        what = f"the target's list of backups is not whole: {next(iter(target.unreadable.values()))}"
-        raise DamagedError(what, hint=f"Run: incbak -r {target.storage.root} check")
-    return make_plan(source.backups(), theirs, source.id, options.names, options.last)
+    theirs, ours = target.backups(), source.backups()
+    planned = make_plan(ours, theirs, source.id, options.names, options.last)
+    for name, why in target.unreadable.items():
+        what = f"the target's list of backups is not whole: {why}"
+        hint = f"Run: incbak -r {target.storage.root} check"
+        vm = next((r.vm for r in ours if r.id == name), None)  # a copy keeps its id
+        if vm is None or len({r.vm for r in ours}) == 1:
+            raise DamagedError(what, hint=hint)
+        planned.copy.pop(vm, None)
+        planned.refused[vm] = SyncError(f"{vm}: {what}", hint=hint)
+    return planned
 
 
 def sync(source: Repository, target: Repository, options: Options, report: Reporter = silent) -> Outcome:

@@ -257,4 +257,28 @@ _DAMAGE = (
     ),
 )
 
-FAULTS = (*_PLACE, *_FITTING, *_ENCRYPTION, *_SYNC, *_STORAGE, *_DAMAGE)
+_OTHERS = (
+    Fault(
+        "repo-stray-record-stops-a-prune",
+        _PRUNE,
+        'ids(self._storage.list("backups")).keys() - self._needs.counted',
+        'self._storage.list("backups").keys() - self._needs.counted',
+        _lived("test_stray_files_stop_nothing_and_stay"),
+    ),
+    Fault(
+        "repo-one-record-stops-all",
+        "incbak/repo/repository.py",
+        '            raise DamagedError(f"the record of backup {name} cannot be read: {e.strerror}") from e\n',
+        "            raise\n",
+        _lived("test_a_record_that_the_storage_cannot_read_is_one_of_many"),
+    ),
+    Fault(
+        "repo-hurt-target-of-one-vm-synced",
+        "incbak/sync/copy.py",
+        "        planned.copy.pop(vm, None)\n",
+        "",
+        unit("sync/test_copy", "test_a_record_that_cannot_be_read_in_the_target_stops_its_vm_only"),
+    ),
+)
+
+FAULTS = (*_PLACE, *_FITTING, *_ENCRYPTION, *_SYNC, *_STORAGE, *_DAMAGE, *_OTHERS)

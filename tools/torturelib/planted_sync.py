@@ -64,8 +64,8 @@ FAULTS = (
     Fault(
         "sync-target-list-not-whole",
         _COPY,
-        "    if target.unreadable:\n",
-        "    if False:\n",
+        "    for name, why in target.unreadable.items():\n",
+        "    for name, why in {}.items():\n",
         _copying("test_a_record_that_cannot_be_read_in_the_target"),
     ),
     Fault(

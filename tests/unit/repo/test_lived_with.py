@@ -61,7 +61,7 @@ def spoil(file: Path, at: int | None = None) -> None:
 
 
 def ids(path: Path) -> set[str]:
-    return set(again(path).storage.list("backups"))
+    return {name for name in again(path).storage.list("backups") if len(name) == 32}
 
 
 def pruned(path: Path, vm: str | None = None) -> Outcome:
@@ -126,7 +126,7 @@ def test_what_was_healed_is_forgotten(path: Path, how: str) -> None:
         os.truncate(pack, 40)
     else:
         pack.unlink()
-    assert check(again(path), read_data=True).unhealed
+    assert check(again(path), read_data=True).serious
     back_up(again(path), [1, 3, 6])
     assert restore(again(path), first) == [cluster(n) for n in (1, 3, 6)]
     assert prune(again(path), Policy(last=5), None, AT_ONCE).trouble is None
@@ -147,7 +147,7 @@ def test_one_of_two_copies_is_no_problem_and_the_last_one_never_goes(path: Path)
     back_up(again(path), [1, 3, 6])
     found = check(again(path), read_data=True)
     assert found.problems
-    assert found.unhealed == []
+    assert found.serious == []
     assert first.id in ids(path)
 
 
@@ -288,4 +288,42 @@ def test_damage_is_in_the_error_where_it_cannot_be_noted(path: Path, monkeypatch
             os.truncate(pack, 100)
         with pytest.raises(NotNotedError) as refused:
             check(repo, read_data=read_data)
-        assert refused.value.report.unhealed
+        assert refused.value.report.serious
+
+
+# -- files that are not ours, and files that cannot be read -----------------------------------------------------------
+
+
+def test_stray_files_stop_nothing_and_stay(path: Path) -> None:
+    old, kept = back_up(again(path), [1, 3]), back_up(again(path), [3])
+    strays = [path / kind / name for kind in ("packs", "index", "backups") for name in ("README", f"{kept.id}.bak")]
+    for stray in strays:
+        stray.write_bytes(b"x")
+    found = check(again(path), read_data=True)
+    assert (len(found.problems), found.serious) == (len(strays), [])
+    assert pruned(path).trouble is None
+    repo = again(path)
+    assert [r.id for r in repo.backups()] == [kept.id]
+    assert repo.unreadable == {}
+    rebuild_index(repo)
+    assert restore(again(path), kept) == [cluster(3)]
+    assert all(stray.exists() for stray in strays)
+    assert old.id not in ids(path)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_record_that_the_storage_cannot_read_is_one_of_many(
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    bad, good = of(path, "web1", [1]), of(path, "web2", [2])
+    repo = again(path)
+    read = repo.storage.read
+
+    def failing(kind: str, name: str, limit: int) -> bytes:
+        if name == bad.id:
+            raise OSError(code, os.strerror(code))
+        return read(kind, name, limit)
+
+    monkeypatch.setattr(repo.storage, "read", failing)
+    assert [r.id for r in repo.backups()] == [good.id]
+    assert os.strerror(code) in repo.unreadable[bad.id]

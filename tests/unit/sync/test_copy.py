@@ -509,3 +509,24 @@ def test_what_came_late_does_not_come_back_when_it_was_pruned_and_a_third_place_
     again(target).storage.remove("backups", first.id)
     assert copied(source, target) == []
     assert ids(target) == [second.id, newer.id]
+
+
+def test_a_record_that_cannot_be_read_in_the_target_stops_its_vm_only(tmp_path: Path) -> None:
+    source, target = pair(tmp_path)
+
+    def made(vm: str) -> Record:
+        with writing(source) as writer:
+            update = source.update(writer, None, CLUSTER)
+            update.set(np.arange(1), np.frombuffer(store(writer, cluster(7)), dtype=np.uint8).reshape(-1, 32))
+            record = record_of(source, {"vda": (CLUSTER, update.finish())}, vm=vm)
+            writer.commit(record)
+        return record
+
+    bad, other = made("web1"), made("web2")
+    assert len(copied(source, target)) == 2
+    newer, newest = made("web2"), made("web1")
+    away(target, bad)
+    done = sync(again(source), again(target), Options())
+    assert ([r.id for r in done.copied], list(done.failed)) == ([newer.id], ["web1"])
+    assert newest.id not in again(target).storage.list("backups")
+    assert other.id in again(target).storage.list("backups")
