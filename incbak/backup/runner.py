@@ -17,14 +17,14 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from incbak import __version__, durable
 from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
-from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan, missed
+from incbak.backup.plan import Known, Planned, Request, choose, decrypted, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.vm import locked, vm_name
@@ -178,12 +178,7 @@ class _Attempt:
         )
         keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
         description = await self._engine.describe()
-        strays = {
-            (d.name, b.name)
-            for d in description.disks
-            for b in d.bitmaps
-            if b.name.startswith(known.prefix) and b.name not in keep
-        }
+        strays = known.strays(description, keep)
         if not self._options.dry_run:
             for removed in await self._engine.cleanup(known.prefix, keep):
                 self._report(Notice(f"removed what an earlier run left: {removed}"))
@@ -191,6 +186,9 @@ class _Attempt:
         for each in missed(description, self._options.disks, self._options.exclude):
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
+        notes = (*description.notes, *decrypted(disks, bool(self._repo.key)))
+        for note in notes:
+            self._report(Warned(note))
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
         known = Known(known.repository, known.cluster_size, known.records, damaged, known.unreadable)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
@@ -202,7 +200,7 @@ class _Attempt:
             assert reason
             message = f"disk {bad.name} would have to be read whole: {reason.text} ({reason})"
             raise FallbackRefusedError(message, reason=reason, hint="Run without --no-fallback, or make a full.")
-        return description
+        return replace(description, notes=notes)
 
     def _audit(self, planned: Planned) -> None:
         """Before anything is set up: look whether the bitmap tells the truth about a slice of the disk."""
