@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from incbak.backup.sources import check_names
-from incbak.engine.base import Description, DiskPlan, EngineDisk, LeftOut, bitmap_name, repository_prefix
-from incbak.errors import UsageError
+from incbak.engine.base import DECRYPTED, Description, DiskPlan, EngineDisk, LeftOut, bitmap_name, repository_prefix
+from incbak.errors import FormatError, UsageError
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Record
 
@@ -46,6 +46,11 @@ class Known:
     def prefix(self) -> str:
         """How the names of all bitmaps of this repository begin."""
         return repository_prefix(self.repository[:8])
+
+    def strays(self, description: Description, keep: Collection[str]) -> set[tuple[str, str]]:
+        """(disk, bitmap) of the bitmaps of this repository that no backup stands for."""
+        names = ((d.name, b.name) for d in description.disks for b in d.bitmaps)
+        return {(disk, name) for disk, name in names if name.startswith(self.prefix) and name not in keep}
 
 
 @dataclass
@@ -125,7 +130,24 @@ def make_plan(disks: Sequence[EngineDisk], known: Known, request: Request) -> li
     return [_disk(disk, known, request) for disk in disks]
 
 
+def decrypted(disks: Sequence[EngineDisk], encrypted: bool) -> list[str]:
+    """Notes for disks whose engine has the key: what is stored is what the guest reads, not what the image holds."""
+    text = "the content of disk {} is decrypted in the backup"
+    text += ", which is encrypted itself" if encrypted else ", and the repository is not encrypted"
+    return [text.format(disk.name) for disk in disks if disk.format.endswith(DECRYPTED)]
+
+
+def _check_ciphertext(disk: EngineDisk, before: DiskRecord) -> None:
+    """Ciphertext and what it says are two disks: a chain of both could not be told apart. Raises `FormatError`."""
+    if before.format and before.format.endswith(DECRYPTED) != disk.format.endswith(DECRYPTED):
+        hint = "Back one of them up under another name: --name, or --disk of an image that is off."
+        text = f"disk {disk.name} is {disk.format}, and was {before.format} in its backups: one of them is ciphertext"
+        raise FormatError(text, hint=hint)
+
+
 def _disk(disk: EngineDisk, known: Known, request: Request) -> Planned:
+    if newest := next((d for r in reversed(known.records) if (d := r.disk(disk.name))), None):
+        _check_ciphertext(disk, newest)
     plan = DiskPlan(disk, known.bitmap(request.backup), known.cluster_size)
     whole = [(r, d) for r in reversed(known.records) if (d := r.disk(disk.name)) and r.id not in known.damaged]
     if request.incremental:

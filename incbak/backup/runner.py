@@ -24,7 +24,7 @@ from typing import Any
 from incbak import __version__, durable
 from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
-from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan, missed
+from incbak.backup.plan import Known, Planned, Request, choose, decrypted, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
 from incbak.backup.sources import Sources, check_images
 from incbak.backup.target import SinkServer, SinkTarget
@@ -180,12 +180,7 @@ class _Attempt:
         description = await self._engine.describe()
         if self._engine.kind == "image" and not self._options.disks:
             check_images(description, known.records, host_name())
-        strays = {
-            (d.name, b.name)
-            for d in description.disks
-            for b in d.bitmaps
-            if b.name.startswith(known.prefix) and b.name not in keep
-        }
+        strays = known.strays(description, keep)
         if not self._options.dry_run:
             for removed in await self._engine.cleanup(known.prefix, keep):
                 self._report(Notice(f"removed what an earlier run left: {removed}"))
@@ -193,6 +188,9 @@ class _Attempt:
         for each in missed(description, self._options.disks, self._options.exclude):
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
+        notes = (*description.notes, *decrypted(disks, bool(self._repo.key)))
+        for note in notes:
+            self._report(Warned(note))
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
         self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
         known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing)
@@ -205,7 +203,7 @@ class _Attempt:
             assert reason
             message = f"disk {bad.name} would have to be read whole: {reason.text} ({reason})"
             raise FallbackRefusedError(message, reason=reason, hint="Run without --no-fallback, or make a full.")
-        return description
+        return replace(description, notes=notes)
 
     def _audit(self, planned: Planned) -> None:
         """Before anything is set up: look whether the bitmap tells the truth about a slice of the disk."""

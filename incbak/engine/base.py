@@ -71,6 +71,10 @@ class BitmapInfo:
         return Reason.GRANULARITY if self.granularity != granularity else None
 
 
+DECRYPTED = ", decrypted"
+"""Ends the format of a disk whose engine has the key of its image."""
+
+
 @dataclass(frozen=True)
 class EngineDisk:
     """One disk that can be backed up. ``name`` is stable over restarts; ``node`` is where its bitmaps are."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from incbak.engine.base import PREFIX, EngineDisk, LeftOut
+from incbak.engine.base import DECRYPTED, PREFIX, EngineDisk, LeftOut
 from incbak.engine.qemu_graph import Graph, Raw, backend_name, qom_path
 from incbak.engine.qemu_shared import why_shared
 from incbak.engine.served import bitmap_info
@@ -83,7 +83,7 @@ def _disk(device: Raw, name: str, top: str, node: Raw) -> EngineDisk:
         size=int(node["image"]["virtual-size"]),
         node=node["node-name"],
         device=str(device.get("device") or device["qdev"]),
-        format=node["drv"],
+        format=node["drv"] + (DECRYPTED if node.get("encrypted") else ""),
         can_persist=holds_bitmaps(node),
         bitmaps=bitmaps,
         extra={

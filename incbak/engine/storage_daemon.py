@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from incbak.engine.base import (
+    DECRYPTED,
     Description,
     DiskPlan,
     Engine,
@@ -151,7 +152,8 @@ def disk_of(name: str, node_name: str, node: Mapping[str, Any]) -> EngineDisk:
     size = int(node["image"]["virtual-size"])
     extra = {"image": node.get("file", "")}
     persist = holds_bitmaps(node)
-    return EngineDisk(name, size, node_name, node_name, node["drv"], persist, bitmaps, extra)
+    form = node["drv"] + (DECRYPTED if node.get("encrypted") else "")
+    return EngineDisk(name, size, node_name, node_name, form, persist, bitmaps, extra)
 
 
 def backup_of(ident: str, plan: DiskPlan, speed: int) -> dict[str, Any]:

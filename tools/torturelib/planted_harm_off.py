@@ -206,4 +206,18 @@ FAULTS = (
         "    if False:\n",
         unit("serve/test_opening", "test_an_image_of_another_format_is_not_served"),
     ),
+    Fault(
+        "plan-ciphertext-and-content-in-one-chain",
+        "incbak/backup/plan.py",
+        "        _check_ciphertext(disk, newest)\n",
+        "        pass\n",
+        unit("backup/test_ciphertext", "test_ciphertext_and_content_never_share_a_chain"),
+    ),
+    Fault(
+        "disks-decrypted-not-told",
+        "incbak/engine/storage_daemon.py",
+        'node["drv"] + (DECRYPTED if node.get("encrypted") else "")',
+        'node["drv"]',
+        unit("backup/test_ciphertext", "test_an_engine_that_has_the_key_says_so"),
+    ),
 )
