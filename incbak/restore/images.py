@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from incbak import durable, newfile
-from incbak.disk.claims import claims
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.formats import named_format, recognise
 from incbak.disk.users import refuse_users
-from incbak.errors import DurabilityError, ImageInUseError, RestoreError
+from incbak.errors import DurabilityError, RestoreError
 from incbak.nbd.uri import NbdUri
 from incbak.private import PrivateDirectory
 from incbak.restore.targets import DeviceTarget, FileTarget, NbdTarget, Target
@@ -127,8 +126,6 @@ class InPlaceTarget(Target):
             return
         if (form := named_format(path)) not in ("", "raw") and form == recognise(path):
             raise RestoreError(f"{path} is a {form} image", hint="Only raw images can be restored in place.")
-        if used := claims(path):
-            raise ImageInUseError(f"{path} is {', '.join(used)}", hint="Unmount and detach it first.")
         self._disk = open_disk(path)
         try:
             refuse_users(path)

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from incbak import durable, newfile
-from incbak.disk.claims import claims
 from incbak.disk.file import FileDisk, open_disk
-from incbak.disk.users import refuse_users
-from incbak.errors import DiskError, DurabilityError, IncbakError, NbdError, RestoreError
+from incbak.disk.holders import holders
+from incbak.disk.users import find_users, refuse_users
+from incbak.errors import DiskError, DurabilityError, ImageInUseError, IncbakError, NbdError, RestoreError
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
 from incbak.restore.flushing import Flushing
@@ -139,14 +139,18 @@ class DeviceTarget(Target):
         try:
             self._guard = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
         except OSError as e:
-            why = ", ".join(claims(path)) or e.strerror
+            why = _busy(path) if e.errno == errno.EBUSY else e.strerror
             hint = "Unmount it, and stop what has it open." if e.errno == errno.EBUSY else ""
             raise DiskError(f"cannot open device {path} for ourselves alone: {why}", hint=hint) from e
         try:
             self.disk: FileDisk = open_disk(path)
-            if self.disk.size < size:
+            try:
+                _refuse_writers(path)
+                if self.disk.size < size:
+                    raise _too_small(self.name, self.disk.size, size)
+            except BaseException:
                 self.disk.close()
-                raise _too_small(self.name, self.disk.size, size)
+                raise
         except BaseException:
             os.close(self._guard)
             raise
@@ -242,6 +246,18 @@ def open_target(text: str, size: int, *, force: bool = False) -> Target:
     if not stat.S_ISREG(mode):
         raise RestoreError(f"{path} is neither a file nor a block device")
     return FileTarget(path, size, force=force)
+
+
+def _busy(path: Path) -> str:
+    """What keeps a device from being opened exclusively."""
+    return ", ".join(holders(path) or [user.what for user in find_users(path).found[:3]])
+
+
+def _refuse_writers(path: Path) -> None:
+    """A process may have a device open without a claim and without locks; whoever only reads it is no matter."""
+    if writers := find_users(path).writers:
+        what = ", ".join(user.what for user in writers[:3])
+        raise ImageInUseError(f"device {path} is in use: {what}", hint="Stop what has it open.")
 
 
 def _too_small(name: str, has: int, needs: int) -> RestoreError:

@@ -78,9 +78,16 @@ _CREATING = (
     Fault(
         "restore-in-place-behind-a-loop-device",
         _IMAGES,
-        "        if used := claims(path):\n",
-        "        if used := claims(path)[:0]:\n",
+        "            refuse_users(path)\n",
+        "            pass\n",
         unit("restore/test_device", "test_a_file_behind_a_loop_device_is_not_restored_in_place"),
+    ),
+    Fault(
+        "restore-onto-a-device-that-others-write",
+        "incbak/restore/targets.py",
+        "                _refuse_writers(path)\n",
+        "                pass\n",
+        unit("restore/test_device", "test_a_device_that_a_process_may_write_to_is_not_touched"),
     ),
     Fault(
         "drive-backup-fills-a-planted-file",

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from incbak.disk.claims import claims
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.holders import holders
 from incbak.disk.memory import MemoryDisk
 from incbak.errors import DamagedError, DiskError, DurabilityError, ImageInUseError, NbdError, RestoreError
 from incbak.nbd import protocol as p
@@ -115,6 +116,11 @@ def test_what_a_device_is_used_for_is_named(made: Made, loop: Callable[[int], Pa
             subprocess.run(command, check=True, timeout=60)
 
 
+def _escaped(path: Path) -> str:
+    """As the kernel's tables have it."""
+    return str(path).replace(" ", r"\040")
+
+
 def _use(device: Path, at: Path, use: str) -> tuple[list[list[str | Path]], str]:
     """How to undo it, and what must be said."""
     part = device
@@ -127,11 +133,14 @@ def _use(device: Path, at: Path, use: str) -> tuple[list[list[str | Path]], str]
     need("mkfs.ext4")
     subprocess.run(["mkfs.ext4", "-q", part], check=True, timeout=60)
     subprocess.run(["mount", "-o", "ro", part, at], check=True, timeout=60)
-    return [["umount", at], *([["partx", "-d", device]] if part != device else [])], f"mounted at {re.escape(str(at))}"
+    return [
+        ["umount", at],
+        *([["partx", "-d", device]] if part != device else []),
+    ], f"mounted on {re.escape(_escaped(at))}"
 
 
 @pytest.mark.root
-def test_swap_and_what_is_built_on_a_device_are_named(
+def test_what_is_built_on_a_device_is_named(
     loop: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As sysfs shows them; not every kernel that tests run on has device-mapper."""
@@ -140,16 +149,34 @@ def test_swap_and_what_is_built_on_a_device_are_named(
     holder = tmp_path / f"{os.major(number)}:{os.minor(number)}" / "holders" / "dm-3"
     (holder / "dm").mkdir(parents=True)
     (holder / "dm" / "name").write_text("vg-root\n")
-    monkeypatch.setattr("incbak.disk.claims._BLOCK", tmp_path)
-    monkeypatch.setattr("incbak.disk.claims._swaps", lambda: [str(device)])
-    assert [each.partition(" (")[0] for each in claims(device)] == ["used as swap", "used by dm-3"]
-    assert claims(device)[1].endswith(" (vg-root)")
+    monkeypatch.setattr("incbak.disk.holders._BLOCK", tmp_path)
+    assert holders(device) == ["used by dm-3 (vg-root)"]
+
+
+@pytest.mark.root
+def test_a_device_that_a_process_may_write_to_is_not_touched(made: Made, loop: Callable[[int], Path]) -> None:
+    """Without a claim and without locks: a QEMU that takes none. One that only reads is no matter."""
+    device = loop(ROUND)
+    for mode, refused in (("r+b", True), ("rb", False)):
+        code = f"import sys; f = open(sys.argv[1], {mode!r}); print(flush=True); sys.stdin.read()"
+        command = [sys.executable, "-c", code, device]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout
+        process.stdout.readline()
+        if refused:
+            with pytest.raises(ImageInUseError, match=rf"process {process.pid} "):
+                _restore(made, device)
+            with device.open("rb") as f:
+                assert set(f.read(65536)) == {JUNK}
+        else:
+            _restore(made, device)
+        process.communicate(timeout=20)
 
 
 @pytest.mark.root
 def test_a_file_behind_a_loop_device_is_not_restored_in_place(loop: Callable[[int], Path], tmp_path: Path) -> None:
     device = loop(SIZE)
-    with pytest.raises(ImageInUseError, match=f"attached as {device}$"):
+    with pytest.raises(ImageInUseError, match=f"loop device {device}$"):
         InPlaceTarget(tmp_path / "backing-0", SIZE)
 
 
