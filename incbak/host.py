@@ -7,6 +7,8 @@ import stat
 import time
 from pathlib import Path
 
+from incbak.errors import UsageError
+
 
 def boot_id() -> bytes:
     """16 bytes that change with every boot of the host.
@@ -53,12 +55,28 @@ def device_writes(path: Path) -> str:
 
 
 def default_state_dir() -> Path:
-    """``INCBAK_STATE_DIR``, ``/var/lib/incbak`` for root, else the XDG state directory."""
+    """``INCBAK_STATE_DIR``, ``/var/lib/incbak`` for root, else the XDG state directory.
+
+    Raises `UsageError` where there is none: a user without a home, as in a container.
+    """
     if configured := os.environ.get("INCBAK_STATE_DIR"):
         return Path(configured)
     if os.geteuid() == 0:
         return Path("/var/lib/incbak")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "incbak"
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "incbak"
+    if (place := home()) is None:
+        hint = "Say where bitmaps are kept with --state-dir DIR or INCBAK_STATE_DIR, or set HOME."
+        raise UsageError("there is no state directory: HOME is not set, and the user has no entry in passwd", hint=hint)
+    return place / ".local" / "state" / "incbak"
+
+
+def home() -> Path | None:
+    """The user's home, if there is one."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def runtime_dir() -> Path:

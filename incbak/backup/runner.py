@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from incbak import __version__, durable
 from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
-from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan
+from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
 from incbak.backup.sources import Sources, check_images
 from incbak.backup.target import SinkServer, SinkTarget
+from incbak.backup.uncancelled import to_the_end
 from incbak.backup.vm import locked, vm_name
 from incbak.engine.base import Description, DiskResult, Engine, RunResult
 from incbak.errors import (
@@ -42,14 +43,13 @@ from incbak.errors import (
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
 from incbak.reasons import Reason
 from incbak.repo.damage import add_note
+from incbak.repo.fitting import fitted
 from incbak.repo.memory import Memory
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository, host_name
 from incbak.repo.writer import Writer
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 durable.declare("runner.planned", "runner.copied", "runner.committed", "runner.done")
 
@@ -191,6 +191,8 @@ class _Attempt:
             for removed in await self._engine.cleanup(known.prefix, keep):
                 self._report(Notice(f"removed what an earlier run left: {removed}"))
             description = await self._engine.describe()
+        for each in missed(description, self._options.disks, self._options.exclude):
+            self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
         self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
@@ -237,16 +239,18 @@ class _Attempt:
             roots, failed = await asyncio.to_thread(_finish, sinks, result, pipeline)
             if not roots:
                 raise _cause(failed, pipeline)
-            record = self._record(description, sinks, roots, result, failed)
+            record, lost = fitted(self._record(description, sinks, roots, result, failed))
+            for what in lost:
+                self._report(Warned(what))
             await self._engine.confirm()
             await asyncio.to_thread(self._sources.confirm)
-            await _to_the_end(asyncio.to_thread(writer.commit, record))
+            await to_the_end(asyncio.to_thread(writer.commit, record))
             committed = True
         finally:
             if not committed:
-                await _to_the_end(self._roll_back(plans))
+                await to_the_end(self._roll_back(plans))
         durable.crash_point("runner.committed")
-        await _to_the_end(self._give_up_replaced(set(roots)))
+        await to_the_end(self._give_up_replaced(set(roots)))
         durable.crash_point("runner.done")
         return Outcome(self._vm, self._planned, record, failed, result.left)
 
@@ -281,7 +285,7 @@ class _Attempt:
             await self._engine.rollback([p.plan for p in self._planned if p.name not in done])
             await self._engine.commit([p.plan for p in self._planned if p.name in done])
         except IncbakError as e:
-            self._report(Warned(f"the backup is made, but older bitmaps could not be removed: {e}"))
+            self._report(Warned(f"the backup is made, but not all bitmaps are up to date: {e}"))
 
     # -- the record -----------------------------------------------------------------------------------------------
 
@@ -375,25 +379,6 @@ def _cause(failed: Mapping[str, str], pipeline: Pipeline) -> IncbakError:
 def _root(failure: BaseException) -> IncbakError:
     """What stopped the pipeline: that is what the user has to mend, not the I/O errors that followed from it."""
     return failure if isinstance(failure, IncbakError) else BackupError(f"cannot store the backup: {failure}")
-
-
-async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Do ``work`` whole even if this task is cancelled meanwhile; the cancellation is forgotten only when it worked."""
-    task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise
-            cancelled = True
-        except Exception:  # noqa: BLE001 - raised again below, from the task itself
-            break
-    if cancelled and (current := asyncio.current_task()):
-        with suppress(AttributeError):
-            current.uncancel()
-    return task.result()
 
 
 def _now() -> str:

@@ -21,6 +21,7 @@ from incbak.bitmap.body import digest_of
 from incbak.bitmap.continuity import bypassed, bypassed_in_a_power_cut, changed
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.fingerprint import Beat, Fingerprint
+from incbak.opening import open_regular
 from incbak.reasons import Reason
 
 
@@ -47,7 +48,7 @@ class Header:
 def read_header(path: Path) -> Header | Reason:
     """The newest slot, or why there is none; never raises for what the file holds."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_regular(path, os.O_RDONLY)  # an engine may have named it
         try:
             raw, length = os.pread(fd, fmt.HEADER, 0), os.fstat(fd).st_size
         finally:

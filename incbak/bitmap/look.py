@@ -26,6 +26,7 @@ from incbak.bitmap.names import ABOUT, BURIED, SUFFIX, component, name_of, names
 from incbak.errors import BitmapError
 from incbak.extents import Extent
 from incbak.fingerprint import Fingerprint, take_path
+from incbak.opening import open_regular
 from incbak.reasons import Reason
 
 
@@ -99,7 +100,7 @@ def _with_regions(bits: kernels.Bits, slot: Slot, coarse: kernels.Bits) -> kerne
 
 def _in_use(directory: Path) -> bool:
     try:
-        fd = os.open(directory / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_regular(directory / "lock", os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:

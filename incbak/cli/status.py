@@ -64,7 +64,8 @@ def status(
     if all_vms:
         if source or name:
             raise UsageError("--all is for all VMs of the configuration, and one was named")
-        results = list(run_all(here, "status", jobs, json=True))
+        order = {vm: at for at, vm in enumerate(here.configuration().vms)}
+        results = sorted(run_all(here, "status", jobs, json=True), key=lambda done: order[done.vm])
         _print(here, [json.loads(line) for done in results for line in done.out.splitlines()], several=True)
         for done in results:
             done.say_errors()

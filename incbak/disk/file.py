@@ -16,6 +16,7 @@ from incbak.disk.locks import lock_image
 from incbak.errors import DiskError
 from incbak.extents import StatusExtent
 from incbak.fingerprint import Beat, Fingerprint, take, writes_of
+from incbak.opening import open_image
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 _PUNCH = _PUNCH_HOLE | _KEEP_SIZE
@@ -38,7 +39,7 @@ MAGICS = {
 def probe_format(path: Path) -> str:
     """``raw``, unless the first bytes are those of another image format. Raises `DiskError` when it cannot be read."""
     try:
-        with path.open("rb") as f:
+        with open(open_image(path, os.O_RDONLY), "rb") as f:
             head = f.read(512)
     except OSError as e:
         raise DiskError(f"cannot read {path}: {e.strerror}") from e
@@ -50,15 +51,11 @@ def open_disk(path: Path, *, read_only: bool = False, lock: bool = True) -> File
 
     Raises `DiskError` when it cannot be opened or is neither file nor block device, `ImageInUseError` when locked.
     """
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(path, flags)
+        fd = open_image(path, os.O_RDONLY if read_only else os.O_RDWR)
     except OSError as e:
         raise DiskError(f"cannot open image {path}: {e.strerror}", hint="Check the path and your permissions.") from e
     try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise DiskError(f"{path} is neither a file nor a block device")
         if lock:
             lock_image(fd, str(path), write=not read_only)
         return FileDisk(fd, path, read_only=read_only)

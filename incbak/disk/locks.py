@@ -12,6 +12,7 @@ import os
 import struct
 
 from incbak.errors import ImageInUseError
+from incbak.opening import open_image
 
 PERMISSION_BASE, UNSHARED_BASE = 100, 200
 CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
@@ -34,7 +35,7 @@ def _held_by_another(fd: int, byte: int) -> bool:
 
 def writer_present(path: str) -> bool:
     """Whether another process has the image open for writing, as far as it takes locks. Raises `OSError`."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = open_image(path, os.O_RDONLY)
     try:
         return _held_by_another(fd, PERMISSION_BASE + WRITE)
     finally:

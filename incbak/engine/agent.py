@@ -1,14 +1,17 @@
 """The guest agent: freezes the guest's file systems around the point in time, so that they need no recovery.
 
 The agent may be slow, hang, be missing, or still busy with what another client asked. So every answer has a deadline, a
-``guest-sync`` skips answers that are not ours, and a backup whose guest could not be frozen is made all the same, and
-says so. What was frozen is thawed in any case: here, or by the guard when this process is gone or stuck.
+``guest-sync`` with a random number skips what is not ours, and a backup whose guest could not be frozen is made all the
+same, and says so. What was frozen is thawed in any case: here, or by the guard when this process is gone or stuck.
+
+The agent is in the guest's hands. So whatever it sends, or does not send, is at most a reason why the guest was not
+frozen: an answer has its form (`_Answer`), a line its length, and what is skipped its number. That the guest froze when
+its agent says so is the guest's word.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import socket
@@ -16,7 +19,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
 
 from incbak.durable import crash_point, declare
 from incbak.engine.deadline import deadline
@@ -30,7 +36,20 @@ declare("agent.frozen")
 SYNC_SECONDS = 5.0
 FREEZE_SECONDS = 10.0
 _THAW_SECONDS = 10.0
-_LINE_LIMIT = 1 << 20
+_LINE_LIMIT = 1 << 16
+_MOST_SKIPPED = 1024
+_LONGEST_REASON = 500
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    desc: str = "no reason given"
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """To any command that is used here; all of them return a number."""
+
+    result: Annotated[int, Meta(ge=0, lt=1 << 31)] | UnsetType = msgspec.field(name="return", default=UNSET)
+    error: _Refusal | UnsetType = UNSET
 
 
 class Agent:
@@ -67,36 +86,63 @@ class Agent:
         number = secrets.randbelow(1 << 31)
         with suppress(OSError):
             self._writer.write(b"\xff")  # ends what an earlier client has not finished
-        await self._ask("guest-sync", {"id": number}, SYNC_SECONDS, expected=number)
+        async with self._asked("guest-sync", SYNC_SECONDS, {"id": number}):
+            for _ in range(_MOST_SKIPPED):
+                with suppress(msgspec.MsgspecError, RecursionError):  # the rest of what another client was answered
+                    if _decoded(await self._line()).result == number:
+                        return
+            raise EngineError("the guest agent answers anything but guest-sync")
 
-    async def _ask(self, command: str, arguments: dict[str, Any], timeout: float, expected: int | None = None) -> Any:
+    async def _ask(self, command: str, timeout: float) -> int:
+        async with self._asked(command, timeout):
+            try:
+                answer = _decoded(await self._line())
+            except (msgspec.MsgspecError, RecursionError) as e:
+                raise EngineError(f"{command}: the guest agent's answer cannot be read: {_text(e)}") from e
+            if isinstance(answer.result, UnsetType):
+                why = answer.error.desc if answer.error else "the guest agent's answer says nothing"
+                raise EngineError(f"{command}: {why[:_LONGEST_REASON]}")
+            return answer.result
+
+    @asynccontextmanager
+    async def _asked(
+        self, command: str, timeout: float, arguments: dict[str, int] | None = None
+    ) -> AsyncIterator[None]:
+        """The command is sent; within, its answer is read."""
         request = {"execute": command} | ({"arguments": arguments} if arguments else {})
         try:
             async with deadline(timeout):
-                self._writer.write(json.dumps(request).encode() + b"\n")
+                self._writer.write(msgspec.json.encode(request) + b"\n")
                 await self._writer.drain()
-                while True:
-                    answer = json.loads((await self._reader.readline()).strip(b"\xff \r\n") or b"null")
-                    if answer is None:
-                        raise EngineError(f"the guest agent went away during {command}")
-                    if expected is None and "error" in answer:
-                        raise EngineError(f"{command}: {answer['error'].get('desc', 'no reason given')}")
-                    if "return" in answer and expected in (None, answer["return"]):
-                        return answer["return"]
+                yield
         except TimeoutError as e:
             raise EngineError(f"the guest agent did not answer {command} within {timeout:g} s") from e
-        except (OSError, ValueError) as e:
+        except EOFError as e:
+            raise EngineError(f"the guest agent went away during {command}") from e
+        except ValueError as e:  # of readline: the line is too long
+            raise EngineError(f"{command}: the guest agent sends what is no answer") from e
+        except OSError as e:
             raise EngineError(f"{command}: {_text(e)}") from e
+
+    async def _line(self) -> bytes:
+        """The next line that is not empty, from its last delimiter on. Raises `EOFError`."""
+        for _ in range(_MOST_SKIPPED):
+            line = await self._reader.readline()
+            if not line:
+                raise EOFError
+            if found := line.rpartition(b"\xff")[2].strip():
+                return found
+        raise ValueError("the guest agent sends empty lines")
 
     async def freeze(self) -> int:
         """Freeze all file systems; how many there are."""
-        return int(await self._ask("guest-fsfreeze-freeze", {}, FREEZE_SECONDS))
+        return await self._ask("guest-fsfreeze-freeze", FREEZE_SECONDS)
 
     async def thaw(self) -> None:
         """Thaw them; an answer to a freeze that came late is skipped."""
         with suppress(EngineError):
             await self._sync()
-        await self._ask("guest-fsfreeze-thaw", {}, _THAW_SECONDS)
+        await self._ask("guest-fsfreeze-thaw", _THAW_SECONDS)
 
     async def close(self) -> None:
         """Disconnect."""
@@ -153,6 +199,10 @@ async def frozen_inside(agent: Agent | None, guard: Guard, frozen: Frozen) -> As
                 frozen.state, frozen.why = False, "the guest had to be thawed before all disks were set up"
         except EngineError as e:
             log.warning("the guard thaws the guest, since this failed: %s", e)
+
+
+def _decoded(line: bytes) -> _Answer:
+    return msgspec.json.decode(line, type=_Answer)
 
 
 def _text(error: BaseException) -> str:

@@ -91,10 +91,14 @@ class EngineDisk:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A disk that is not backed up, and why: for ``incbak doctor`` and for the notes of a run."""
+    """A disk that is not backed up, and why: for ``incbak doctor`` and for the notes of a run.
+
+    ``expected``: nobody would look for it in a backup (a drive without a medium, a CD), so no run warns of it.
+    """
 
     name: str
     why: str
+    expected: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,8 @@ class Target(Protocol):
     def flush(self) -> None:
         """Everything so far has been taken in."""
 
-    def socket(self) -> socket.socket:
-        """A fresh connected socket with an NBD server at the other end; the caller owns it."""
+    def serve(self, sock: socket.socket) -> None:
+        """Take over a connected socket with an NBD client at the other end."""
 
     def address(self) -> tuple[Path, str]:
         """A Unix socket in a private directory, and the export's name there."""

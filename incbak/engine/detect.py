@@ -8,11 +8,14 @@ from pathlib import Path
 
 from incbak.disk.file import probe_format
 from incbak.engine.base import Engine
+from incbak.engine.headway import STALL_SECONDS
 from incbak.engine.image import ImageEngine
-from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, STALL_SECONDS, QemuEngine, QemuOptions
+from incbak.engine.offline import OfflineEngine
+from incbak.engine.private_daemon import DEFAULT_DISK, Image
+from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import GREETING_SECONDS, Address, Session
-from incbak.engine.storage_daemon import DEFAULT_DISK, Image, OfflineEngine, StorageDaemonEngine
+from incbak.engine.storage_daemon import StorageDaemonEngine
 from incbak.errors import EngineError, UsageError
 
 _AS_IS = {"raw", "luks"}  # an encrypted image is backed up as it is, without its key
@@ -56,6 +59,8 @@ async def open_engine(source: Source) -> Engine:
             raise
     _no_agent(source)
     path = Path(source.text)
+    if path.is_socket():
+        raise UsageError(f"{path} is a socket, not an image", hint=f"If it is a VM's monitor, write qmp:{path}")
     if len(source.disks) > 1:
         raise UsageError("an image is one disk", hint="Give one --disk at most.")
     form = probe_format(path)

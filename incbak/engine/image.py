@@ -18,6 +18,7 @@ from incbak.bitmap.format import Flag
 from incbak.bitmap.look import views_in
 from incbak.bitmap.store import BitmapStore, BitmapView, component, views
 from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.users import refuse_writers
 from incbak.engine.base import (
     BitmapInfo,
     Description,
@@ -62,6 +63,7 @@ class ImageEngine(Engine):
             self._store = BitmapStore(state_dir, vm, self._name)
             if not look:
                 self._store.lock()
+                refuse_writers(path)
                 self._store.note_image(path)
         except OSError as e:
             self._disk.close()
@@ -136,10 +138,12 @@ class ImageEngine(Engine):
             stop.wait(max(read / self._speed - (time.monotonic() - begun), 0))
 
     async def confirm(self) -> None:
-        """Raise `ImageChangedError` where the image is not what it was when it was opened."""
+        """Raise `ImageInUseError` where another process can write the image by now, `ImageChangedError` where it is not
+        what it was when it was opened."""
         await asyncio.to_thread(self._confirm)
 
     def _confirm(self) -> None:
+        refuse_writers(self._path)
         if changed(self._found, self._disk.fingerprint()) or not self._disk.is_at(self._path):
             hint = "Find out which program has it open (fuser, lsof), and run again when it has ended."
             raise ImageChangedError(f"another program wrote to {self._path} while it was read", hint=hint)

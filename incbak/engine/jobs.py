@@ -7,16 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from incbak.engine.base import DiskResult, ProgressCallback
-from incbak.engine.session import CommandFailed, Session
+from incbak.engine.headway import LONG_STALL_SECONDS, Headway
+from incbak.engine.session import CommandFailed, EngineSilent, Session
 
 _POLL = 0.5
 JOB_CLUSTER = 65536  # of a QEMU backup job whose target is an NBD node
 _ENDED = {"concluded", "null"}
 
 
-async def wait_for_jobs(session: Session, jobs: Mapping[str, str], copied: ProgressCallback) -> dict[str, DiskResult]:
-    """Wait until all ``jobs`` (job id to disk) have concluded; dismiss them. Call it with ``auto-dismiss`` off."""
+async def wait_for_jobs(
+    session: Session, jobs: Mapping[str, str], copied: ProgressCallback, *, speed: int = 0
+) -> dict[str, DiskResult]:
+    """Wait until all ``jobs`` (job id to disk) have concluded; dismiss them. Call it with ``auto-dismiss`` off.
+
+    Raises `EngineSilent` when none of them gets on: jobs that are at it may make others wait.
+    """
     results: dict[str, DiskResult] = {}
+    headway = Headway(LONG_STALL_SECONDS, speed)
+    headway.begin()
     events = session.listen("JOB_STATUS_CHANGE")
     try:
         while True:
@@ -26,6 +34,9 @@ async def wait_for_jobs(session: Session, jobs: Mapping[str, str], copied: Progr
                     await _look(session, found.get(ident), ident, disk, results, copied)
             if len(results) == len(jobs):
                 return results
+            headway.took(sum(job["current-progress"] for ident, job in found.items() if ident in jobs))
+            if headway.stalled:
+                raise EngineSilent(str(headway))
             try:
                 async with asyncio.timeout(_POLL):
                     await events.get()

@@ -49,7 +49,8 @@ def find_disks(
         if not why and node in taken:
             why = f"it is the same image as {taken[node]}"
         if why:
-            left_out.append(LeftOut(name or top or str(device.get("qdev", "")), why))
+            named = name or top or str(device.get("qdev", ""))
+            left_out.append(LeftOut(named, why, _expected(device, graph.nodes.get(node), node in taken)))
             continue
         taken[node] = name
         disks.append(_disk(device, name, top, graph.nodes[node]))
@@ -68,6 +69,11 @@ def _why_not(device: Raw, node: Raw | None, name: str) -> str:
     if not node["image"]["virtual-size"]:
         return "it is empty"
     return "" if name else "it has no stable name; give its -device or -drive an id"
+
+
+def _expected(device: Raw, node: Raw | None, taken: bool) -> bool:
+    """Whether nobody misses it in a backup: what the guest cannot write, or what is backed up beside it."""
+    return taken or not device.get("qdev") or node is None or bool(node["ro"]) or not node["image"]["virtual-size"]
 
 
 def _disk(device: Raw, name: str, top: str, node: Raw) -> EngineDisk:

@@ -66,12 +66,15 @@ class Graph:
 
     @classmethod
     def of(cls, nodes: Iterable[Raw], graph: Raw) -> Graph:
-        """From ``query-named-block-nodes`` and ``x-debug-query-block-graph``."""
+        """From ``query-named-block-nodes`` and ``x-debug-query-block-graph``. Raises `EngineError`."""
         found = {n["id"]: (n.get("type", ""), n["name"]) for n in graph["nodes"]}
-        links = tuple(
-            Link(*found[e["parent"]], e["name"], found[e["child"]][1], "write" in e.get("perm", ()))
-            for e in graph["edges"]
-        )
+        try:
+            links = tuple(
+                Link(*found[e["parent"]], e["name"], found[e["child"]][1], "write" in e.get("perm", ()))
+                for e in graph["edges"]
+            )
+        except KeyError as e:
+            raise EngineError(f"QEMU's block graph has an edge to {e}, and no such node") from None
         edges = {(link.parent, link.edge): link.child for link in links}
         return cls({n["node-name"]: n for n in nodes}, edges, links)
 

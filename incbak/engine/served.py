@@ -64,7 +64,7 @@ class ServedEngine(Engine):
             actions.append({"type": "blockdev-backup", "data": _backup(plan, ident, self._speed)})
             jobs[ident] = plan.disk.name
         await self._session.execute("transaction", {"actions": actions})
-        results = await wait_for_jobs(self._session, jobs, progress)
+        results = await wait_for_jobs(self._session, jobs, progress, speed=self._speed)
         for ident in jobs:
             await self._session.execute("blockdev-del", {"node-name": f"{ident}-t"})
         return RunResult(results)

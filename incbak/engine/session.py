@@ -17,9 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, Runstate, StateError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPError, Runstate, StateError
 
 from incbak.engine.deadline import deadline
+from incbak.engine.dial import connect_unix, is_agent_socket
+from incbak.engine.qmp_client import BoundedClient, Heard
+from incbak.engine.qmp_types import decoded
 from incbak.errors import EngineError, UsageError
 
 GREETING_SECONDS = 20.0
@@ -77,7 +80,7 @@ class Address:
 class Session:
     """One connection to a monitor. Use from one event loop."""
 
-    def __init__(self, address: Address, client: QMPClient, sock: socket.socket) -> None:
+    def __init__(self, address: Address, client: BoundedClient, sock: socket.socket) -> None:
         self.address = address
         self._client = client
         self._socket = sock
@@ -88,7 +91,7 @@ class Session:
         """Connect and negotiate. Raises `EngineError` when nobody listens, or the monitor is busy or silent."""
         sock = await asyncio.to_thread(_dial, address, timeout)
         held = sock.dup()  # asyncio owns the other; this one lives until close, for peers and guards
-        client = QMPClient("incbak")
+        client = BoundedClient()
         try:
             async with deadline(timeout):
                 await client.connect(sock)
@@ -134,16 +137,20 @@ class Session:
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = COMMAND_SECONDS
     ) -> Any:
-        """Run a command and return its result. Raises `CommandFailed`, `EngineGone` or `EngineSilent`."""
+        """Run a command and return its result, in the form that `incbak.engine.qmp_types` gives it.
+
+        Raises `CommandFailed`, `EngineGone`, `EngineSilent`; or `EngineError` where the answer has another form.
+        """
         try:
             async with deadline(timeout):
-                return await self._client.execute(command, dict(arguments or {}))
+                answer = await self._client.execute(command, dict(arguments or {}))
         except ExecuteError as e:
             raise CommandFailed(command, e.error_class, str(e)) from e
         except TimeoutError as e:
             raise EngineSilent(f"monitor {self.address}: no answer to {command} within {timeout:g} s") from e
         except (QMPError, OSError, EOFError) as e:
             raise EngineGone(f"monitor {self.address}: the engine went away during {command}") from e
+        return decoded(command, answer)
 
     async def try_execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> bool:
         """Run a command whose refusal does not matter (cleaning up); whether it was done."""
@@ -163,7 +170,7 @@ class Session:
 
     def listen(self, *names: str) -> EventListener:
         """Events of these names from now on; `forget` it when done."""
-        listener = EventListener(names)
+        listener = Heard(names)
         self._client.register_listener(listener)
         self._listeners.append(listener)
         return listener
@@ -188,30 +195,34 @@ def _dial(address: Address, timeout: float) -> socket.socket:
     try:
         if not address.is_unix:
             return socket.create_connection((address.host, address.port), timeout)
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(timeout)
-        try:
-            sock.connect(address.path)
-        except BaseException:
-            sock.close()
-            raise
+        sock = connect_unix(address.path, timeout)
     except TimeoutError as e:
         raise EngineSilent(f"monitor {address} is busy", hint="Other clients wait for it already.") from e
     except OSError as e:
         hint = "Is the VM running, and is this its QMP socket?"
         raise EngineError(f"cannot connect to monitor {address}: {e.strerror or e}", hint=hint) from e
-    _check_peer(sock, address)
+    pid = _check_peer(sock, address)
+    if is_agent_socket(address.path, pid):
+        sock.close()
+        raise UsageError(
+            f"{address} is the socket of the guest agent, not a monitor",
+            hint="Give the VM's -qmp socket as the source, and this one with --quiesce --agent-socket.",
+        )
     return sock
 
 
-def _check_peer(sock: socket.socket, address: Address) -> None:
-    """A socket that somebody else has put there would be given our commands; root may talk to everybody's engines."""
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+def _check_peer(sock: socket.socket, address: Address) -> int:
+    """A socket that somebody else has put there would be given our commands; root may talk to everybody's engines.
+
+    Return the process that listens.
+    """
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if os.geteuid() not in (0, uid) and uid != 0:
         sock.close()
         raise EngineError(
             f"monitor {address} belongs to user {uid}, not to you", hint="Run incbak as that user or as root."
         )
+    return int(pid)
 
 
 def _cause(error: BaseException) -> str:

@@ -9,19 +9,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from incbak.errors import NbdError, NbdProtocolError, NbdRequestError
+from incbak.errors import NbdError, NbdProtocolError, NbdRequestError, NbdSilentError
 from incbak.nbd import protocol as p
 from incbak.nbd.dial import dial
 from incbak.nbd.greeting import Greeting, Offer, TlsWish
 from incbak.nbd.protocol import Dialect
 from incbak.nbd.uri import NbdUri, parse_uri
-from incbak.nbd.wire import close_hard
+from incbak.nbd.wire import bound_waits, close_hard, keep_alive
 
 _MAX_REPLY = 1 << 20
 _MAX_STATUS = p.MAX_EXTENTS * p.EXT_EXTENT.size + 8
 _MAX_REPLIES = 64
 """Error chunks that a server may send for one request."""
+REPLY_SECONDS, SLOW_SECONDS = 75.0, 600.0
+_SLOW = {p.FLUSH, p.ZEROES, p.TRIM, p.CACHE}
+_FAREWELL_SECONDS, _SLOWEST = 2.0, 8 << 10  # and bytes per second of an answer that has begun
 _ANY_LENGTH = (1 << 63) - 1
+_SILENT_HINT = "Look whether the server runs, and whether its storage does."
 _STATUS_STEP = 1 << 31
 """Bytes asked about at once where a length has 32 bits."""
 
@@ -35,6 +39,7 @@ class _Request:
     filled: int = 0
     error: int = 0
     errors: int = 0
+    slow: bool = False
     contexts: frozenset[int] = frozenset()
     """Whose status is asked for."""
     extents: dict[int, bytes] = field(default_factory=dict)
@@ -42,10 +47,15 @@ class _Request:
 
 
 class NbdClient:
-    """A connection in transmission. ``window`` requests may be in flight (`submit_write` and the like)."""
+    """A connection in transmission. ``window`` requests may be in flight (`submit_write` and the like).
+
+    A server that neither sends what it owes nor takes what is sent for `REPLY_SECONDS` is given up; an answer for which
+    it has to write to its storage (a flush, zeroes, a discard) has `SLOW_SECONDS`.
+    """
 
     def __init__(self, sock: socket.socket, *, window: int = 16) -> None:
         self.sock, self.window = sock, window
+        self._patience, self._slow = 0.0, 0
         self.size = self.flags = 0
         self.max_payload = p.MAX_PAYLOAD
         self.contexts: dict[str, int] = {}
@@ -94,6 +104,9 @@ class NbdClient:
         self.size, self.flags, self.max_payload = offer.size, offer.flags, offer.max_payload
         self.contexts, self.dialect = offer.contexts, offer.dialect
         self.sock.settimeout(None)
+        bound_waits(self.sock, REPLY_SECONDS, socket.SO_SNDTIMEO)
+        if self.sock.family != socket.AF_UNIX:
+            keep_alive(self.sock)
 
     @property
     def read_only(self) -> bool:
@@ -206,8 +219,9 @@ class NbdClient:
     def close(self) -> None:
         """Say goodbye and close; idempotent."""
         try:
+            bound_waits(self.sock, _FAREWELL_SECONDS, socket.SO_SNDTIMEO)
             self._send(self._head(_Request(p.DISC, 0, 0), 0, None))
-        except NbdError:
+        except (NbdError, OSError):
             pass
         close_hard(self.sock)
 
@@ -232,6 +246,8 @@ class NbdClient:
             self.drain()
         self._cookie += 1
         self._flying[self._cookie] = request
+        request.slow = request.command in _SLOW or bool(flags & p.CMD_FUA)
+        self._slow += request.slow
         self._reads += request.into is not None
         self._send(self._head(request, flags, payload), payload)
 
@@ -251,19 +267,30 @@ class NbdClient:
                     self.sock.sendall(payload)
             else:
                 self.sock.sendall(b"".join((head, payload)))
+        except BlockingIOError as e:
+            raise NbdSilentError(f"the NBD server took nothing for {REPLY_SECONDS:g} s", hint=_SILENT_HINT) from e
         except OSError as e:
             raise NbdError(f"the NBD server went away: {e.strerror or e}") from e
 
     def _recv(self, view: memoryview) -> None:
-        done = 0
+        done, until = 0, 0.0
         while done < len(view):
             try:
                 got = self.sock.recv_into(view[done:], len(view) - done, socket.MSG_WAITALL)
+            except BlockingIOError as e:
+                raise self._silent() from e
             except OSError as e:
                 raise NbdError(f"the NBD server went away: {e.strerror or e}") from e
             if not got:
                 raise NbdError("the NBD server closed the connection")
             done += got
+            if done < len(view):
+                until = until or time.monotonic() + self._patience + len(view) / _SLOWEST
+                if time.monotonic() > until:
+                    raise self._silent()
+
+    def _silent(self) -> NbdSilentError:
+        return NbdSilentError(f"the NBD server did not answer for {self._patience:g} s", hint=_SILENT_HINT)
 
     def _recv_bytes(self, count: int) -> bytes:
         buf = bytearray(count)
@@ -271,6 +298,9 @@ class NbdClient:
         return bytes(buf)
 
     def _take_reply(self) -> None:
+        if self._patience != (patience := SLOW_SECONDS if self._slow else REPLY_SECONDS):
+            self._patience = patience
+            bound_waits(self.sock, patience, socket.SO_RCVTIMEO)
         if self.dialect is Dialect.EXTENDED:
             magic, flags, kind, cookie, offset, length = p.EXT_CHUNK.unpack(self._recv_bytes(p.EXT_CHUNK.size))
             if magic != p.EXT_CHUNK_MAGIC:
@@ -355,6 +385,7 @@ class NbdClient:
 
     def _conclude(self, cookie: int, request: _Request) -> None:
         del self._flying[cookie]
+        self._slow -= request.slow
         self._reads -= request.into is not None
         if request.error:
             self.refused.append((request.offset, request.length))

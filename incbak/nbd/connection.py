@@ -12,8 +12,8 @@ import logging
 import mmap
 import queue
 import socket
-import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from incbak.errors import NbdProtocolError
@@ -22,6 +22,8 @@ from incbak.nbd.export import Device
 from incbak.nbd.handshake import Agreed
 from incbak.nbd.protocol import Dialect
 from incbak.nbd.replies import Replies, Tag
+from incbak.nbd.slots import Slot
+from incbak.nbd.wire import bound_waits
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +32,13 @@ INLINE = 128 << 10
 """Replies to reads up to this size are gathered in the output buffer."""
 SEND_TIMEOUT = 30
 """Seconds that a client may not read its replies before it is dropped."""
+PAYLOAD_TIMEOUT = 300  # seconds that a client may send nothing within a payload; fewer where others want its slot
 WORKERS = 4
 IN_FLIGHT = 64
 IN_FLIGHT_BYTES = 64 << 20
 _NEARLY_FULL = BUFFER - 64
 _STATUS_EXTENTS = 8192
+_LONGEST_STATUS = 4096  # bytes of a payload that asks for the status of some contexts
 
 Task = Callable[[], None]
 
@@ -67,8 +71,12 @@ class _Budget:
 class Connection:
     """One client in transmission; `run` returns when it is gone."""
 
-    def __init__(self, sock: socket.socket, device: Device, agreed: Agreed) -> None:
-        self.sock, self.device = sock, device
+    def __init__(
+        self, sock: socket.socket, device: Device, agreed: Agreed, slot: Slot, relieve: Callable[[], None]
+    ) -> None:
+        """``relieve``: called when a large payload is about to come."""
+        self.sock, self.device, self._slot, self._relieve = sock, device, slot, relieve
+        slot.reader, slot.heard = device.read_only, time.monotonic()
         self.replies = Replies(agreed.dialect)
         self._data_head, self._pack_data_head = self.replies.data_head, self.replies.pack_data_head
         self._extended = agreed.dialect is Dialect.EXTENDED
@@ -84,7 +92,7 @@ class Connection:
         self._workers: list[threading.Thread] = []
         self._dead = False
         sock.settimeout(None)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_TIMEOUT, 0))
+        bound_waits(sock, SEND_TIMEOUT, socket.SO_SNDTIMEO)
 
     def run(self) -> None:
         """Serve until the client disconnects or breaks the protocol (`NbdProtocolError`)."""
@@ -112,7 +120,7 @@ class Connection:
         unpack, head, special = form.unpack_from, form.size, 0xFFFF ^ (p.CMD_PAYLOAD if extended else 0)
         device_write, may_block, size = self.device.write, self.device.may_block, self.size
         out, pack_into, pack_chunk_into = self._out, p.SIMPLE.pack_into, p.EXT_CHUNK.pack_into
-        writable = not self.read_only
+        writable, slot, now = not self.read_only, self._slot, time.monotonic
         while not self._dead:
             if end - start < head:
                 if self._out_len:
@@ -126,6 +134,7 @@ class Connection:
                         raise NbdProtocolError("the client went away within a request")
                     return
                 end += got
+                slot.heard = now()
                 continue
             magic, flags, command, cookie, offset, length = unpack(buf, start)
             start += head
@@ -137,6 +146,9 @@ class Connection:
                 if end - start >= length:
                     payload = view[start : start + length]
                     start += length
+                elif self._unwanted(command, flags, offset, length):
+                    payload = self._skip(view, end - start, length)
+                    start = end = 0
                 else:
                     payload = self._payload(view[start:end], length)
                     start = end = 0
@@ -165,7 +177,7 @@ class Connection:
                         pack_into(out, at, p.SIMPLE_MAGIC, 0, cookie)
                         self._out_len = at + 16
                 else:
-                    self._slow_write(flags, cookie, offset, payload)
+                    self._slow_write(flags, cookie, offset, length, payload)
             elif command == p.DISC:
                 self._flush_out()
                 return
@@ -176,23 +188,55 @@ class Connection:
         """A payload that does not lie whole in the receive buffer, in a buffer of its own that grows to the largest."""
         if self._out_len:
             self._flush_out()
+        if length > BUFFER:
+            self._relieve()
         if len(self._large) < length:
             self._large = mmap.mmap(-1, length)  # takes memory as bytes arrive, not when they are announced
         view = memoryview(self._large)[:length]
         done = len(have)
         view[:done] = have
-        while done < length:
-            got = self.sock.recv_into(view[done:])
-            if not got:
-                raise NbdProtocolError("the client went away within a payload")
-            done += got
+        self._come(view, done, length)
         return view
+
+    def _unwanted(self, command: int, flags: int, offset: int, length: int) -> bool:
+        """Whether a payload that has not come yet cannot matter, whatever it is: it takes no memory then."""
+        if command == p.WRITE:
+            return self._refuse(command, flags, offset, length) != 0
+        return length > _LONGEST_STATUS
+
+    def _skip(self, scratch: memoryview, have: int, length: int) -> memoryview:
+        """Take the rest of a payload off the wire, and forget it."""
+        if self._out_len:
+            self._flush_out()
+        done = have
+        while done < length:
+            piece = min(length - done, len(scratch))
+            self._come(scratch, 0, piece)
+            done += piece
+        return scratch[:0]
+
+    def _come(self, view: memoryview, done: int, length: int) -> None:
+        """Receive ``view[done:length]``; it has to go on."""
+        slot = self._slot
+        slot.half = max(done, 1)
+        bound_waits(self.sock, PAYLOAD_TIMEOUT, socket.SO_RCVTIMEO)
+        try:
+            while done < length:
+                got = self.sock.recv_into(view[done:length])
+                if not got:
+                    raise NbdProtocolError("the client went away within a payload")
+                done += got
+                slot.half, slot.heard = done, time.monotonic()
+        finally:
+            slot.half = 0
+            bound_waits(self.sock, 0, socket.SO_RCVTIMEO)
 
     # -- dispatch -------------------------------------------------------------------------------------------------
 
-    def _slow_write(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
-        """A write that is refused, or has a flag, or may wait; the payload is off the wire already."""
-        tag, length = (cookie, offset), len(payload)
+    def _slow_write(self, flags: int, cookie: int, offset: int, length: int, payload: memoryview) -> None:
+        """A write that is refused, or has a flag, or may wait; the payload is off the wire already, and kept unless the
+        write is refused."""
+        tag = cookie, offset
         if (error := self._refuse(p.WRITE, flags, offset, length)) or not length:
             self._answer(tag, error)
             return

@@ -17,7 +17,8 @@ from incbak.errors import NbdError, UsageError
 from incbak.nbd.connection import Connection
 from incbak.nbd.export import Device, Export
 from incbak.nbd.handshake import Negotiation
-from incbak.nbd.wire import close_hard
+from incbak.nbd.slots import Slot, Slots
+from incbak.nbd.wire import close_hard, keep_alive
 
 __all__ = ["Device", "Export", "NbdServer", "bind_unix"]
 
@@ -29,8 +30,9 @@ Exports = Callable[[], Mapping[str, Export]]
 class NbdServer:
     """Serves whatever ``exports`` returns when a client connects. Every connection has a thread of its own.
 
-    At most ``max_connections`` at once, further ones are closed unheard; ``handshake_timeout`` seconds for the whole
-    negotiation. With ``tls`` clients on TCP must use it, others may.
+    At most ``max_connections`` at once over TCP, and as many local ones; further ones are closed unheard, unless
+    somebody gives way to them: see `incbak.nbd.slots`. ``handshake_timeout`` seconds for the whole negotiation. With
+    ``tls`` clients on TCP must use it, others may.
     """
 
     def __init__(
@@ -41,11 +43,10 @@ class NbdServer:
         handshake_timeout: float = 10.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self.exports, self.max_connections, self.handshake_timeout = exports, max_connections, handshake_timeout
-        self.tls = tls
+        self.exports, self.handshake_timeout, self.tls = exports, handshake_timeout, tls
         self._listeners: list[socket.socket] = []
         self._paths: list[Path] = []
-        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._slots = Slots(max_connections)
         self._using: dict[socket.socket, Export] = {}
         self._lock = threading.Lock()
         self._stopping = False
@@ -86,37 +87,35 @@ class NbdServer:
             self._start(sock)
 
     def _start(self, sock: socket.socket) -> None:
-        with self._lock:
-            full = len(self._connections) >= self.max_connections or self._stopping
-            if not full:
-                thread = threading.Thread(target=self._serve, args=(sock,), name="nbd-connection", daemon=True)
-                self._connections[sock] = thread
-                try:
-                    thread.start()
-                except RuntimeError:
-                    del self._connections[sock]
-                    full = True
-        if full:
+        thread = threading.Thread(target=lambda: self._serve(slot), name="nbd-connection", daemon=True)
+        slot = None if self._stopping else self._slots.enter(sock, thread)
+        if slot is None:
+            close_hard(sock)
+            return
+        try:
+            thread.start()
+        except RuntimeError:
+            self._slots.leave(sock)
             close_hard(sock)
 
     # -- serving --------------------------------------------------------------------------------------------------
 
     def serve_connection(self, sock: socket.socket) -> None:
         """Serve one connected socket in this thread until its client is gone."""
-        with self._lock:
-            self._connections[sock] = threading.current_thread()
-        self._serve(sock)
+        self._serve(self._slots.enter(sock, threading.current_thread(), bounded=False))
 
     def start_connection(self, sock: socket.socket) -> None:
         """Serve one connected socket in a thread of its own."""
         self._start(sock)
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, slot: Slot | None) -> None:
+        assert slot
+        sock = slot.sock
         try:
-            over_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
-            if over_tcp:
+            if slot.tcp:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            must = over_tcp and self.tls is not None
+                keep_alive(sock)
+            must = slot.tcp and self.tls is not None
             negotiation = Negotiation(sock, self.exports(), self.handshake_timeout, tls=self.tls, must=must)
             with closing(negotiation):
                 agreed = negotiation.run()
@@ -126,7 +125,7 @@ class NbdServer:
                     self._using[sock] = agreed.export
                 device = agreed.export.open()
                 try:
-                    Connection(negotiation.sock, device, agreed).run()
+                    Connection(negotiation.sock, device, agreed, slot, self._slots.relieve).run()
                 finally:
                     device.close()
         except (NbdError, OSError) as e:
@@ -138,8 +137,8 @@ class NbdServer:
 
     def _forget(self, sock: socket.socket) -> None:
         close_hard(sock)
+        self._slots.leave(sock)
         with self._lock:
-            self._connections.pop(sock, None)
             self._using.pop(sock, None)
 
     def disconnect(self, export: Export) -> None:
@@ -152,8 +151,7 @@ class NbdServer:
 
     def connections(self) -> int:
         """How many clients there are."""
-        with self._lock:
-            return len(self._connections)
+        return len(self._slots)
 
     def stop(self, timeout: float = 10.0) -> None:
         """Accept no more, end the connections (requests that run are finished), wait at most ``timeout`` seconds."""
@@ -164,15 +162,14 @@ class NbdServer:
             with suppress(OSError):
                 path.unlink()
         deadline = time.monotonic() + timeout
-        with self._lock:
-            open_now = list(self._connections.items())
-        for sock, _thread in open_now:
+        open_now = self._slots.all()
+        for slot in open_now:
             with suppress(OSError):
-                sock.shutdown(socket.SHUT_RD)
-        for sock, thread in open_now:
-            thread.join(max(deadline - time.monotonic(), 0.01))
-            if thread.is_alive():
-                close_hard(sock)
+                slot.sock.shutdown(socket.SHUT_RD)
+        for slot in open_now:
+            slot.thread.join(max(deadline - time.monotonic(), 0.01))
+            if slot.thread.is_alive():
+                close_hard(slot.sock)
 
 
 def bind_unix(path: Path) -> socket.socket:

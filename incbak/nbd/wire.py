@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 
 from incbak.errors import NbdError, NbdProtocolError
@@ -50,6 +51,24 @@ class Wire:
             self.sock.sendall(data)
         except TimeoutError:
             raise NbdProtocolError("the peer does not read") from None
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Find out within two minutes that the other host is gone."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def bound_waits(sock: socket.socket, seconds: float, *options: int) -> None:
+    """Let a call that waits on a blocking socket end after so many seconds in which not a byte went (0: never).
+
+    ``options``: ``SO_RCVTIMEO``, ``SO_SNDTIMEO``. The call raises `BlockingIOError` then. Unlike a timeout of Python's
+    it costs no further system call, and what is slow but goes on is not ended.
+    """
+    whole = int(seconds)
+    for option in options:
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", whole, int((seconds - whole) * 1_000_000)))
 
 
 def close_hard(sock: socket.socket) -> None:

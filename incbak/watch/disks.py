@@ -23,6 +23,7 @@ from incbak.engine.qemu_graph import Graph, read_graph
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint
+from incbak.opening import open_image
 
 LOCK_SECONDS = 15.0
 """How long the watch of the VM's last run may take to save."""
@@ -73,7 +74,7 @@ class Watched:
 
     def sync(self) -> None:
         """What was written to the image is on its storage. Raises `OSError`."""
-        fd = os.open(self.image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_image(self.image, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
@@ -103,12 +104,13 @@ def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
     """The one file or block device that the disk is, or why there is none."""
     if disk.can_persist:
         return "its image stores its bitmaps itself"
-    node = disk.node
+    node, seen = disk.node, {disk.node}
     while graph.nodes[node]["drv"] not in _PROTOCOLS:
         below = [(edge, child) for (parent, edge), child in graph.edges.items() if parent == node]
-        if len(below) != 1 or below[0][0] != "file":
+        if len(below) != 1 or below[0][0] != "file" or below[0][1] in seen or below[0][1] not in graph.nodes:
             return "its image is not one file or block device of this host"
         node = below[0][1]
+        seen.add(node)
     path = str(graph.nodes[node].get("file", ""))
     if not path.startswith("/") or path.startswith("/dev/fdset/"):
         return "QEMU was not given its image by an absolute path"
@@ -116,14 +118,15 @@ def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
 
 
 def _unusable(disk: Watched, pid: int | None) -> str:
+    """Nothing of an image is read before it is known to be QEMU's: QEMU may name any file."""
+    if not (pid and _has_open(pid, disk.image)) and not _locked(disk):
+        return f"nothing shows that QEMU has this {disk.image} open: it takes no locks, and its files are not seen"
     try:
         found = disk.fingerprint()
     except (DiskError, OSError) as e:
         return f"its image cannot be read here: {e}"
     if found.size != disk.size:
         return f"the image has {found.size} bytes, the disk has {disk.size}"
-    if not _locked(disk) and not (pid and _has_open(pid, disk.image)):
-        return f"nothing shows that QEMU has this {disk.image} open: it takes no locks, and its files are not seen"
     return ""
 
 

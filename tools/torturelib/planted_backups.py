@@ -20,24 +20,16 @@ _REPO = (
         "durable-small-file-not-synced",
         _DURABLE,
         '            crash_point("durable.written")\n            os.fsync(fd)\n'
-        '            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        _forget(temporary)\n",
-        '            crash_point("durable.written")\n            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        _forget(temporary)\n",
+        '            crash_point("durable.synced")\n            _name(temporary, path, replace=replace)\n',
+        '            crash_point("durable.written")\n'
+        '            crash_point("durable.synced")\n            _name(temporary, path, replace=replace)\n',
         unit("test_durable", "test_the_order_is_file_sync_name_directory_sync"),
     ),
     Fault(
         "durable-large-file-not-synced",
         _DURABLE,
-        '            crash_point("durable.written")\n            os.fsync(fd)\n'
-        '            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        raise\n",
-        '            crash_point("durable.written")\n            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        raise\n",
+        '            os.fsync(fd)\n            crash_point("durable.synced")\n            if own:\n',
+        '            crash_point("durable.synced")\n            if own:\n',
         unit("repo/test_writer", "test_the_order_of_the_steps"),
     ),
     Fault(
@@ -57,8 +49,8 @@ _REPO = (
     Fault(
         "durable-replaces-unasked",
         _DURABLE,
-        "        os.link(temporary, path)\n        os.unlink(temporary)\n",
-        "        os.rename(temporary, path)\n",
+        "            os.link(temporary, path)\n            os.unlink(temporary)\n",
+        "            os.rename(temporary, path)\n",
         unit("test_durable", "test_an_existing_file_is_not_replaced_unasked"),
     ),
     Fault(
@@ -66,10 +58,10 @@ _REPO = (
         _WRITER,
         "        self.finish()\n        self._still_locked()\n"
         '        durable.crash_point("repo.locks-checked")\n        try:\n'
-        '            self._storage.write("backups", made.id, record.encode(made))\n',
+        '            self._storage.write("backups", made.id, data)\n',
         "        self._still_locked()\n"
         '        durable.crash_point("repo.locks-checked")\n        try:\n'
-        '            self._storage.write("backups", made.id, record.encode(made))\n            self.finish()\n',
+        '            self._storage.write("backups", made.id, data)\n            self.finish()\n',
         unit("repo/test_writer", "test_killed_anywhere_the_repository_is_whole", "test_the_order_of_the_steps"),
     ),
     Fault(
@@ -202,9 +194,9 @@ _BACKUP = (
     Fault(
         "runner-base-given-up-before-commit",
         _RUNNER,
-        "            await _to_the_end(asyncio.to_thread(writer.commit, record))\n",
+        "            await to_the_end(asyncio.to_thread(writer.commit, record))\n",
         "            await self._engine.commit(plans)\n"
-        "            await _to_the_end(asyncio.to_thread(writer.commit, record))\n",
+        "            await to_the_end(asyncio.to_thread(writer.commit, record))\n",
         _runner("test_the_backup_is_listed_before_its_base_is_given_up"),
     ),
     Fault(
@@ -224,7 +216,7 @@ _BACKUP = (
     Fault(
         "runner-new-bitmap-left-behind",
         _RUNNER,
-        "            if not committed:\n                await _to_the_end(self._roll_back(plans))\n",
+        "            if not committed:\n                await to_the_end(self._roll_back(plans))\n",
         "            pass\n",
         _runner("test_an_interrupt_during_the_copy_takes_the_new_bitmap_with_it"),
     ),
@@ -272,7 +264,7 @@ _BACKUP = (
     ),
     Fault(
         "runner-interrupt-cuts-the-commit",
-        _RUNNER,
+        "incbak/backup/uncancelled.py",
         "            await asyncio.shield(task)\n",
         "            await task\n",
         _runner("test_an_interrupt_during_the_commit_comes_too_late"),

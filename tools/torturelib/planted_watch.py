@@ -298,7 +298,7 @@ _TO_FILES = (
     Fault(
         "watch-image-that-qemu-does-not-have",
         _DISKS,
-        "    if not _locked(disk) and not (pid and _has_open(pid, disk.image)):\n",
+        "    if not (pid and _has_open(pid, disk.image)) and not _locked(disk):\n",
         "    if False:\n",
         _live("test_an_image_that_is_not_the_one_that_qemu_has"),
     ),

@@ -15,6 +15,7 @@ from incbak.engine.base import (
     DiskResult,
     Engine,
     EngineDisk,
+    LeftOut,
     ProgressCallback,
     RunResult,
     Target,
@@ -66,13 +67,15 @@ class FakeEngine(Engine):
         self.hold: asyncio.Event | None = None
         """Set it to let a copy that has begun go on."""
         self.copying = asyncio.Event()
+        self.left_out: tuple[LeftOut, ...] = ()
 
     def _step(self, step: str) -> None:
         self.steps.append(step)
         self.on(step)
 
     async def describe(self) -> Description:
-        return Description(self.vm, tuple(d.described(n) for n, d in self.disks.items()), "fake")
+        disks = tuple(d.described(n) for n, d in self.disks.items())
+        return Description(self.vm, disks, "fake", left_out=self.left_out)
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         self._step("cleanup")

@@ -11,7 +11,7 @@ import pytest
 
 from incbak import durable
 from incbak.backup.runner import Options, Outcome, run
-from incbak.engine.base import DiskResult, bitmap_name
+from incbak.engine.base import DiskResult, LeftOut, bitmap_name
 from incbak.errors import (
     BackupError,
     DurabilityError,
@@ -20,6 +20,7 @@ from incbak.errors import (
     ImageChangedError,
     IncbakError,
     LockedError,
+    RunStateError,
     UsageError,
 )
 from incbak.events import Event, Fallback, Notice, Warned
@@ -104,6 +105,15 @@ def test_what_the_record_says(repo: Repository, engine: FakeEngine) -> None:
     assert 0 < b.stored < a.stored
 
 
+def test_a_disk_that_is_left_out_is_told(repo: Repository, engine: FakeEngine) -> None:
+    """At each run, and not only in the record."""
+    engine.left_out = (LeftOut("data", "it is removable"), LeftOut("cd0", "it is read-only", expected=True))
+    events: list[Event] = []
+    record = made(back_up(repo, engine, events, incremental=False))
+    assert [e.text for e in events if isinstance(e, Warned)] == ["disk data is left out: it is removable"]
+    assert "disk cd0 was left out: it is read-only" in record.notes
+
+
 def test_only_bitmaps_of_this_repository_are_replaced(repo: Repository, engine: FakeEngine) -> None:
     """faults row 57; also older ones than the base: a run that was killed after its commit left them. Others' stay."""
     disk = engine.disks["vda"]
@@ -112,7 +122,7 @@ def test_only_bitmaps_of_this_repository_are_replaced(repo: Repository, engine: 
     engine.on = lambda step: _refuse(step, "commit")
     events: list[Event] = []
     back_up(repo, engine, events)
-    assert any(isinstance(e, Warned) and "could not be removed" in e.text for e in events)
+    assert any(isinstance(e, Warned) and "not all bitmaps are up to date" in e.text for e in events)
     assert len(disk.bitmaps) == 4
     engine.on = lambda step: None
     last = made(back_up(repo, engine))
@@ -188,6 +198,21 @@ def test_an_engine_that_fails_makes_no_backup(repo: Repository, engine: FakeEngi
         back_up(repo, engine)
     assert engine.steps == {"run": ["cleanup", "run", "rollback vda"], "cleanup": ["cleanup"]}[where]
     assert repo.backups() == []
+
+
+def test_what_the_engine_says_before_the_commit_counts(
+    repo: Repository, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM that has moved away since the copy was made."""
+
+    async def confirm() -> None:
+        raise RunStateError("it has moved away")
+
+    monkeypatch.setattr(engine, "confirm", confirm)
+    with pytest.raises(RunStateError):
+        back_up(repo, engine)
+    assert repo.backups() == []
+    assert engine.disks["vda"].bitmaps == {}
 
 
 def test_the_engine_looks_again_before_the_commit(

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from incbak.disk.file import open_disk
+from incbak.engine.base import EngineDisk
+from incbak.engine.qemu_graph import Graph
 from incbak.engine.session import Address
 from incbak.errors import DiskError
 from incbak.watch import disks, vm
@@ -120,3 +122,10 @@ def test_when_a_vm_has_ended(status: str, announced: bool, keep: bool, down: boo
     attached = vm._Attached(FakeQemu().session, options, asyncio.Event())
     attached._announced = announced
     assert attached._is_down(status) is down
+
+
+@pytest.mark.parametrize("edges", [{"a": "a"}, {"a": "b", "b": "a"}, {"a": "gone"}])
+def test_a_graph_without_an_end_has_no_image(edges: dict[str, str]) -> None:
+    nodes = {name: {"node-name": name, "drv": "throttle"} for name in "ab"}
+    graph = Graph(nodes, {(parent, "file"): child for parent, child in edges.items()})
+    assert "not one file or block device" in str(disks._image_of(EngineDisk("vda", 1, "a"), graph))
