@@ -94,6 +94,9 @@ def _source_options(command: C) -> C:
         click.option(
             "--prune", "prunes", is_flag=True, help="When it is made, prune the VM by its rules in the configuration."
         ),
+        click.option(
+            "--strict", is_flag=True, help="Refuse a VM whose monitor says another name; otherwise a warning."
+        ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
         *_ENGINE_OPTIONS,
     )
@@ -173,6 +176,7 @@ def _back_up_one(
     attach: tuple[Path, ...],
     metrics: Path | None,
     prunes: bool,
+    strict: bool,
     dry_run: bool,
     **engine: Any,
 ) -> None:
@@ -187,6 +191,7 @@ def _back_up_one(
         exclude=exclude,
         fallback=fallback,
         audit=audit,
+        strict=strict,
         lock_wait=wait,
         dry_run=dry_run,
         tags=tags,
