@@ -26,7 +26,7 @@ from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
 from incbak.backup.plan import Known, Planned, Request, choose, decrypted, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
-from incbak.backup.sources import Sources, check_images
+from incbak.backup.sources import Sources, check_images, contradictions
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.uncancelled import to_the_end
 from incbak.backup.vm import locked, vm_name
@@ -39,6 +39,7 @@ from incbak.errors import (
     DurabilityError,
     FallbackRefusedError,
     IncbakError,
+    UsageError,
 )
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
 from incbak.repo.damage import add_note
@@ -57,6 +58,7 @@ durable.declare("runner.planned", "runner.copied", "runner.committed", "runner.d
 class Options:
     """What a user asked for. ``lock_wait`` in seconds; ``fallback``: whether an incremental may read everything.
 
+    ``strict``: whether a name that the source contradicts is refused.
     ``audit``: in how many runs all clean clusters are to be compared with the base, a slice in each; 0 for none.
     """
 
@@ -70,6 +72,7 @@ class Options:
     tags: Sequence[str] = ()
     level: int = 1
     audit: int = 0
+    strict: bool = False
     attachments: Mapping[str, str] | None = None
     memory: Memory | None = None
     """What this host remembers of the repository, to be compared and brought up to date."""
@@ -138,6 +141,7 @@ class _Attempt:
         self._repo, self._engine, self._options, self._report, self._vm = repo, engine, options, report, vm
         self._planned: list[Planned] = []
         self._sources: Sources
+        self._contradicted: list[str] = []
         self._started = _now()
         self._id = repo.new_backup_id()
 
@@ -178,6 +182,11 @@ class _Attempt:
         )
         keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
         description = await self._engine.describe()
+        self._contradicted = contradictions(self._vm, description, known.records)
+        for what in self._contradicted:
+            if self._options.strict:
+                raise UsageError(what, hint="Give the right name with --name, or run once without --strict.")
+            self._report(Warned(what))
         if self._engine.kind == "image" and not self._options.disks:
             check_images(description, known.records, host_name())
         strays = known.strays(description, keep)
@@ -296,7 +305,7 @@ class _Attempt:
     ) -> Record:
         disks = tuple(_disk_record(p, sinks[p.name], roots[p.name]) for p in self._planned if p.name in roots)
         bases = [p.base for p in self._planned if p.base and p.name in roots]
-        notes = [*self._troubles, *description.notes, *result.notes]
+        notes = [*self._troubles, *self._contradicted, *description.notes, *result.notes]
         notes += [f"disk {x.name} was left out: {x.why}" for x in description.left_out]
         notes += [f"disk {name} failed: {why}" for name, why in failed.items()]
         notes += [f"left in the engine: {what}" for what in result.left]

@@ -20,6 +20,7 @@ from incbak.repo.record import Record
 Facts = list[list[Any]]
 """One entry for each file, from the top: path, size, inode, time of change; and for a run, ctime."""
 _DEEPEST = 200
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 class Sources:
@@ -87,6 +88,21 @@ def check_names(description: Description) -> None:
             what = f"two disks are called {disk.name!r}: nodes {nodes[disk.name]} and {disk.node}"
             raise UsageError(what, hint="Give each -drive and each -device an id that no other one has.")
         nodes[disk.name] = disk.node
+
+
+def contradictions(vm: str, description: Description, records: Sequence[Record]) -> list[str]:
+    """What speaks against the source being the VM ``vm``: the name and UUID that the monitor says.
+
+    Once a backup has been made under the name all the same, it speaks for it.
+    """
+    found, last = [], records[-1].config if records else {}
+    name, ident = description.config.get("name"), description.config.get("uuid")
+    if name and name != vm and name != last.get("name"):
+        found.append(f"the monitor says that the VM is called {name!r}, not {vm!r}")
+    before = last.get("uuid")
+    if ident and before and ident != before and _NO_UUID not in (ident, before):
+        found.append(f"the newest backup of {vm} is of the VM with UUID {before}, the monitor is of {ident}")
+    return found
 
 
 def check_images(description: Description, records: Sequence[Record], host: str) -> None:

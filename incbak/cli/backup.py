@@ -110,6 +110,9 @@ def _source_options(command: C) -> C:
         click.option(
             "--prune", "prunes", is_flag=True, help="When it is made, prune the VM by its rules in the configuration."
         ),
+        click.option(
+            "--strict", is_flag=True, help="Refuse a VM whose monitor says another name; otherwise a warning."
+        ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
         *_ENGINE_OPTIONS,
     )
@@ -189,6 +192,7 @@ def _back_up_one(
     attach: tuple[Path, ...],
     metrics: Path | None,
     prunes: bool,
+    strict: bool,
     dry_run: bool,
     **engine: Any,
 ) -> None:
@@ -203,6 +207,7 @@ def _back_up_one(
         exclude=exclude,
         fallback=fallback,
         audit=audit,
+        strict=strict,
         lock_wait=wait,
         dry_run=dry_run,
         tags=tags,

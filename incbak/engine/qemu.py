@@ -89,6 +89,7 @@ class QemuEngine(Engine):
         number = version["qemu"]
         config = {
             "qemu": f"{number['major']}.{number['minor']}.{number['micro']}",
+            "name": name,
             "package": str(version.get("package", "")),
             "machine": await self._machine(),
             "uuid": (await self._session.execute("query-uuid"))["UUID"],

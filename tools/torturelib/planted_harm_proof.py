@@ -170,6 +170,20 @@ FAULTS = (
         _sources("test_two_images_of_one_name"),
     ),
     Fault(
+        "runner-strict-forgotten",
+        "incbak/backup/runner.py",
+        "            if self._options.strict:\n",
+        "            if False:\n",
+        _sources("test_such_a_name_is_a_note_or_refused"),
+    ),
+    Fault(
+        "sources-name-not-asked-about",
+        "incbak/backup/sources.py",
+        '    if name and name != vm and name != last.get("name"):\n',
+        "    if False:\n",
+        _sources("test_a_name_that_the_source_contradicts"),
+    ),
+    Fault(
         "sources-files-not-compared",
         "incbak/backup/sources.py",
         "            if before != now[name]:\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +12,16 @@ from typing import Any
 import pytest
 
 from incbak.backup.plan import Known, Request, choose, make_plan
-from incbak.backup.sources import Sources, backing_of, check_images
+from incbak.backup.runner import Options, run
+from incbak.backup.sources import Sources, backing_of, check_images, contradictions
 from incbak.engine.base import BitmapInfo, Description, EngineDisk, bitmap_name
 from incbak.errors import ImageChangedError, UsageError
+from incbak.events import Event, Warned
 from incbak.fleet.config import load
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Origin, Record
+from tests.unit.backup.scene import Disk, FakeEngine
+from tests.unit.repo.scene import new
 
 CLUSTER, SIZE = 65536, 1 << 20
 REPOSITORY = "a" * 32
@@ -166,3 +171,49 @@ def test_two_vms_with_one_source(tmp_path: Path, disks: tuple[str, str], fine: b
     else:
         with pytest.raises(UsageError, match="also the source of one"):
             load(path)
+
+
+UUID, OTHER, NONE = (f"{digit}0000000-0000-0000-0000-000000000000" for digit in "120")
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "said"),
+    [
+        ({"name": "web1", "uuid": UUID}, {"name": "web1", "uuid": UUID}, ""),
+        ({"name": "db", "uuid": UUID}, None, "is called 'db', not 'web1'"),
+        ({"name": "db", "uuid": UUID}, {"name": "web1", "uuid": UUID}, "is called 'db', not 'web1'"),
+        ({"name": "db", "uuid": UUID}, {"name": "db", "uuid": UUID}, ""),
+        ({"name": None, "uuid": UUID}, {"name": "web1", "uuid": OTHER}, f"UUID {OTHER}"),
+        ({"uuid": NONE}, {"uuid": OTHER}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_a_name_that_the_source_contradicts(now: dict[str, Any], before: dict[str, Any] | None, said: str) -> None:
+    """A backup that was made under it all the same speaks for it."""
+    records = [] if before is None else [_record(OLD, 1, config=before)]
+    found = contradictions("web1", Description(None, (), config=now), records)
+    assert len(found) == bool(said)
+    assert said in "".join(found)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_such_a_name_is_a_note_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
+    engine, repo = FakeEngine({"vda": Disk(bytearray(CLUSTER))}), new(tmp_path)
+    told = engine.describe
+
+    async def describe() -> Description:
+        return replace(await told(), config={"name": "db"})
+
+    monkeypatch.setattr(engine, "describe", describe)
+    heard: list[Event] = []
+    options = Options(incremental=False, name="web1", strict=strict)
+    if strict:
+        with pytest.raises(UsageError, match="is called 'db'"):
+            asyncio.run(run(repo, engine, options, heard.append))
+        assert engine.steps == []
+    else:
+        record = asyncio.run(run(repo, engine, options, heard.append)).record
+        assert record
+        assert [n for n in record.notes if "is called 'db'" in n]
+        assert [e for e in heard if isinstance(e, Warned)]
+    repo.close()
