@@ -154,6 +154,7 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
+            os.fchmod(fd, mode)  # whatever the umask
             crash_point("durable.created")
             count = write_all(fd, pieces)
             crash_point("durable.written")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,9 @@ from incbak.bitmap.create import create_file, new_slot
 from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.bitmap.identity import Identity, read_identity, write_identity, written_since
-from incbak.errors import BitmapError, LockedError, UsageError
+from incbak.bitmap.names import component as component
+from incbak.bitmap.names import name_of
+from incbak.errors import BitmapError, LockedError
 from incbak.extents import Extent
 from incbak.fingerprint import Fingerprint
 from incbak.opening import open_regular
@@ -33,31 +35,6 @@ HEARTBEAT_SLACK_NS = 1_000_000_000
 """How much later than its last heartbeat a killed owner may have written."""
 POWER_CUT_SLACK_NS = 120_000_000_000
 """The same after a power cut: the kernel writes dirty pages back after some 35 s."""
-
-
-def component(name: str) -> str:
-    """``name`` as one path component: a key, never a path (faults row 71). Raises `UsageError`."""
-    if not 0 < len(name.encode(errors="surrogatepass")) <= fmt.NAME_LIMIT or not _is_unicode(name):
-        raise UsageError(f"not a name: {name[:200]!r}", hint=f"Names have 1 to {fmt.NAME_LIMIT} bytes.")
-    quoted = quote(name, safe="")
-    return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
-
-
-def _is_unicode(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _name_of(component_: str) -> str | None:
-    """The name that `component` makes this path component of; ``None`` when it is none of ours."""
-    name = unquote(component_)
-    try:
-        return name if component(name) == component_ else None
-    except UsageError:
-        return None
 
 
 class BitmapStore:
@@ -214,7 +191,7 @@ def _names(directory: Path) -> Iterator[str]:
     found = set()
     for path in directory.glob(f"*{SUFFIX}*"):
         stem = path.name.removesuffix(".invalid")
-        if stem.endswith(SUFFIX) and path.is_file() and (name := _name_of(stem.removesuffix(SUFFIX))):
+        if stem.endswith(SUFFIX) and path.is_file() and (name := name_of(stem.removesuffix(SUFFIX))):
             found.add(name)
     yield from found
 
@@ -373,7 +350,7 @@ def views(state_dir: Path, vm: str | None = None) -> list[BitmapView]:
     """All bitmaps below the state directory (of one VM), sorted by VM, disk and name."""
     found = []
     for directory in sorted(state_dir.glob("*/*/") if vm is None else state_dir.glob(f"{component(vm)}/*/")):
-        owner, disk = _name_of(directory.parent.name), _name_of(directory.name)
+        owner, disk = name_of(directory.parent.name), name_of(directory.name)
         for name in sorted(_names(directory)) if owner and disk else ():
             found.append(view_file(directory / (component(name) + SUFFIX)))
     return found

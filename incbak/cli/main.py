@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from incbak import __version__
-from incbak.cli.settings import common, debugging, printable
+from incbak.cli.settings import common, debugging, one_line, printable
 from incbak.errors import IncbakError
 
 INTERRUPTED = 130
@@ -83,7 +83,8 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """The console script. Always raises `SystemExit`."""
-    logging.basicConfig(format="incbak: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger().handlers[0].setFormatter(_OneLine("incbak: %(message)s"))
     for name in ("qemu.qmp", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -116,7 +117,14 @@ def main() -> NoReturn:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+class _OneLine(logging.Formatter):
+    """A message is one line, whoever named what is in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+
 def _say_error(message: str, hint: str) -> None:
-    print(printable(f"incbak: error: {message}"), file=sys.stderr)
+    print(printable(f"incbak: error: {' '.join(message.splitlines())}"), file=sys.stderr)
     if hint:
         print(printable(f"incbak: {hint}"), file=sys.stderr)

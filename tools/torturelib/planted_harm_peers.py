@@ -287,4 +287,56 @@ _NBD = (
     ),
 )
 
-FAULTS = (*_QMP, *_PATHS, *_AGENTS, *_NBD)
+_LINES = (
+    Fault(
+        "name-begins-a-line-of-a-table",
+        "incbak/report/backups.py",
+        "    rows = [[one_line(cell) for cell in row] for row in rows]\n",
+        "",
+        unit("report/test_names", "test_in_tables_and_lines"),
+    ),
+    Fault(
+        "name-begins-a-line-of-an-error",
+        "incbak/cli/main.py",
+        "{' '.join(message.splitlines())}",
+        "{message}",
+        unit("report/test_names", "test_in_an_error"),
+    ),
+    Fault(
+        "name-begins-a-line-of-a-log",
+        "incbak/cli/main.py",
+        "        return one_line(super().formatMessage(record))\n",
+        "        return super().formatMessage(record)\n",
+        unit("report/test_names", "test_in_a_log"),
+    ),
+    Fault(
+        "metrics-kept-by-other-lines",
+        "incbak/fleet/metrics.py",
+        '    for line in text.split("\\n"):',
+        "    for line in text.splitlines():",
+        unit("report/test_names", "test_in_a_metrics_file_that_is_written_again"),
+    ),
+    Fault(
+        "name-too-long-for-a-directory",
+        "incbak/bitmap/names.py",
+        "    if len(quoted) > _LONGEST:",
+        "    if False:",
+        unit("bitmap/test_names", "test_a_name_is_a_path_component"),
+    ),
+    Fault(
+        "socket-below-open-directories",
+        "incbak/nbd/server.py",
+        "    durable.make_dir(path.parent)\n",
+        "    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)\n",
+        unit("test_modes", "test_nobody_else_can_look"),
+    ),
+    Fault(
+        "file-has-the-mode-of-the-umask",
+        "incbak/durable.py",
+        "            os.fchmod(fd, mode)  # whatever the umask\n",
+        "",
+        unit("report/test_names", "test_the_metrics_can_be_read_by_everybody"),
+    ),
+)
+
+FAULTS = (*_QMP, *_PATHS, *_AGENTS, *_NBD, *_LINES)

@@ -1,0 +1,42 @@
+"""Names of VMs, disks and bitmaps as names of directories and files."""
+
+from __future__ import annotations
+
+from urllib.parse import quote, unquote
+
+from incbak.bitmap import format as fmt
+from incbak.errors import UsageError
+
+_LONGEST = 200
+"""Bytes of a name as a path component: there is room for what is put before and behind it, within 255."""
+
+
+def component(name: str) -> str:
+    """``name`` as one path component: a key, never a path (faults row 71). Raises `UsageError`."""
+    if not 0 < len(name.encode(errors="surrogatepass")) <= fmt.NAME_LIMIT or not _is_unicode(name):
+        raise UsageError(f"not a name: {name[:200]!r}", hint=f"Names have 1 to {fmt.NAME_LIMIT} bytes.")
+    quoted = quote(name, safe="")
+    if len(quoted) > _LONGEST:  # three bytes for one: of these names only what has to be is quoted
+        quoted = "".join(c if c.isprintable() and c not in "/%" else quote(c, safe="") for c in name)
+    if len(quoted.encode()) > _LONGEST:
+        raise UsageError(
+            f"not a name: {name[:200]!r}", hint="It is too long for a file's name. Use letters and digits."
+        )
+    return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def name_of(component_: str) -> str | None:
+    """The name that `component` makes this path component of; ``None`` when it is none of ours."""
+    name = unquote(component_)
+    try:
+        return name if component(name) == component_ else None
+    except UsageError:
+        return None
