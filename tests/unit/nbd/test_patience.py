@@ -135,13 +135,13 @@ def test_one_that_stops_within_a_payload_gives_way(both: Both, name: str) -> Non
 
 
 def test_within_a_payload_a_client_has_a_deadline(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("incbak.nbd.connection.PAYLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr("incbak.nbd.connection.PAYLOAD_TIMEOUT", 0.5)
     half = both.local().go()
     half.request(p.WRITE, 0, 1000, payload=b"half")
     assert half.hung_up()
     slow = both.local().go()
     assert slow.error(p.WRITE, 0, SIZE, payload=bytes(SIZE)) == 0
-    time.sleep(0.3)  # between requests it has none
+    time.sleep(0.7)  # between requests it has none
     assert slow.alive()
 
 
@@ -261,16 +261,16 @@ def test_a_server_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
         _gone.set()
 
 
-@pytest.mark.usefixtures("brief")
 def test_one_that_is_slow_but_goes_on_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_SLOWEST", 1)
+    monkeypatch.setattr(client_module, "REPLY_SECONDS", 0.5)
 
     def script(raw: Raw) -> None:
         negotiate(raw, contexts=[(1, p.ALLOCATION)])
         _command, cookie, _offset, _length = request(raw)
         answer = p.CHUNK.pack(p.CHUNK_MAGIC, 1, p.CHUNK_DATA, cookie, 8 + 4) + p.U64.pack(0) + b"data"
         for at in range(0, len(answer), 4):
-            time.sleep(0.05)
+            time.sleep(0.1)
             raw.send(answer[at : at + 4])
 
     with hostile(script) as sock:
