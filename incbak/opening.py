@@ -27,6 +27,8 @@ def _open(path: Path | str, flags: int, *, devices: bool) -> int:
     found = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if devices else os.O_NOFOLLOW))
     try:
         mode = os.fstat(found).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode) and not (devices and stat.S_ISBLK(mode)):
             what = "neither a file nor a block device" if devices else "not a regular file"
             raise OSError(errno.EINVAL, f"it is {what}", str(path))
