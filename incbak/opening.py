@@ -14,12 +14,12 @@ from pathlib import Path
 
 
 def open_image(path: Path | str, flags: int) -> int:
-    """A descriptor of a regular file or a block device; symbolic links are followed. Raises `OSError`."""
+    """Return a descriptor of a regular file or a block device; symbolic links are followed. Raises `OSError`."""
     return _open(path, flags, devices=True)
 
 
 def open_regular(path: Path | str, flags: int) -> int:
-    """A descriptor of a regular file whose name is no symbolic link. Raises `OSError`."""
+    """Return a descriptor of a regular file whose name is no symbolic link. Raises `OSError`."""
     return _open(path, flags, devices=False)
 
 
