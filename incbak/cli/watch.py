@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from incbak.cli.settings import common, one_line, settings
+from incbak.cli.settings import common, printable, settings
 from incbak.engine.session import Address
 from incbak.errors import UsageError
 from incbak.serve import systemd
@@ -59,12 +59,12 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
             if here.json:
                 here.tell({"event": event, "text": text, **facts})
             elif event in _WARNINGS:
-                print(one_line(f"incbak: {text}"), file=sys.stderr)
+                print(printable(f"incbak: {text}"), file=sys.stderr)
             else:
                 here.say(text)
             sys.stdout.flush()
         if event in _READY:
-            systemd.notify(f"READY=1\nSTATUS={one_line(text)}")
+            systemd.notify(f"READY=1\nSTATUS={printable(text)}")
 
     wait = parse_duration(backup_wait)
     options = WatchOptions(
