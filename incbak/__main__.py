@@ -1,5 +1,5 @@
 """``python -m incbak``."""
 
-from incbak.cli.main import main
+from incbak.cli.start import main
 
 main()

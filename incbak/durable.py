@@ -8,6 +8,14 @@ The write order of :func:`write_new`, which is the proof that a file is there wh
 4. the name appears: ``link`` (refuses to replace) or ``rename`` (replaces);
 5. ``fsync`` of the directory: only now may the caller tell anybody.
 
+**What file systems lack.** Where there are no hard links (FAT, some shares), 4 is ``renameat2`` with
+``RENAME_NOREPLACE``, and where there is none of that either, a look whether the name is free and a ``rename``: all
+names but those that a user gives are random. A file system that cannot sync a directory says ``EINVAL`` or ``ENOTSUP``:
+nothing can be done about that, so 5 is left out.
+
+**Temporary files of dead processes.** A temporary file is held with ``flock`` from the moment it is made until it has
+its name, so one that can be locked is nobody's any more (`remove_abandoned`).
+
 **Crash points.** Each step calls :func:`crash_point` with a name. ``INCBAK_CRASH_AT=NAME`` or ``NAME:N`` kills the
 process with SIGKILL at the N-th time it comes by; ``INCBAK_FAULT_AT=NAME:N:ERRNO`` makes that step fail instead, and
 ``NAME:N+:ERRNO`` from then on. The name ``*`` stands for every step. Both cost one test of a module variable when they
@@ -18,6 +26,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import signal
 import threading
@@ -25,6 +34,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from incbak import newfile
 from incbak.errors import DurabilityError
 
 POINTS: dict[str, int] = {}
@@ -32,6 +42,12 @@ POINTS: dict[str, int] = {}
 
 ANY = "*"
 """Stands for every crash point in what :func:`arm` is given."""
+
+HELD = ".held.tmp"
+"""How the names of temporary files end that `create_held` made."""
+
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 _lock = threading.Lock()
 _crash: tuple[str, int] | None = None
@@ -110,7 +126,8 @@ def sync_dir(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as e:
-        raise DurabilityError(f"cannot sync directory {path}: {e.strerror}") from e
+        if e.errno not in _NOT_SUPPORTED:
+            raise DurabilityError(f"cannot sync directory {path}: {e.strerror}") from e
     finally:
         os.close(fd)
     crash_point("durable.dir-synced")
@@ -124,13 +141,46 @@ def sync_filesystem(fd: int, what: str) -> None:
 
 
 def make_dir(path: Path, mode: int = 0o700) -> None:
-    """Create ``path`` and its missing parents, each durable in its parent; an existing one is left as it is."""
+    """Create ``path`` and its missing parents, each durable in its parent; an existing one is left as it is.
+
+    Raises `UsageError` below ``/dev``, `OSError`.
+    """
     if path.is_dir():
         return
+    newfile.refuse_below_dev(path)
     make_dir(path.parent, mode)
     with suppress(FileExistsError):
         path.mkdir(mode)
     sync_dir(path.parent)
+
+
+def create_held(temporary: Path, mode: int = 0o600) -> int:
+    """A new temporary file, held by its descriptor: see the module's docstring. Raises `OSError`."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for _ in range(8):
+        fd = os.open(temporary, flags, mode)
+        with suppress(OSError):  # no locks here: nobody can judge it, so it stays until it is old
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.path.lexists(temporary):
+            return fd
+        os.close(fd)  # it was removed before it was held
+    raise OSError(errno.EAGAIN, "temporary files are removed as soon as they are made", str(temporary))
+
+
+def remove_abandoned(temporary: Path) -> bool:
+    """Remove a temporary file, whose name ends with `HELD`, if the process that made it is dead; whether it was."""
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(temporary)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def write_all(fd: int, pieces: Iterable[bytes | memoryview]) -> int:
@@ -148,11 +198,12 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
     """A durable file at ``path`` with the concatenated pieces, or none: see the module's docstring.
 
     Returns the bytes written. Raises `FileExistsError` when ``path`` exists and ``replace`` is false, else
-    `DurabilityError` when anything fails; then ``path`` is as it was.
+    `DurabilityError` when anything fails; then ``path`` is as it was. `UsageError` below ``/dev``.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
+    newfile.refuse_below_dev(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}{HELD}")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        fd = create_held(temporary, mode)
         try:
             os.fchmod(fd, mode)  # whatever the umask
             crash_point("durable.created")
@@ -160,9 +211,9 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
             crash_point("durable.written")
             os.fsync(fd)
             crash_point("durable.synced")
+            _name(temporary, path, replace=replace)
         finally:
             os.close(fd)
-        _name(temporary, path, replace=replace)
     except FileExistsError:
         _forget(temporary)
         raise
@@ -173,21 +224,29 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
     return count
 
 
-def commit(temporary: Path, path: Path, *, replace: bool = False) -> None:
+def commit(temporary: Path, path: Path, *, replace: bool = False, fd: int | None = None) -> None:
     """Give a file that was written under another name its own: sync it, rename, sync the directory.
 
+    ``fd``: the open file, where another user may have put another one in its place; else it is opened by its name.
     Refuses to replace (`FileExistsError`) unless told to. For files too large for :func:`write_new`. Raises
     `DurabilityError`.
     """
+    own = fd is None
     try:
-        fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC) if fd is None else fd
         try:
             crash_point("durable.written")
             os.fsync(fd)
             crash_point("durable.synced")
+            if own:
+                _name(temporary, path, replace=replace)
+            else:
+                _must_name(temporary, fd)
+                _name(temporary, path, replace=replace)
+                _must_name(path, fd)
         finally:
-            os.close(fd)
-        _name(temporary, path, replace=replace)
+            if own:
+                os.close(fd)
     except FileExistsError:
         raise
     except OSError as e:
@@ -195,13 +254,36 @@ def commit(temporary: Path, path: Path, *, replace: bool = False) -> None:
     sync_dir(path.parent)
 
 
+def _must_name(path: Path, fd: int) -> None:
+    if not newfile.names(path, fd):
+        hint = "See who can write to that directory, and choose another."
+        raise DurabilityError(f"{path} was replaced by another process while it was written", hint=hint)
+
+
 def _name(temporary: Path, path: Path, *, replace: bool) -> None:
     if replace:
         os.rename(temporary, path)
     else:
-        os.link(temporary, path)
-        os.unlink(temporary)
+        try:
+            os.link(temporary, path)
+            os.unlink(temporary)
+        except OSError as e:
+            if e.errno not in (*_NOT_SUPPORTED, errno.EPERM, errno.EMLINK):
+                raise
+            _rename_new(temporary, path)
     crash_point("durable.named")
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename where there are no hard links. Raises `FileExistsError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE) == 0:
+        return
+    if (code := ctypes.get_errno()) not in _NOT_SUPPORTED:
+        raise OSError(code, os.strerror(code), str(path))
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    os.rename(temporary, path)
 
 
 def _forget(temporary: Path) -> None:

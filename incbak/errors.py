@@ -7,13 +7,16 @@
     +-- IncompleteError             3   some disks were done, some were not
     +-- FallbackRefusedError        4   a fallback was needed and --no-fallback was given
     +-- NoRepositoryError           10  nothing there, or not a repository
+    |   +-- LostConfigError         14  a repository's files are there, and its config is not
     +-- LockedError                 11  somebody else is at it
     +-- WrongPassphraseError        12
     +-- DamagedError                13  stored data does not verify
     |   +-- FormatTooNewError       13  written by a newer incbak
     +-- DurabilityError                 a write, sync or rename failed
+    +-- StorageError                    a repository's files cannot be read; they may be whole
     +-- DiskError                       an image or device cannot be used
     |   +-- ImageInUseError             another process holds its lock
+    |   +-- ImageChangedError           another program wrote to it during a backup
     +-- BitmapError                     a bitmap cannot be used; ``reason`` says why
     |   +-- AuditError              5   a bitmap calls clean what has changed
     +-- NbdError                        the peer, or the wire
@@ -21,6 +24,7 @@
     |   +-- NbdRequestError             the server refused one request; ``errno`` is its error
     |   +-- NbdSilentError              the peer owes an answer and sends nothing
     +-- EngineError                     an engine refused or failed a QMP command
+    |   +-- RunStateError           6   the VM migrates, or has moved away
     +-- BackupError                     a backup could not be made
     +-- RestoreError                    a restore could not be made
     +-- SyncError                       a backup could not be copied to another repository
@@ -81,6 +85,13 @@ class NoRepositoryError(IncbakError):
     exit_code = 10
 
 
+class LostConfigError(NoRepositoryError):
+    """The path holds a repository's files without its config; nothing was changed."""
+
+    code = "lost-config"
+    exit_code = 14
+
+
 class LockedError(IncbakError):
     """A live process holds the lock; nothing was changed."""
 
@@ -115,6 +126,13 @@ class DurabilityError(IncbakError):
     code = "durability"
 
 
+class StorageError(IncbakError):
+    """Files of a repository cannot be read, for a reason that says nothing of their content."""
+
+    code = "storage"
+    retry = True
+
+
 class DiskError(IncbakError):
     """An image or device cannot be opened, read or written as needed."""
 
@@ -125,6 +143,13 @@ class ImageInUseError(DiskError):
     """Another process holds the image's lock."""
 
     code = "image-in-use"
+    retry = True
+
+
+class ImageChangedError(DiskError):
+    """An image was written by another program while it was read."""
+
+    code = "image-changed"
     retry = True
 
 
@@ -180,6 +205,14 @@ class EngineError(IncbakError):
     """An engine refused or failed a command, or went away."""
 
     code = "engine"
+
+
+class RunStateError(EngineError):
+    """The VM is in a state in which no backup of it can be made: it migrates, or has moved to another host."""
+
+    code = "run-state"
+    exit_code = 6
+    retry = True
 
 
 class BackupError(IncbakError):

@@ -1,8 +1,27 @@
-"""What tells one disk, at one moment, from another: kept in a bitmap's header at a clean shutdown."""
+"""What tells one disk, at one moment, from another, and what a disk's owner notes while it lives.
+
+What another program cannot make equal, or not by accident, is compared: a file's inode, its time of change (``mtime``),
+and the time of its inode's change (``ctime``), which no program can set. Permissions, owners and links move the latter
+too; `Fingerprint.attributes` tells of them. A block device has no times; its kernel's count of writes stands for them,
+within one boot and one set-up. What is unknown is never equal to anything: see `Fingerprint.writes`.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
+import struct
+import time
+from pathlib import Path
 from typing import NamedTuple
+
+from blake3 import blake3
+
+from incbak import host
+
+NO_WRITES = bytes(32)
+_SAMPLES, _SAMPLE = 16, 4096
 
 
 class Fingerprint(NamedTuple):
@@ -10,10 +29,80 @@ class Fingerprint(NamedTuple):
 
     ``mtime_ns`` and ``inode`` are 0 for block devices, whose node says nothing of their content. ``sample``
     is a 16-byte BLAKE3 digest of blocks spread over the disk, the first and the last among them: it tells
-    another disk of the same size, not every change.
+    another disk of the same size, not every change. ``ctime_ns`` is 0 where it is not to be compared.
+    ``writes``: of a block device, 16 bytes for the boot and the set-up, 16 for the count; `NO_WRITES` otherwise.
     """
 
     size: int
     inode: int
     mtime_ns: int
     sample: bytes
+    ctime_ns: int = 0
+    attributes: bytes = bytes(8)
+    writes: bytes = NO_WRITES
+
+
+class Beat(NamedTuple):
+    """A sign of life of a disk's owner: the clock, read first, and the disk's times and count as they were then.
+
+    ``mtime_ns`` is 0 where only the clock is known.
+    """
+
+    clock_ns: int
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+    writes: bytes = NO_WRITES
+
+
+def beat_of(disk: Fingerprint) -> Beat:
+    """A sign of life of now, of a disk that was not written since its fingerprint was taken."""
+    return Beat(time.time_ns(), disk.mtime_ns, disk.ctime_ns, disk.writes)
+
+
+def take(fd: int, size: int) -> Fingerprint:
+    """The fingerprint of an open image, of which all that was written is on its device. Raises `OSError`."""
+    info = os.fstat(fd)
+    digest = blake3()
+    last = max(size - _SAMPLE, 0)
+    for i in range(_SAMPLES):
+        offset = last * i // (_SAMPLES - 1)
+        digest.update(_read(fd, offset, min(_SAMPLE, size - offset)))
+    sample = digest.digest(length=16)
+    if stat.S_ISBLK(info.st_mode):
+        return Fingerprint(size, 0, 0, sample, writes=writes_of(fd))
+    attributes = struct.pack("<4Q", info.st_uid, info.st_gid, info.st_mode, info.st_nlink)
+    known = blake3(attributes).digest(length=8)
+    return Fingerprint(size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known)
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    found = b""
+    while len(found) < length:
+        piece = os.pread(fd, length - len(found), offset + len(found))
+        if not piece:
+            raise OSError(errno.EIO, f"it ends at {offset + len(found)}")
+        found += piece
+    return found
+
+
+def writes_of(fd: int) -> bytes:
+    """What the kernel has counted of a block device; where it does not count, what equals nothing."""
+    counted = host.device_writes(Path(f"/proc/self/fd/{fd}"))
+    if not counted:
+        return os.urandom(32)
+    setup, _, counts = counted.encode().partition(b";")
+    return blake3(setup).digest(length=16) + blake3(counts).digest(length=16)
+
+
+def take_path(path: Path) -> Fingerprint:
+    """The fingerprint of a file or block device, whoever has it open. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISBLK(mode):
+            os.fdatasync(fd)
+        elif not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"{path} is neither a file nor a block device")
+        return take(fd, os.lseek(fd, 0, os.SEEK_END))
+    finally:
+        os.close(fd)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
+
+from incbak.errors import UsageError
 
 
 def boot_id() -> bytes:
@@ -14,6 +17,13 @@ def boot_id() -> bytes:
     """
     path = os.environ.get("INCBAK_BOOT_ID_FILE", "/proc/sys/kernel/random/boot_id")
     return bytes.fromhex(Path(path).read_text(encoding="ascii").strip().replace("-", ""))
+
+
+def boot_began_ns() -> int:
+    """When this boot began, in ns since the epoch, by the clock as it is now."""
+    if acted := os.environ.get("INCBAK_BOOT_ID_FILE"):
+        return Path(acted).stat().st_mtime_ns
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def start_time(pid: int) -> int | None:
@@ -26,7 +36,7 @@ def start_time(pid: int) -> int | None:
 
 
 def device_writes(path: Path) -> str:
-    """What changes with every write to a block device: ``boot:number of its set-up:sectors written:sectors discarded``.
+    """What changes with every write to a block device: ``boot:number of its set-up;sectors written:sectors discarded``.
 
     Empty for what is no block device, and where the kernel does not count.
     """
@@ -41,16 +51,32 @@ def device_writes(path: Path) -> str:
     except OSError:
         return ""
     counts = [fields[i] for i in (6, 13) if i < len(fields)]  # sectors; a flush of nothing is counted as a request
-    return ":".join([boot_id().hex(), setup, *counts])
+    return f"{boot_id().hex()}:{setup};{':'.join(counts)}"
 
 
 def default_state_dir() -> Path:
-    """``INCBAK_STATE_DIR``, ``/var/lib/incbak`` for root, else the XDG state directory."""
+    """``INCBAK_STATE_DIR``, ``/var/lib/incbak`` for root, else the XDG state directory.
+
+    Raises `UsageError` where there is none: a user without a home, as in a container.
+    """
     if configured := os.environ.get("INCBAK_STATE_DIR"):
         return Path(configured)
     if os.geteuid() == 0:
         return Path("/var/lib/incbak")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "incbak"
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "incbak"
+    if (place := home()) is None:
+        hint = "Say where bitmaps are kept with --state-dir DIR or INCBAK_STATE_DIR, or set HOME."
+        raise UsageError("there is no state directory: HOME is not set, and the user has no entry in passwd", hint=hint)
+    return place / ".local" / "state" / "incbak"
+
+
+def home() -> Path | None:
+    """The user's home, if there is one."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def runtime_dir() -> Path:

@@ -19,20 +19,26 @@ from types import TracebackType
 _PREFIX = "incbak-private-"
 NAMES = ("nbd", "nbd.sock", "sink.sock", "qmp", "log")
 """What incbak and its helpers make in them."""
+DIRECTORY = "sink"
+"""A directory that incbak makes in them: see `incbak.engine.qemu_door`."""
+_SOCKET_PATH = 107
+_BELOW = len(f"/{_PREFIX}12345678/") + max(map(len, NAMES))
+"""The length of the longest path in such a directory."""
 _YOUNG = 60.0
 """Seconds for which one that is not locked may be about to be."""
 _swept = False
 
 
 class PrivateDirectory:
-    """A new directory below the system's for temporary files; `close` removes it. Raises `OSError`."""
+    """A new directory where `_place` says; `close` removes it. Raises `OSError`."""
 
     def __init__(self) -> None:
         global _swept
+        place = _place()
         if not _swept:
             _swept = True
-            sweep(Path(tempfile.gettempdir()))
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            sweep(place)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
 
@@ -50,6 +56,24 @@ class PrivateDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _place() -> Path:
+    """Return the system's directory for temporary files, or the first other one that can have a socket below it.
+
+    The path of a socket has 107 bytes at most, and gets into URIs, which are UTF-8.
+    """
+    usual = Path(tempfile.gettempdir())
+    others = [Path(p) for p in (os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp") if p]
+    return next((p for p in (usual, *others) if _has_room(p)), usual)
+
+
+def _has_room(place: Path) -> bool:
+    try:
+        length = len(str(place).encode())
+    except UnicodeEncodeError:
+        return False
+    return length + _BELOW <= _SOCKET_PATH and place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def sweep(directory: Path) -> None:
@@ -71,6 +95,8 @@ def _remove(path: Path) -> None:
         for name in NAMES:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=fd)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(DIRECTORY, dir_fd=fd)
         path.rmdir()
     finally:
         os.close(fd)

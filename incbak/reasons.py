@@ -24,6 +24,7 @@ class Reason(StrEnum):
     DIGEST = "digest"
     COARSE_MAP = "coarse-map"
     DISK_CHANGED = "disk-changed"
+    UNPROVEN = "unproven"
     WRONG_DISK = "wrong-disk"
     UNCLEAN_SHUTDOWN = "unclean-shutdown"
     INVALIDATED = "invalidated"
@@ -56,6 +57,7 @@ _TEXT = {
     Reason.DIGEST: "the bitmap's bits do not match their digest",
     Reason.COARSE_MAP: "the bitmap's coarse map does not verify",
     Reason.DISK_CHANGED: "the disk was changed while nobody tracked it",
+    Reason.UNPROVEN: "nothing shows that no other program changed the disk meanwhile",
     Reason.WRONG_DISK: "the bitmap belongs to another disk",
     Reason.UNCLEAN_SHUTDOWN: "the host went down without a clean shutdown",
     Reason.INVALIDATED: "the bitmap was invalidated by hand",

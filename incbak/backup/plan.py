@@ -14,6 +14,9 @@ from incbak.errors import UsageError
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Record
 
+_TOLD = 16
+"""Disks that a message names."""
+
 
 @dataclass(frozen=True)
 class Known:
@@ -88,7 +91,7 @@ def choose(description: Description, include: Sequence[str], exclude: Sequence[s
     unwanted = {d.name for text in exclude for d in named(text)}
     chosen = {d.name: d for d in wanted if d.name not in unwanted}
     if not chosen:
-        raise UsageError("there is no disk to back up", hint="Look at what the monitor has, and at --disk, --exclude.")
+        raise UsageError(f"there is no disk to back up: {_why_none(description)}", hint="See: incbak doctor SOURCE")
     return tuple(chosen.values())
 
 
@@ -96,6 +99,14 @@ def missed(description: Description, include: Sequence[str], exclude: Sequence[s
     """The disks that are left out though nobody said so, and that a user may believe to be in: each run names them."""
     wanted = (x for x in description.left_out if not include or x.name in include)
     return [x for x in wanted if not x.expected and x.name not in exclude]
+
+
+def _why_none(description: Description) -> str:
+    """The disks that are left out, with the reason of each."""
+    reasons = [f"{disk.name} is excluded" for disk in description.disks]
+    reasons += [f"{each.name}: {each.why}" for each in description.left_out]
+    more = f", and {len(reasons) - _TOLD} more" if len(reasons) > _TOLD else ""
+    return ("; ".join(reasons[:_TOLD]) or "the VM has none") + more
 
 
 def make_plan(disks: Sequence[EngineDisk], known: Known, request: Request) -> list[Planned]:

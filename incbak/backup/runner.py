@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -41,6 +41,7 @@ from incbak.errors import (
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
 from incbak.reasons import Reason
 from incbak.repo.damage import add_note
+from incbak.repo.fitting import fitted
 from incbak.repo.memory import Memory
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository, host_name
@@ -92,7 +93,7 @@ class Outcome:
 async def run(repo: Repository, engine: Engine, options: Options, report: Reporter = silent) -> Outcome:
     """Make one backup. Raises `IncbakError`: then there is none, and the engine is as it was, as far as it answers."""
     vm = await vm_name(engine, options.name)
-    async with locked(repo, vm, options.lock_wait) as still_locked:
+    async with nullcontext() if options.dry_run else locked(repo, vm, options.lock_wait) as still_locked:
         distrusted: set[str] = set()
         troubles = await asyncio.to_thread(options.memory.troubles, repo, vm) if options.memory else []
         for what in troubles:
@@ -108,7 +109,8 @@ async def run(repo: Repository, engine: Engine, options: Options, report: Report
                 if not bases:
                     raise
                 distrusted |= bases
-                add_note(repo.storage, set(), bases)
+                if not options.dry_run:
+                    add_note(repo.storage, set(), bases)
                 report(Warned(f"the base cannot be relied on, so the run begins again without it: {e}"))
 
 
@@ -234,7 +236,10 @@ class _Attempt:
             roots, failed = await asyncio.to_thread(_finish, sinks, result, pipeline)
             if not roots:
                 raise _cause(failed, pipeline)
-            record = self._record(description, sinks, roots, result, failed)
+            record, lost = fitted(self._record(description, sinks, roots, result, failed))
+            for what in lost:
+                self._report(Warned(what))
+            await self._engine.confirm()
             await _to_the_end(asyncio.to_thread(writer.commit, record))
             committed = True
         finally:
@@ -276,7 +281,7 @@ class _Attempt:
             await self._engine.rollback([p.plan for p in self._planned if p.name not in done])
             await self._engine.commit([p.plan for p in self._planned if p.name in done])
         except IncbakError as e:
-            self._report(Warned(f"the backup is made, but older bitmaps could not be removed: {e}"))
+            self._report(Warned(f"the backup is made, but not all bitmaps are up to date: {e}"))
 
     # -- the record -----------------------------------------------------------------------------------------------
 

@@ -35,11 +35,9 @@ class SinkServer:
             self._server.listen_unix(self._directory.path / "sink.sock")
         return self._directory.path / "sink.sock"
 
-    def connected(self) -> socket.socket:
-        """The engine's end of a new connection: nobody else can have it."""
-        ours, theirs = socket.socketpair()
-        self._server.start_connection(ours)
-        return theirs
+    def serve(self, sock: socket.socket) -> None:
+        """Take over a connected socket, the engine being at the other end."""
+        self._server.start_connection(sock)
 
     def close(self) -> None:
         """End all connections."""
@@ -72,6 +70,6 @@ class SinkTarget:
         """Socket and export, for an engine that connects by path."""
         return self._server.path(), self.name
 
-    def socket(self) -> socket.socket:
-        """A connected socket, for an engine that takes descriptors; the caller closes its copy."""
-        return self._server.connected()
+    def serve(self, sock: socket.socket) -> None:
+        """Take over a connection that an engine has made elsewhere."""
+        self._server.serve(sock)

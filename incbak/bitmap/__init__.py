@@ -60,21 +60,34 @@ another disk uuid, or another name                   copied or renamed          
 another disk size                                    resized                                  invalid: resized
 a file size that is not what the header asks for     cut, or grown                            invalid: header
 flag set, but only one slot verifies                 rot: both were durable at the end        invalid: header
-flag set, another fingerprint (time, inode, sample)  written, replaced or rolled back         invalid: disk-changed
-flag set, a block device to which the kernel has     written by somebody else; unknown after  invalid: disk-changed
-counted writes since                                 another boot, or when it was set up anew
+flag set, another fingerprint (time, inode, sample,  written, replaced or rolled back         invalid: disk-changed
+or a ctime that nothing explains)
+flag set, a block device to which the kernel has     written by another program               invalid: disk-changed
+counted writes since
+flag set, a block device in another boot, set up     nobody knows                             invalid: unproven
+anew, or not counted
 flag set, another digest                             rot; an older copy of a part             invalid: digest
 flag set, all of these match                         a clean end                              used: ``CLEAN``
 flag clear, another inode, same boot                 replaced                                 invalid: disk-changed
 flag clear, another inode, other boot                replaced, or a file system that renames  invalid: unclean-shutdown
                                                      them
-flag clear, image changed after the owner's last     written by somebody else; the slack is   invalid: disk-changed
-sign of life                                         1 s, after a power cut 120 s
+flag clear, same boot, a time of the image that the  written or put back by another program   invalid: disk-changed
+owner did not see, and that is not of the second
+after its last sign of life
+flag clear, other boot, a time of this boot, or of   written by another program               invalid: disk-changed
+more than 120 s after the last sign of life
+flag clear, a clock behind the last sign of life     the clock was set back                   invalid: unproven
+flag clear, same boot, a block device whose count    the owner's last writes, or others       invalid: unproven
+is not what the owner saw
+flag clear, other boot, a block device               nobody knows                             invalid:
+                                                                                              unclean-shutdown
 flag clear, a coarse byte that is neither value      rot                                      invalid: coarse-map
 flag clear, same boot                                the owner was killed                     used: ``RECOVERED``
 flag clear, other boot                               the host went down                       used: ``COARSE``, all of
                                                                                               each touched region dirty
 ===================================================  =======================================  ==========================
+
+How the times and counts are compared, and why: `incbak.bitmap.continuity`.
 
 The lock on the directory is held before anything is opened, so no owner is alive then. What is used is made this
 owner's before it is handed out: the coarse map is rewritten and synced (a byte may have been set and never synced),

@@ -13,7 +13,7 @@ from incbak.bitmap import format as fmt
 from incbak.bitmap.body import keep_in_place
 from incbak.bitmap.format import UNTOUCHED, Flag, Slot
 from incbak.errors import BitmapError
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 
 
 def create_file(path: Path, slot: Slot) -> None:
@@ -25,7 +25,7 @@ def create_file(path: Path, slot: Slot) -> None:
         keep_in_place(fd)
         os.posix_fallocate(fd, 0, end)
         os.pwrite(fd, bytes([UNTOUCHED]) * slot.regions, coarse)
-        os.pwrite(fd, fmt.encode_beat(time.time_ns()), fmt.HEARTBEAT)
+        os.pwrite(fd, fmt.encode_beat(Beat(time.time_ns(), writes=slot.fingerprint.writes)), fmt.HEARTBEAT)
         other = replace(slot, sequence=slot.sequence + 1)
         for copy in (slot, other):
             os.pwrite(fd, fmt.encode(copy), copy.sequence % 2 * fmt.SECTOR)

@@ -20,7 +20,7 @@ def disown(state_dir: Path, image: Path) -> list[str]:
     done = []
     for found in views(state_dir):
         identity = read_identity(found.path.parent / "disk.json")
-        if identity and os.path.realpath(identity.image) == real and found.reason is None:
+        if identity and os.path.realpath(identity.image) == real and not found.durably_invalid:
             invalidate(state_dir, found.vm, found.disk, found.name, Reason.DISK_CHANGED)
             done.append(found.name)
     return done

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,10 +18,13 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
 from incbak.bitmap.body import digest_of, open_body
 from incbak.bitmap.format import REGION, REGION_SHIFT, TOUCHED, UNTOUCHED, Flag, Slot
+from incbak.bitmap.judge import Found
 from incbak.errors import BitmapError, DurabilityError
 from incbak.extents import Extent
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint, beat_of
 from incbak.reasons import Reason
+
+__all__ = ["EMPTY", "Bitmap", "Found", "State"]
 
 durable.declare(
     "bitmap.clear-first-slot",
@@ -35,16 +37,6 @@ durable.declare(
 )
 
 EMPTY = Fingerprint(0, 0, 0, bytes(16))
-
-
-class Found(StrEnum):
-    """How a bitmap came to be what it is in this session."""
-
-    CREATED = "created"
-    CLEAN = "clean"
-    RECOVERED = "recovered"
-    COARSE = "coarse"
-    INVALID = "invalid"
 
 
 class State(StrEnum):
@@ -171,17 +163,17 @@ class Bitmap:
         if self.state is State.CLEAN:
             with self._syncing():
                 if self.state is State.CLEAN:
-                    self._clear_flag()
+                    self._clear_flag(self.slot.fingerprint)
 
-    def _clear_flag(self) -> None:
-        """The flag is off on disk when this returns: both slots, one after the other, each synced."""
+    def _clear_flag(self, seen: Fingerprint) -> None:
+        """The flag is off on disk when this returns: both slots, each synced. Nothing was written since ``seen``."""
         boot, pid = host.boot_id(), os.getpid()
         slot = replace(self.slot, boot_id=boot, owner_pid=pid, owner_start=host.start_time(pid) or 0)
         self._write_slots(
             slot.with_flags(self._flags() & ~Flag.CLEAN), "bitmap.clear-first-slot", "bitmap.clear-second-slot"
         )
         self.state = State.DIRTY
-        self.heartbeat()
+        self.heartbeat(seen)
 
     def _flags(self) -> Flag:
         return Flag.ENABLED if self.enabled else Flag(0)
@@ -203,14 +195,14 @@ class Bitmap:
         durable.sync_file(self._fd, f"bitmap {self.path}")
         self._durable[:] = (self._coarse == TOUCHED).astype(np.uint8).tobytes()
 
-    def adopt(self) -> None:
+    def adopt(self, disk: Fingerprint) -> None:
         """This process and this boot own the file from now on: a later look must not see the former owner."""
         with self._syncing():
-            self._clear_flag()
+            self._clear_flag(disk)
 
-    def last_heartbeat(self) -> int | None:
-        """When the owner was last known alive, in ns since the epoch; ``None`` if it never said."""
-        return fmt.decode_beat(self._stored.array[fmt.HEARTBEAT : fmt.HEARTBEAT + 16].tobytes())
+    def last_heartbeat(self) -> Beat | None:
+        """The owner's last sign of life; ``None`` if it never gave one."""
+        return fmt.decode_beat(self._stored.array[fmt.HEARTBEAT : fmt.HEARTBEAT + fmt.BEAT_SIZE].tobytes())
 
     def mark_touched_regions(self) -> None:
         """Mark every cluster of the touched regions: what a power cut leaves of the bits is less than was written."""
@@ -358,9 +350,9 @@ class Bitmap:
                 raise
             os.unlink(self.path)
 
-    def heartbeat(self) -> None:
-        """Note that the owner is alive now. Never synced; where it cannot be stored, less is believed later."""
-        beat = fmt.encode_beat(time.time_ns())
+    def heartbeat(self, seen: Beat | Fingerprint) -> None:
+        """Note that the owner is alive. Never synced; where it cannot be stored, less is believed later."""
+        beat = fmt.encode_beat(seen if isinstance(seen, Beat) else beat_of(seen))
         with suppress(OSError), self._lock:
             self._stored.put(fmt.HEARTBEAT, np.frombuffer(beat, dtype=np.uint8))
 

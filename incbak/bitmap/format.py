@@ -5,8 +5,8 @@
     offset  size
     0       512   slot 0                      one sector each, so that a torn write spoils one of them only;
     512     512   slot 1                      the newest that verifies decides
-    1024    16    heartbeat                   when the owner was alive, in ns, and the complement; never synced
-    1040    3056  reserved, zero
+    1024    80    heartbeat                   the owner's last sign of life, see `Beat`; never synced
+    1104    2992  reserved, zero
     4096          the bits, padded to 4096    cluster i is bit i & 7 of byte i >> 3
     ...           the coarse map, padded to 4096, one byte per 64 MiB region: 0x5A untouched, 0xA5 touched
 """
@@ -20,7 +20,7 @@ from enum import IntFlag
 from blake3 import blake3
 
 from incbak.bitmap.bits import bytes_for
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 from incbak.reasons import Reason
 
 MAGIC = b"INCBAKBM"
@@ -35,9 +35,10 @@ NAME_LIMIT = 128
 SIZE_LIMIT = 1 << 56
 SEQUENCE_LIMIT = 1 << 63
 
-_SLOT = struct.Struct("<8sIIQQIHH16s16sIIQQ32sQQq16s32s128s")
-_BEAT = struct.Struct("<QQ")
+_SLOT = struct.Struct("<8sIIQQIHH16s16sIIQQ32sQQq16s32s128sq8s32s")
+_BEAT = struct.Struct("<QQqq32s")
 _CHECKSUM = 16
+BEAT_SIZE = _BEAT.size + 8
 assert _SLOT.size <= SECTOR - _CHECKSUM
 
 
@@ -117,6 +118,9 @@ def encode(slot: Slot) -> bytes:
         slot.fingerprint.sample,
         slot.digest,
         name,
+        slot.fingerprint.ctime_ns,
+        slot.fingerprint.attributes,
+        slot.fingerprint.writes,
     ).ljust(SECTOR - _CHECKSUM, b"\0")
     return body + blake3(body).digest(length=_CHECKSUM)
 
@@ -142,7 +146,7 @@ def decode(sector: bytes) -> Slot | Reason:
         owner_start=fields[12],
         created_ns=fields[13],
         reason=fields[14].rstrip(b"\0").decode(errors="replace"),
-        fingerprint=Fingerprint(*fields[15:19]),
+        fingerprint=Fingerprint(*fields[15:19], *fields[21:24]),
         digest=fields[19],
     )
     sane = 512 <= slot.granularity <= 1 << 31 and not slot.granularity & (slot.granularity - 1)
@@ -158,12 +162,17 @@ def newest(sectors: bytes) -> tuple[Slot | Reason, bool]:
     return max(good, key=lambda s: s.sequence), len(good) == 2
 
 
-def encode_beat(now_ns: int) -> bytes:
-    """A heartbeat."""
-    return _BEAT.pack(now_ns & (1 << 64) - 1, ~now_ns & (1 << 64) - 1)
+def encode_beat(beat: Beat) -> bytes:
+    """A heartbeat: the clock and its complement, what was seen of the disk, and a checksum of all."""
+    clock = beat.clock_ns & (1 << 64) - 1
+    body = _BEAT.pack(clock, clock ^ (1 << 64) - 1, beat.mtime_ns, beat.ctime_ns, beat.writes)
+    return body + blake3(body).digest(length=8)
 
 
-def decode_beat(raw: bytes) -> int | None:
-    """When the last heartbeat was, in ns since the epoch; ``None`` if there was none or it is torn."""
-    now, complement = _BEAT.unpack(raw)
-    return now if now ^ complement == (1 << 64) - 1 and now else None
+def decode_beat(raw: bytes) -> Beat | None:
+    """The last heartbeat; ``None`` if there was none or its clock is torn. What else is torn is not known."""
+    clock, complement, mtime_ns, ctime_ns, writes = _BEAT.unpack_from(raw)
+    if clock ^ complement != (1 << 64) - 1 or not clock:
+        return None
+    whole = blake3(raw[: _BEAT.size]).digest(length=8) == raw[_BEAT.size : BEAT_SIZE]
+    return Beat(clock, mtime_ns, ctime_ns, writes) if whole else Beat(clock)

@@ -1,4 +1,4 @@
-"""``disk.json``, beside a disk's bitmaps: who the disk is, where its image was, and what was written to its device."""
+"""``disk.json``, beside a disk's bitmaps: who the disk is, and where its image was."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from incbak import durable
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """``image``: where it was last opened. ``writes``: what `incbak.host.device_writes` said at the last clean end."""
+    """``image``: where it was last opened."""
 
     uuid: str
     image: str = ""
-    writes: str = ""
 
 
 def read_identity(path: Path) -> Identity | None:
@@ -31,12 +30,3 @@ def read_identity(path: Path) -> Identity | None:
 def write_identity(path: Path, identity: Identity) -> None:
     """Durably. Raises `DurabilityError`."""
     durable.write_new(path, [msgspec.json.encode(identity)], replace=True)
-
-
-def written_since(before: str, now: str) -> bool:
-    """Whether the kernel has counted writes to a device; no, where it was set up anew: then nobody knows."""
-    return _device(before) == _device(now) and before != now
-
-
-def _device(writes: str) -> list[str]:
-    return writes.split(":")[:2]

@@ -1,12 +1,17 @@
-"""Names of VMs, disks and bitmaps as names of directories and files."""
+"""Names in the state directory: ``<state dir>/<vm>/<disk>/<name>.bitmap``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import quote, unquote
 
 from incbak.bitmap import format as fmt
 from incbak.errors import UsageError
 
+SUFFIX = ".bitmap"
+BURIED = ".invalid"
+ABOUT = "disk.json"
 _LONGEST = 200
 """Bytes of a name as a path component: there is room for what is put before and behind it, within 255."""
 
@@ -40,3 +45,13 @@ def name_of(component_: str) -> str | None:
         return name if component(name) == component_ else None
     except UsageError:
         return None
+
+
+def names_in(directory: Path) -> Iterator[str]:
+    """The names of the bitmaps of a disk, whether they may be believed or not."""
+    found = set()
+    for path in directory.glob(f"*{SUFFIX}*"):
+        stem = path.name.removesuffix(BURIED)
+        if stem.endswith(SUFFIX) and path.is_file() and (name := name_of(stem.removesuffix(SUFFIX))):
+            found.add(name)
+    yield from found

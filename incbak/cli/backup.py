@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,17 +14,19 @@ import click
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
+from incbak.cli.encodable import refuse_unencodable
 from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, settings
+from incbak.cli.signals import ending
 from incbak.cli.surroundings import Surroundings
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
-from incbak.errors import IncbakError, IncompleteError, LockedError, UsageError
+from incbak.errors import BackupError, IncbakError, IncompleteError, LockedError, UsageError
 from incbak.repo.repository import Repository
 from incbak.repo.retention import Policy
 from incbak.report.backups import as_json, disk_line
 from incbak.report.console import Console
-from incbak.units import parse_duration, parse_share, parse_size
+from incbak.units import format_duration, parse_duration, parse_share, parse_size
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
@@ -69,6 +70,13 @@ def _source_options(command: C) -> C:
         click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated."),
         click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated."),
         click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM."),
+        click.option(
+            "--max-duration",
+            metavar="TIME",
+            default="2d",
+            show_default=True,
+            help="End the backup as failed if it takes longer than TIME.",
+        ),
         click.option("--tag", "tags", multiple=True, metavar="TAG", help="Note in the record; may be repeated."),
         click.option(
             "--attach",
@@ -160,6 +168,7 @@ def _back_up_one(
     disks: tuple[str, ...],
     exclude: tuple[str, ...],
     lock_wait: str,
+    max_duration: str,
     tags: tuple[str, ...],
     attach: tuple[Path, ...],
     metrics: Path | None,
@@ -167,8 +176,10 @@ def _back_up_one(
     dry_run: bool,
     **engine: Any,
 ) -> None:
+    refuse_unencodable("a name or tag", [name or "", *disks, *exclude, *tags, *(path.name for path in attach)])
     policy = _policy(here) if prunes else None
     wait = parse_duration(lock_wait)
+    longest = parse_duration(max_duration)
     options = Options(
         incremental=kind == "incremental",
         name=name,
@@ -183,10 +194,10 @@ def _back_up_one(
         memory=here.memory,
     )
     console = here.reporter()
-    wanted = Source(source, here.state_dir, name, disks, **engine_settings(**engine))
+    wanted = Source(source, here.state_dir, name, disks, look=dry_run, **engine_settings(**engine))
     with Surroundings(here.vm, name or source, kind, metrics, dry_run=dry_run) as around:
         try:
-            outcome = interruptible(_run(here.open(), wanted, options, console))
+            outcome = interruptible(_run(here.open(), wanted, options, console, longest))
         finally:
             console.end()
         around.outcome = outcome
@@ -235,13 +246,32 @@ def engine_settings(
     }
 
 
-async def _run(repo: Repository, source: Source, options: Options, console: Console) -> Outcome:
-    engine = await open_waiting(source, options.lock_wait)
+async def _run(repo: Repository, source: Source, options: Options, console: Console, longest: float) -> Outcome:
     try:
-        return await run(repo, engine, options, console)
+        async with limited(longest):
+            engine = await open_waiting(source, options.lock_wait)
+            try:
+                return await run(repo, engine, options, console)
+            finally:
+                await engine.close()
     finally:
-        await engine.close()
         repo.close()
+
+
+@asynccontextmanager
+async def limited(seconds: float) -> AsyncIterator[None]:
+    """Cancel the block after ``seconds``, as a signal would, so that it cleans up. Raises `BackupError` then."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as e:
+        if not limit.expired():
+            raise
+        raise BackupError(
+            f"the backup took longer than {format_duration(seconds)} and was ended",
+            hint="If that is too short: --max-duration TIME, or max-duration in the configuration.",
+        ) from e
 
 
 async def open_waiting(source: Source, wait: float) -> Engine:
@@ -257,12 +287,12 @@ async def open_waiting(source: Source, wait: float) -> Engine:
 
 
 def interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work``; SIGINT and SIGTERM cancel it, so that it can clean up. Raises `KeyboardInterrupt` then."""
+    """Run ``work``; the signals of `ending` cancel it, so that it can clean up. Raises `KeyboardInterrupt` then."""
 
     async def body() -> T:
         task = asyncio.current_task()
         assert task
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ending():
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         return await work

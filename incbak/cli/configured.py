@@ -12,18 +12,20 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
+from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
 from incbak.cli.passphrase import Passphrase
 from incbak.cli.settings import Settings, one_line
+from incbak.cli.signals import ending, interrupt_on_ending
 from incbak.errors import IncbakError, IncompleteError, UsageError
 from incbak.fleet.config import Vm
 
 _LISTS = {"disks": "--disk", "exclude": "--exclude", "tags": "--tag", "attach": "--attach"}
 _TEXTS = {
     "lock_wait": "--lock-wait",
+    "max_duration": "--max-duration",
     "monitor_wait": "--monitor-wait",
     "speed_limit": "--speed-limit",
     "scratch_dir": "--scratch-dir",
@@ -97,7 +99,9 @@ def source_of(here: Settings, source: str | None) -> str:
         raise UsageError(
             "missing argument SOURCE", hint="Name a monitor, an image, or a VM of the configuration; or say --all."
         )
-    return here.vm.source if here.vm else source
+    found = here.vm.source if here.vm else source
+    refuse_unencodable("SOURCE", [found]) if found.startswith("qmp:") else refuse_unencodable_path("SOURCE", [found])
+    return found
 
 
 @dataclass(frozen=True)
@@ -188,16 +192,14 @@ class _Children:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM is as SIGINT."""
-
-    def interrupted(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupted)
+    """SIGTERM is as SIGINT, and so is SIGHUP."""
+    before = {number: signal.getsignal(number) for number in ending()}
+    interrupt_on_ending()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _common(here: Settings, json: bool) -> Iterator[str]:

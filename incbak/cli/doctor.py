@@ -49,7 +49,9 @@ def doctor(source: str | None, name: str | None, scratch_dir: Path | None, monit
     if repository := _repository(here):
         found += look_at_repository(repository, here.memory, here.open)
     if source:
-        wanted = Source(source_of(here, source), here.state_dir, name, scratch_dir=scratch_dir, monitor_wait=wait)
+        wanted = Source(
+            source_of(here, source), here.state_dir, name, scratch_dir=scratch_dir, monitor_wait=wait, look=True
+        )
         found += interruptible(look_at_source(wanted))
     _print(here, found)
     faults = sum(f.level is Level.FAULT for f in found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import signal
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import click
 
 from incbak.cli.configured import Configured, judge, run_all
 from incbak.cli.settings import Settings, common, one_line, settings
+from incbak.cli.signals import interrupt_on_ending
 from incbak.drill.boot import BUSES, Boot
 from incbak.drill.drill import Options, drill, place_of
 from incbak.errors import DamagedError, DrillError, IncbakError, UsageError
@@ -94,7 +94,7 @@ def drill_command(source: str | None, all_vms: bool, jobs: int, name: str | None
         return
     if source and name and not here.vm:
         raise UsageError("the VM is named twice", hint="Leave out --name.")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_ending()
     _drill(here, name or source, **options)
 
 

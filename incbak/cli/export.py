@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from pathlib import Path
 
 import click
 
+from incbak.cli.encodable import refuse_unencodable_path
 from incbak.cli.serve import parse_tcp
 from incbak.cli.settings import common, settings
+from incbak.cli.signals import on_ending
 from incbak.cli.tls import serves_tls, tcp_uri, tls_of
 from incbak.errors import UsageError
 from incbak.export.image import BackupImage
@@ -61,13 +62,13 @@ def export(
       incbak -r /backup export latest --writable --socket /tmp/old.sock    (and boot a VM from it)
     """
     here = settings()
+    refuse_unencodable_path("--socket", [socket] if socket else [])
     tls = tls_of(tls_certs, tls_verify_peer)
     repo = here.open()
     exports = _exports(repo, backup, name, disks, scratch_dir if writable else None)
     server = NbdServer(lambda: exports, tls=tls)
     wanted = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: wanted.set())
+    on_ending(wanted.set)
     with PrivateDirectory() as private:
         try:
             if tcp:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import shutil
 import sys
 from pathlib import Path
 
 import click
 
+from incbak import durable
+from incbak.cli.encodable import refuse_unencodable_path
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.errors import UsageError
 from incbak.fleet import schedule as schedules
@@ -75,6 +78,7 @@ def schedule() -> None:
 def show(kind: str, to: Path | None) -> None:
     """Print lines for /etc/cron.d, or units for /etc/systemd/system: backups of all VMs each night, drills, prunes and
     syncs where the configuration has their tables, and for each VM whose table says so, incbak serve or incbak watch.
+    What is left out is said on stderr.
 
     \b
     Example:
@@ -82,20 +86,31 @@ def show(kind: str, to: Path | None) -> None:
     """
     here = settings()
     found, path = _read(here)
+    refuse_unencodable_path("the path of the configuration", [path])
+    for each in schedules.left_out(kind, found):
+        click.echo(printable(f"incbak: {each}"), err=True)
     program = shutil.which("incbak") or sys.argv[0]
     if kind == "cron":
         if to:
             raise UsageError(
                 "--to is for systemd's units", hint="Write: incbak schedule show cron > /etc/cron.d/incbak"
             )
-        click.echo(schedules.cron(program, path.absolute(), found, getpass.getuser()), nl=False)
+        click.echo(schedules.cron(program, path.absolute(), found, _user()), nl=False)
         return
     for name, text in schedules.systemd(program, path.absolute(), found).items():
         if to:
-            (to / name).write_text(text, encoding="utf-8")
+            durable.write_new(to / name, [text.encode()], replace=True, mode=0o644)
             here.say(f"wrote {to / name}")
         else:
             click.echo(printable(f"# {name}\n{text}"))
+
+
+def _user() -> str:
+    """The name, or the number where there is no name."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _read(here: Settings) -> tuple[Config, Path]:

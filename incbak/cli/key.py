@@ -59,7 +59,7 @@ def add(label: str) -> None:
     """
     here = settings()
     storage, config = _encrypted(here)
-    master = Repository.master(storage, config, here.passphrase)
+    master = Repository.unlock(storage, config, here.passphrase).master
     made = keys.add_key(storage, config.id, master, here.passphrase.new(), label=label[:200])
     _told(here, made, "added")
 
@@ -77,7 +77,7 @@ def remove(ident: str) -> None:
     """
     here = settings()
     storage, config = _encrypted(here)
-    Repository.master(storage, config, here.passphrase)
+    Repository.unlock(storage, config, here.passphrase)
     _told(here, keys.remove_key(storage, ident), "removed")
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 import traceback
+import warnings
 from types import MappingProxyType
 from typing import NoReturn
 
 import click
 
 from incbak import __version__
+from incbak.cli import interrupts, streams
 from incbak.cli.settings import common, debugging, one_line, printable
 from incbak.errors import IncbakError
-
-INTERRUPTED = 130
 
 _COMMANDS = MappingProxyType(
     {
@@ -51,6 +50,17 @@ _COMMANDS = MappingProxyType(
 )
 """Where each command is: its module is imported when it is needed, so that a start is quick."""
 
+_ACTS = frozenset(
+    {
+        *("init", "full", "incremental", "inc", "restore", "check", "drill", "prune", "remove", "sync"),
+        *("pin", "unpin", "key", "report", "export", "serve", "watch"),
+    }
+)
+"""Commands whose work is another than their output."""
+
+
+Resolved = tuple[str | None, click.Command | None, list[str]]
+
 
 class Lazy(click.Group):
     """A group that imports a command when it is asked for."""
@@ -64,6 +74,13 @@ class Lazy(click.Group):
         module, _, attribute = _COMMANDS[cmd_name].partition(":")
         found: click.Command = getattr(importlib.import_module(f"incbak.cli.{module}"), attribute)
         return found
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Resolved:
+        resolved = super().resolve_command(ctx, args)
+        if resolved[0] in _ACTS:
+            streams.output_is_beside_the_point()
+        interrupts.begin()
+        return resolved
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
@@ -82,11 +99,26 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """The console script. Always raises `SystemExit`."""
+    """Run the command line. Always raises `SystemExit`."""
+    streams.adopt()
+    logging.raiseExceptions = False  # an error that cannot be logged is not worth a traceback
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     logging.getLogger().handlers[0].setFormatter(_OneLine("incbak: %(message)s"))
     for name in ("qemu.qmp", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not debugging():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited")  # interrupted before it began
+    try:
+        status = _status()
+        interrupts.over()
+    except KeyboardInterrupt:  # once more, while the first was being told
+        status = interrupts.INTERRUPTED
+    sys.exit(status)
+
+
+def _status() -> int:
+    """Run the command; the exit code. An error becomes a message."""
+    status: object = 0
     try:
         status = cli.main(prog_name="incbak", standalone_mode=False)
         sys.stdout.flush()
@@ -99,9 +131,8 @@ def main() -> NoReturn:
         status = e.exit_code
     except (KeyboardInterrupt, click.Abort):
         _say_error("interrupted", "")
-        status = INTERRUPTED
+        status = interrupts.INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except MemoryError:
         _say_error("out of memory", "")
@@ -109,12 +140,16 @@ def main() -> NoReturn:
     except OSError as e:
         _say_error(f"{e.filename or 'the system'}: {e.strerror or e}", "")
         status = 1
+    except SystemExit as e:
+        status = e.code
     except Exception as e:  # noqa: BLE001 - whatever it is: a message and an exit code, never a traceback
         if debugging():
             traceback.print_exc()
         _say_error(f"internal error: {type(e).__name__}: {e}", "Please report it, with what INCBAK_DEBUG=1 prints.")
         status = 1
-    sys.exit(status if isinstance(status, int) else 0)
+    if (error := streams.lost()) and not isinstance(error, BrokenPipeError):
+        _say_error(f"cannot write to standard output: {error.strerror}", "The exit code says what was done.")
+    return status if isinstance(status, int) else 0
 
 
 class _OneLine(logging.Formatter):

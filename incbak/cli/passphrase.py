@@ -19,6 +19,7 @@ from incbak.errors import UsageError, WrongPassphraseError
 FD = "INCBAK_PASSWORD_FD"
 _NEW = "INCBAK_NEW_PASSWORD_"
 _LIMIT = 4096
+_KINDS = ("FILE", "COMMAND", "FD")
 _REPOSITORY = "the repository"
 _PREFIX = "INCBAK_PASSWORD_"
 TARGET_PREFIX = "INCBAK_TARGET_PASSWORD_"
@@ -46,6 +47,13 @@ class Passphrase:
         if self._known is None:
             self._known = self._find()
         return self._known
+
+    @property
+    def source(self) -> str:
+        """What says where the passphrase is, for people; empty where nothing does. Nothing is read or run."""
+        if kind := next((kind for kind in _KINDS if self.environment.get(self.prefix + kind)), None):
+            return self.prefix + kind
+        return "password_file" if self.file else "password_command" if self.command else ""
 
     def new(self) -> bytes:
         """One that is to be set: from ``INCBAK_NEW_PASSWORD_FILE`` and so on, or typed twice. Raises as a call."""
@@ -87,7 +95,7 @@ class Passphrase:
 
 
 def _from_environment(environment: Mapping[str, str], prefix: str) -> bytes | None:
-    given = [kind for kind in ("FILE", "COMMAND", "FD") if environment.get(prefix + kind)]
+    given = [kind for kind in _KINDS if environment.get(prefix + kind)]
     if len(given) > 1:
         both = " and ".join(prefix + kind for kind in given)
         raise UsageError(f"{both} are set", hint="Leave one, so that it is clear which counts.")

@@ -39,11 +39,14 @@ def init(path: Path | None, cluster_size: str, encrypt: bool) -> None:
     """
     here = settings()
     where = path or here.repository_path()
+    if not encrypt and (source := here.passphrase.source):
+        said = f"incbak: it will not be encrypted, though {source} is set; with it, other commands will refuse it"
+        click.echo(said, err=True)
     repo = Repository.init(where, parse_size(cluster_size), here.passphrase.first() if encrypt else None)
     with suppress(DurabilityError):
         here.memory.forget_place(where)
         if encrypt:
-            here.memory.note_place(where, repo.config)
+            here.memory.note_place(where, repo.config, repo.key)
     if here.json:
         here.tell({"repository": str(where), "id": repo.id, "cluster_size": repo.cluster_size, "encrypted": encrypt})
     how = ", encrypted" if encrypt else ""

@@ -9,6 +9,7 @@ import click
 
 from incbak import host
 from incbak.bitmap.store import component
+from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
 from incbak.cli.settings import common, settings
 from incbak.cli.tls import serves_tls, tls_of
 from incbak.errors import UsageError
@@ -62,6 +63,8 @@ def serve(
     Example:
       incbak serve --name web1 vda=/srv/web1.raw vdb=/dev/vg/web1-data
     """
+    refuse_unencodable("a name or address", [name, tcp or "", *(text.partition("=")[0] for text in disks)])
+    refuse_unencodable_path("a path", [*(text.partition("=")[2] for text in disks), *filter(None, [nbd, monitor])])
     runtime = host.runtime_dir() / component(name)
     options = ServeOptions(
         name=name,

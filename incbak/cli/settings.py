@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.core import ParameterSource
 
 from incbak import host
 from incbak.cli.passphrase import Passphrase
-from incbak.errors import UsageError
+from incbak.errors import DurabilityError, UsageError, WrongPassphraseError
 from incbak.fleet.config import Config, Vm, default_path, load
 from incbak.repo.memory import Memory
 from incbak.repo.repository import Repository
@@ -66,8 +67,11 @@ class Settings:
 
     @property
     def memory(self) -> Memory:
-        """What this host remembers of repositories."""
-        return Memory(self.state_dir)
+        """What this host remembers of repositories; nothing where there is no state directory."""
+        try:
+            return Memory(self.state_dir)
+        except UsageError:
+            return Memory(None)
 
     @cached_property
     def passphrase(self) -> Passphrase:
@@ -76,19 +80,26 @@ class Settings:
         return Passphrase(said.password_file, said.password_command)
 
     def open(self) -> Repository:
-        """The repository. Raises as `Repository.open`, and `DamagedError` when it was encrypted and is not now."""
-        return self._open(self.repository_path(), self._ask)
+        """The repository. Raises as `Repository.open`, `DamagedError` when it was encrypted and is not now, and
+        `WrongPassphraseError` when it is not encrypted and a passphrase is configured for it."""
+        return self._open(self.repository_path(), self.passphrase)
 
     def open_other(self, path: Path, passphrase: Passphrase) -> Repository:
         """Another repository than that of the options. Raises as `open`."""
         return self._open(path, passphrase)
 
-    def _open(self, path: Path, passphrase: Callable[[], bytes]) -> Repository:
-        self.memory.refuse_downgrade(path, Repository.look(path)[1])
-        return Repository.open(path, passphrase)
-
-    def _ask(self) -> bytes:
-        return self.passphrase()
+    def _open(self, path: Path, passphrase: Passphrase) -> Repository:
+        config = Repository.look(path)[1]
+        self.memory.refuse_downgrade(path, config)
+        if not config.cipher and (source := passphrase.source):
+            what = f"the repository {path} is not encrypted, and a passphrase is configured for it ({source})"
+            hint = f"Somebody may have replaced it. If it is meant to be plain, do not set {source}."
+            raise WrongPassphraseError(what, hint=hint)
+        repo = Repository.open(path, passphrase, self.memory.key(config))
+        if config.cipher:
+            with suppress(DurabilityError, OSError):
+                self.memory.note_place(path, config, repo.key)
+        return repo
 
     def reporter(self) -> Console:
         """For the library's events."""

@@ -64,14 +64,15 @@ def status(
     if all_vms:
         if source or name:
             raise UsageError("--all is for all VMs of the configuration, and one was named")
-        results = list(run_all(here, "status", jobs, json=True))
+        order = {vm: at for at, vm in enumerate(here.configuration().vms)}
+        results = sorted(run_all(here, "status", jobs, json=True), key=lambda done: order[done.vm])
         _print(here, [json.loads(line) for done in results for line in done.out.splitlines()], several=True)
         for done in results:
             done.say_errors()
         judge(results, "is well")
         return
     wait = max(parse_duration(monitor_wait), 0.5)
-    wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait)
+    wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
     rows = _rows(here, wanted, tolerant=limit is not None)
     _print(here, rows, several=False)
     if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):

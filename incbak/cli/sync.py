@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from incbak.cli.passphrase import TARGET_PREFIX, Passphrase
 from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.signals import interrupt_on_ending
 from incbak.errors import DamagedError, IncompleteError, UsageError
 from incbak.repo.record import Record
 from incbak.sync.copy import Options, Outcome, plan, sync
@@ -29,8 +29,9 @@ def sync_command(target: Path | None, names: tuple[str, ...], last: int | None, 
 
     Only what TARGET lacks is read, and all of it is verified. The copies keep their ids; what was pruned from TARGET
     does not come back, so it can keep more, or less, than the repository itself. A backup of which something is damaged
-    is passed over; if others were copied, this exits with 3. Either may be encrypted: TARGET's passphrase comes from
-    INCBAK_TARGET_PASSWORD_FILE, INCBAK_TARGET_PASSWORD_COMMAND or INCBAK_TARGET_PASSWORD_FD, or is asked for.
+    is passed over, and tried again by each later sync; if others were copied, this exits with 3. Either may be
+    encrypted: TARGET's passphrase comes from INCBAK_TARGET_PASSWORD_FILE, INCBAK_TARGET_PASSWORD_COMMAND or
+    INCBAK_TARGET_PASSWORD_FD, or is asked for.
 
     \b
     Example:
@@ -39,7 +40,7 @@ def sync_command(target: Path | None, names: tuple[str, ...], last: int | None, 
     """
     here = settings()
     options = Options(names, last, parse_duration(lock_wait), memory=here.memory)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_ending()
     path, passphrase = _target(here, target)
     source, other = here.open(), here.open_other(path, passphrase)
     console = here.reporter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +10,9 @@ from typing import Any
 
 import click
 
+from incbak.cli.encodable import refuse_unencodable
 from incbak.cli.settings import common, printable, settings
+from incbak.cli.signals import ending
 from incbak.engine.session import Address
 from incbak.errors import UsageError
 from incbak.serve import systemd
@@ -49,6 +50,7 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
                             -qmp unix:/run/web1.watch,server=on,wait=off ...
       incbak watch qmp:/run/web1.watch --name web1 --start
     """
+    refuse_unencodable("a name or path", [source, name or ""])
     address = Address.parse(source)
     if not source.startswith("qmp:") or not address.is_unix:
         raise UsageError(f"not the Unix socket of a monitor: {source}", hint="Write qmp:/path/of/socket.")
@@ -75,7 +77,7 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
 
 async def _run(options: WatchOptions) -> bool:
     watcher = Watcher(options)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ending():
         asyncio.get_running_loop().add_signal_handler(number, watcher.stop)
     alive = asyncio.create_task(systemd.watchdog())
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from incbak.extents import StatusExtent
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 
 
 class Disk(ABC):
@@ -68,6 +69,10 @@ class Disk(ABC):
     @abstractmethod
     def fingerprint(self) -> Fingerprint:
         """What tells this disk, now, from another one or another time; call it after `flush`, with no writer."""
+
+    def beat(self) -> Beat:
+        """A sign of life of who has the disk open, with what is cheap to see of it; at any time."""
+        return Beat(time.time_ns())
 
     @abstractmethod
     def close(self) -> None:

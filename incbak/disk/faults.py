@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from incbak.disk.base import Disk
 from incbak.extents import StatusExtent
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 
 
 @dataclass
@@ -83,6 +83,9 @@ class FaultyDisk(Disk):
 
     def fingerprint(self) -> Fingerprint:
         return self.inner.fingerprint()
+
+    def beat(self) -> Beat:
+        return self.inner.beat()
 
     def close(self) -> None:
         self.inner.close()

@@ -7,23 +7,21 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from blake3 import blake3
 
 from incbak.disk.base import Disk
 from incbak.disk.locks import lock_image
 from incbak.errors import DiskError
 from incbak.extents import StatusExtent
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint, take, writes_of
 from incbak.opening import open_image
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 _PUNCH = _PUNCH_HOLE | _KEEP_SIZE
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 _ZEROES = bytes(1 << 20)
-_SAMPLES, _SAMPLE = 16, 4096
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -185,16 +183,23 @@ class FileDisk(Disk):
             raise
 
     def fingerprint(self) -> Fingerprint:
-        info = os.fstat(self.fd)
-        digest = blake3()
-        last = max(self.size - _SAMPLE, 0)
-        for i in range(_SAMPLES):
-            offset = last * i // (_SAMPLES - 1)
-            digest.update(self.read(offset, min(_SAMPLE, self.size - offset)))
-        sample = digest.digest(length=16)
         if self.is_block:
-            return Fingerprint(self.size, 0, 0, sample)
-        return Fingerprint(self.size, info.st_ino, info.st_mtime_ns, sample)
+            self.flush()  # what another program has only written to the page cache is not counted yet
+        return take(self.fd, self.size)
+
+    def beat(self) -> Beat:
+        clock = time.time_ns()
+        if self.is_block:
+            return Beat(clock, writes=writes_of(self.fd))
+        info = os.fstat(self.fd)
+        return Beat(clock, info.st_mtime_ns, info.st_ctime_ns)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether ``path`` still leads to what is open."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), path.stat())
+        except OSError:
+            return False
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from incbak.backup.vm import vm_name
+from incbak.bitmap.store import BitmapStore
 from incbak.doctor import places
-from incbak.doctor.finding import Finding, fault, ok, warning
+from incbak.doctor.finding import Finding, Level, fault, ok, warning
 from incbak.engine.base import PREFIX, Description, Engine, EngineDisk
 from incbak.engine.detect import Source, open_engine
 from incbak.engine.qemu import QemuEngine
@@ -38,10 +41,11 @@ async def look_at_source(source: Source) -> list[Finding]:
     found.append(called)
     if isinstance(engine, QemuEngine):
         found += _qemu(source, description)
-    found += [_disk(engine.kind, d) for d in description.disks]
+    vm = called.text if called.level is Level.OK else source.name or ""
+    found += [_disk(engine.kind, d, watched=bool(vm) and _held(source.state_dir, vm, d)) for d in description.disks]
     found += [warning(f"disk {each.name}", f"is left out: {each.why}") for each in description.left_out]
     if not description.disks:
-        found.append(fault(what, "there is no disk that could be backed up"))
+        found.append(fault(what, "there is no disk that could be backed up", "Why the disks are left out is above."))
     return found + [ok(what, note) for note in description.notes]
 
 
@@ -84,7 +88,22 @@ def _room(where: Path, disks: Sequence[EngineDisk]) -> list[Finding]:
     return places.roomy("scratch directory", where, sum(d.size for d in disks) // 5) if where.exists() else []
 
 
-def _disk(kind: str, disk: EngineDisk) -> Finding:
+def _held(state_dir: Path, vm: str, disk: EngineDisk) -> bool:
+    """Whether another process holds the disk's bitmaps in the state directory: of a VM in QEMU that is incbak watch."""
+    try:
+        fd = os.open(BitmapStore(state_dir, vm, disk.name).directory / "lock", os.O_RDONLY | os.O_NOFOLLOW)
+    except (OSError, UsageError):
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _disk(kind: str, disk: EngineDisk, *, watched: bool) -> Finding:
     what, size = f"disk {disk.name}", f"{disk.format}, {format_size(disk.size)}"
     unsound = [(b.name, b.trouble(b.granularity)) for b in disk.bitmaps if b.name.startswith(PREFIX)]
     if bad := [f"{name} [{reason}]" for name, reason in unsound if reason]:
@@ -93,6 +112,8 @@ def _disk(kind: str, disk: EngineDisk) -> Finding:
         )
     if kind in ("serve", "image") or disk.can_persist:
         return ok(what, f"{size}; its bitmaps outlast a restart")
+    if kind == "qemu" and watched:
+        return ok(what, f"{size}; its bitmaps are in QEMU's memory, and incbak watch keeps them over shutdowns")
     if kind == "qemu":
         hint = "Run the VM under incbak watch, on incbak serve, or on qcow2 of version 3."
         return warning(what, f"{size}; its bitmaps are in QEMU's memory, and end with it", hint)

@@ -16,7 +16,7 @@ class Scratch:
     """``part`` of a disk, in ``directory``; zeroes until it is written. Safe for many threads. A context."""
 
     def __init__(self, part: Part, directory: Path) -> None:
-        self.part = part
+        self.part, self._directory = part, directory
         try:
             with tempfile.TemporaryFile(dir=directory) as f:
                 self.fd = os.dup(f.fileno())
@@ -31,9 +31,12 @@ class Scratch:
         first, last = max(offset, self.part.start), min(offset + len(data), self.part.start + self.part.length)
         view = memoryview(data)[first - offset : max(last - offset, 0)]
         at = first - self.part.start
-        while len(view):
-            done = os.pwrite(self.fd, view, at)
-            view, at = view[done:], at + done
+        try:
+            while len(view):
+                done = os.pwrite(self.fd, view, at)
+                view, at = view[done:], at + done
+        except OSError as e:
+            raise OSError(e.errno, f"scratch directory {self._directory}: {e.strerror}") from e
 
     def read(self, offset: int, length: int) -> bytes:
         """Of the partition."""

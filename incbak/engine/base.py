@@ -6,7 +6,7 @@ The order of calls is the safety of a backup; the runner keeps to it:
 2. `Engine.cleanup`: what dead runs of this repository have left goes; somebody else's things are never touched.
 3. `Engine.run`: the new bitmaps first, then the point in time of all disks, then the copies. When it raises, everything
    that it set up is gone again, the new bitmaps too, as far as the engine still answers.
-4. The runner commits to the repository.
+4. `Engine.confirm`, and the runner commits to the repository.
 5. `Engine.commit`: only now the older bitmaps of this repository go. Or `Engine.rollback`: the new ones go; the base's
    bitmaps have kept recording and still hold everything.
 """
@@ -138,8 +138,8 @@ class Target(Protocol):
     def flush(self) -> None:
         """Everything so far has been taken in."""
 
-    def socket(self) -> socket.socket:
-        """A fresh connected socket with an NBD server at the other end; the caller owns it."""
+    def serve(self, sock: socket.socket) -> None:
+        """Take over a connected socket with an NBD client at the other end."""
 
     def address(self) -> tuple[Path, str]:
         """A Unix socket in a private directory, and the export's name there."""
@@ -193,6 +193,9 @@ class Engine(ABC):
         ``targets`` and the result go by disk name. A disk whose copy fails has its error in the result; what concerns
         all disks raises.
         """
+
+    async def confirm(self) -> None:  # noqa: B027
+        """Look once more, before the runner commits. Raises `EngineError` where the disks are not the engine's now."""
 
     @abstractmethod
     async def commit(self, plans: Sequence[DiskPlan]) -> None:

@@ -10,10 +10,12 @@ from incbak.disk.file import probe_format
 from incbak.engine.base import Engine
 from incbak.engine.headway import STALL_SECONDS
 from incbak.engine.image import ImageEngine
+from incbak.engine.offline import OfflineEngine
+from incbak.engine.private_daemon import DEFAULT_DISK, Image
 from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import GREETING_SECONDS, Address, Session
-from incbak.engine.storage_daemon import DEFAULT_DISK, Image, OfflineEngine, StorageDaemonEngine
+from incbak.engine.storage_daemon import StorageDaemonEngine
 from incbak.errors import EngineError, UsageError
 
 _AS_IS = {"raw", "luks"}  # an encrypted image is backed up as it is, without its key
@@ -24,6 +26,7 @@ class Source:
     """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them.
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
+    ``look``: nothing is to be changed or owned.
     ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`.
     """
 
@@ -37,6 +40,7 @@ class Source:
     stall: float = STALL_SECONDS
     monitor_wait: float = GREETING_SECONDS
     agent: Path | None = None
+    look: bool = False
 
     def qemu_options(self) -> QemuOptions:
         """What of it concerns a running QEMU."""
@@ -55,6 +59,8 @@ async def open_engine(source: Source) -> Engine:
             raise
     _no_agent(source)
     path = Path(source.text)
+    if path.is_socket():
+        raise UsageError(f"{path} is a socket, not an image", hint=f"If it is a VM's monitor, write qmp:{path}")
     if len(source.disks) > 1:
         raise UsageError("an image is one disk", hint="Give one --disk at most.")
     form = probe_format(path)
@@ -62,7 +68,7 @@ async def open_engine(source: Source) -> Engine:
         image = Image(path, form, source.name or path.stem, source.disks[0] if source.disks else DEFAULT_DISK)
         return await OfflineEngine.open(image, source.speed)
     disk = source.disks[0] if source.disks else None
-    return ImageEngine(path, source.state_dir, source.name or path.stem, disk, source.speed)
+    return ImageEngine(path, source.state_dir, source.name or path.stem, disk, source.speed, look=source.look)
 
 
 async def _over_qmp(session: Session, source: Source) -> Engine:

@@ -1,11 +1,13 @@
 """A process of its own that undoes what a dead incbak would leave behind. Run as a script; imports nothing of incbak.
 
-``guard.py watch CONTROL MONITOR AGENT WINDOW FREEZE SILENCE SINK...`` (descriptors, AGENT -1 for none, and seconds)
-reads single bytes from CONTROL:
+``guard.py watch CONTROL MONITOR AGENT HANDOVER WINDOW FREEZE SILENCE LISTENER...`` (descriptors, AGENT -1 for none, and
+seconds) accepts one connection of QEMU on each LISTENER and hands it on over HANDOVER, with the listener's number as a
+byte. It reads single bytes from CONTROL:
 
-- ``h``: the owner is alive. After SILENCE seconds without any byte, or at the end of file, the sinks' sockets are shut
-  down, so that no drain in QEMU waits for them.
-- ``s``: the VM is about to be stopped. At the end of file, or WINDOW seconds later, ``cont`` goes to MONITOR.
+- ``h``: the owner is alive. After SILENCE seconds without any byte, or at the end of file, the connections are cut and
+  the listeners closed, so that no drain in QEMU waits for them.
+- ``s``: the VM is about to be stopped. At the end of file, or WINDOW seconds later, ``cont`` goes to MONITOR; at the
+  end of file only if the VM is ``paused`` then, since any other state is not the owner's stop.
 - ``c``: it runs again. The answer is ``c``; or ``r`` if the guard has resumed it, so that there is no point in time.
 - ``f``: the guest's file systems are about to be frozen. At the end of file, or FREEZE seconds later, AGENT thaws them.
 - ``t``: they are thawed. The answer is ``t``; or ``r`` if the guard has done it.
@@ -27,11 +29,14 @@ import time
 from contextlib import suppress
 
 _CONT = b'{"execute": "cont", "id": "incbak-guard"}\n'
+_STATUS = b'{"execute": "query-status", "id": "incbak-guard"}\n'
 _THAW = b'{"execute": "guest-fsfreeze-thaw"}\n'
 _RESET = b"\xff"  # ends a message that was cut off
 _ANSWER_SECONDS = 5.0
 _LEAVE_SECONDS = 1.0
+_LONGEST_ANSWER = 4096
 _PATIENCE = 60.0
+_MOST_READS = 4096
 _NEVER = float("inf")
 
 
@@ -43,27 +48,40 @@ class Watch:
         control: socket.socket,
         monitor: socket.socket,
         agent: socket.socket | None,
+        handover: socket.socket | None,
         window: float,
         freeze: float,
         silence: float,
     ) -> None:
         self._control, self._monitor, self._agent = control, monitor, agent
         self._window, self._freeze, self._silence = window, freeze, silence
+        self._handover = handover
+        self._listeners: dict[int, tuple[int, socket.socket]] = {}
         self._sinks: list[socket.socket] = []
         self._resume_at = self._thaw_at = _NEVER
         self._cut_at = time.monotonic() + silence
         self._resumed = self._thawed = False
 
-    def add_sink(self, sock: socket.socket) -> None:
-        """A socket that is shut down when the owner is gone."""
-        self._sinks.append(sock)
+    def add_listener(self, number: int, sock: socket.socket) -> None:
+        """A socket on which one connection is accepted, which is cut when the owner is gone."""
+        self._listeners[sock.fileno()] = number, sock
+
+    def _accept(self, number: int, listener: socket.socket) -> None:
+        del self._listeners[listener.fileno()]
+        with suppress(OSError):
+            with listener:
+                connection, _ = listener.accept()
+            self._sinks.append(connection)
+            if self._handover:
+                socket.send_fds(self._handover, [bytes([number])], [connection.fileno()])
 
     def run(self) -> None:
         """Until the owner says ``q`` or is gone."""
         self._control.sendall(b"g")
         while True:
             wait = min(self._resume_at, self._thaw_at, self._cut_at) - time.monotonic()
-            ready, _, _ = select.select([self._control], [], [], None if wait == _NEVER else max(wait, 0))
+            awaited = [self._control.fileno(), *self._listeners]
+            ready, _, _ = select.select(awaited, [], [], None if wait == _NEVER else max(wait, 0))
             now = time.monotonic()
             if now >= self._resume_at:
                 self._resume(orphan=False)
@@ -73,9 +91,11 @@ class Watch:
                 if now >= self._cut_at:
                     self._cut()
                 continue
-            for byte in self._receive():
-                if not self._take(bytes([byte])):
-                    return
+            for fd in ready:
+                if fd in self._listeners:
+                    self._accept(*self._listeners[fd])
+            if self._control.fileno() in ready and not all(self._take(bytes([byte])) for byte in self._receive()):
+                return
 
     def _receive(self) -> bytes:
         try:
@@ -115,9 +135,14 @@ class Watch:
     def _resume(self, orphan: bool) -> None:
         self._resume_at, self._resumed = _NEVER, True
         with suppress(OSError):
-            self._monitor.settimeout(_ANSWER_SECONDS) if orphan else None
-            self._monitor.sendall(_RESET + _CONT if orphan else _CONT)
-            if orphan:
+            if not orphan:  # the answers are the owner's, who has the monitor yet
+                self._monitor.sendall(_CONT)
+                return
+            self._monitor.settimeout(_ANSWER_SECONDS)
+            self._monitor.sendall(_RESET + _STATUS)
+            status = self._wait_answer()
+            if not status or b'"paused"' in status:
+                self._monitor.sendall(_CONT)
                 self._wait_answer()
 
     def _thaw(self) -> None:
@@ -129,27 +154,47 @@ class Watch:
                 self._agent.sendall(_RESET + _THAW)
                 time.sleep(_LEAVE_SECONDS)  # an agent may drop what comes from a peer that is gone again
 
-    def _wait_answer(self) -> None:
+    def _wait_answer(self) -> bytes:
+        """Return the line that answers a command of ours; nothing if there was none in time."""
         seen, deadline = b"", time.monotonic() + _ANSWER_SECONDS
-        while b"incbak-guard" not in seen and time.monotonic() < deadline:
-            if not (data := self._monitor.recv(1 << 16)):
-                return
-            seen = seen[-64:] + data
+        with suppress(OSError):
+            while time.monotonic() < deadline and (data := self._monitor.recv(1 << 16)):
+                *lines, seen = (seen + data).split(b"\n")
+                seen = seen[-_LONGEST_ANSWER:]
+                if found := [line for line in lines if b"incbak-guard" in line]:
+                    return found[0]
+        return b""
 
     def _cut(self) -> None:
         self._cut_at = _NEVER
+        for _, listener in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
         for sock in self._sinks:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            cut_off(sock)
+
+
+def cut_off(sock: socket.socket) -> None:
+    """End a Unix connection so that its peer notices even while it waits for room to send.
+
+    A peer in that wait is not woken by the shutdown (on Linux the socket does not poll as writable then, and QEMU does
+    not look for a hang-up), but by the room that reading makes; and then its request fails.
+    """
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        for _ in range(_MOST_READS):
+            if not sock.recv(1 << 16, socket.MSG_DONTWAIT):
+                return
 
 
 def _watch(arguments: list[str]) -> int:
-    control, monitor, agent, window, freeze, silence, *sinks = arguments
-    sockets = [socket.socket(fileno=int(fd)) for fd in (control, monitor)]
+    control, monitor, agent, handover, window, freeze, silence, *listeners = arguments
+    sockets = [socket.socket(fileno=int(fd)) for fd in (control, monitor, handover)]
     to_agent = socket.socket(fileno=int(agent)) if int(agent) >= 0 else None
-    watch = Watch(sockets[0], sockets[1], to_agent, float(window), float(freeze), float(silence))
-    for fd in sinks:
-        watch.add_sink(socket.socket(fileno=int(fd)))
+    watch = Watch(sockets[0], sockets[1], to_agent, sockets[2], float(window), float(freeze), float(silence))
+    for number, fd in enumerate(listeners):
+        watch.add_listener(number, socket.socket(fileno=int(fd)))
     watch.run()
     return 0
 

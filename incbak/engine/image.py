@@ -11,9 +11,13 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from incbak.bitmap.continuity import changed, may_repeat
 from incbak.bitmap.file import Bitmap
-from incbak.bitmap.store import BitmapStore, component, views
+from incbak.bitmap.format import Flag
+from incbak.bitmap.look import views_in
+from incbak.bitmap.store import BitmapStore, BitmapView, component, views
 from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.users import refuse_writers
 from incbak.engine.base import (
     BitmapInfo,
     Description,
@@ -26,42 +30,55 @@ from incbak.engine.base import (
     Target,
     superseded,
 )
-from incbak.errors import DiskError, IncbakError, UsageError
+from incbak.errors import DiskError, ImageChangedError, IncbakError, UsageError
 from incbak.extents import Extent, StatusExtent, align_out, intersect, merge, total
+from incbak.fingerprint import Fingerprint
 from incbak.reasons import Reason
 
 CHUNK = 4 << 20
+_SETTLE_SECONDS = 3.0  # more than the grain of any file system; who writes all the time is found by `confirm`
 DEFAULT_DISK = "disk0"
 
 
 class ImageEngine(Engine):
-    """See `Engine`. Holds the image's lock and the bitmaps' from `describe` to `close`: nobody writes meanwhile."""
+    """See `Engine`. Holds the image's lock and the bitmaps' from `describe` to `close`: nobody writes meanwhile.
+
+    With ``look`` it only describes: it owns no bitmaps, and changes none.
+    """
 
     kind = "image"
 
-    def __init__(self, path: Path, state_dir: Path, vm: str, disk: str | None, speed: int = 0) -> None:
+    def __init__(
+        self, path: Path, state_dir: Path, vm: str, disk: str | None, speed: int = 0, *, look: bool = False
+    ) -> None:
+        self._look = look
         self._path, self._vm, self._speed = path, vm, speed
         self._disk: FileDisk = open_disk(path, read_only=True)
         self._bitmaps: dict[str, Bitmap] = {}
         self._bad: dict[str, Reason] = {}
         try:
-            self._name = disk or _known_disk(state_dir, vm, self._disk.fingerprint().inode)
+            self._found = _settled(self._disk)
+            self._name = disk or _known_disk(state_dir, vm, self._found.inode)
             self._store = BitmapStore(state_dir, vm, self._name)
-            self._store.lock()
-            self._store.note_image(path)
+            if not look:
+                self._store.lock()
+                refuse_writers(path)
+                self._store.note_image(path)
+        except OSError as e:
+            self._disk.close()
+            raise DiskError(f"cannot read image {path}: {e.strerror}") from e
         except BaseException:
             self._disk.close()
             raise
 
     async def describe(self) -> Description:
-        if not self._bitmaps and not self._bad:
-            good, self._bad = self._store.open_all(self._disk.fingerprint())
+        if not self._look and not self._bitmaps and not self._bad:
+            good, self._bad = self._store.open_all(self._found)
             self._bitmaps = {b.name: b for b in good}
         infos = [_info(b) for b in self._bitmaps.values()]
-        infos += [
-            BitmapInfo(name, 0, 0, inconsistent=True, reason=reason, found="invalid")
-            for name, reason in self._bad.items()
-        ]
+        infos += [_invalid(name, reason) for name, reason in self._bad.items()]
+        if self._look:
+            infos = [_looked(v) for v in await asyncio.to_thread(views_in, self._store.directory, self._found)]
         extra = {"path": str(self._path)}
         disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos), extra=extra)
         return Description(self._vm, (disk,), "image", {"images": {self._name: str(self._path)}})
@@ -76,7 +93,8 @@ class ImageEngine(Engine):
         self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
     ) -> RunResult:
         (plan,) = plans
-        new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._disk.fingerprint())
+        new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._found)
+        new.heartbeat(self._found)
         self._bitmaps[plan.new_bitmap] = new
         stop = threading.Event()
         copy = asyncio.to_thread(self._copy, plan, targets[self._name], progress, stop)
@@ -118,6 +136,17 @@ class ImageEngine(Engine):
         if self._speed:
             stop.wait(max(read / self._speed - (time.monotonic() - begun), 0))
 
+    async def confirm(self) -> None:
+        """Raise `ImageInUseError` where another process can write the image by now, `ImageChangedError` where it is not
+        what it was when it was opened."""
+        await asyncio.to_thread(self._confirm)
+
+    def _confirm(self) -> None:
+        refuse_writers(self._path)
+        if changed(self._found, self._disk.fingerprint()) or not self._disk.is_at(self._path):
+            hint = "Find out which program has it open (fuser, lsof), and run again when it has ended."
+            raise ImageChangedError(f"another program wrote to {self._path} while it was read", hint=hint)
+
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
             for name in superseded(plan):
@@ -136,13 +165,19 @@ class ImageEngine(Engine):
     async def close(self) -> None:
         if self._disk.fd < 0:
             return
-        fingerprint = self._disk.fingerprint()
-        self._store.note_writes(self._path)
         for bitmap in self._bitmaps.values():
-            bitmap.close(fingerprint)
+            bitmap.close(self._found)  # not as it is now: what was written meanwhile was marked nowhere
         self._bitmaps = {}
         self._store.unlock()
         self._disk.close()
+
+
+def _settled(disk: FileDisk) -> Fingerprint:
+    """What the image is, when the clock has gone past its time of change: any later write shows."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while may_repeat(found := disk.fingerprint(), time.time_ns()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return found
 
 
 def pieces(disk: FileDisk, wanted: list[Extent], granularity: int) -> Iterator[StatusExtent]:
@@ -169,6 +204,23 @@ def _info(bitmap: Bitmap) -> BitmapInfo:
         recording=bitmap.enabled,
         found=bitmap.found.value,
         path=str(bitmap.path),
+    )
+
+
+def _invalid(name: str, reason: Reason) -> BitmapInfo:
+    return BitmapInfo(name, 0, 0, inconsistent=True, reason=reason, found="invalid")
+
+
+def _looked(seen: BitmapView) -> BitmapInfo:
+    if seen.reason or seen.slot is None:
+        return _invalid(seen.name, seen.reason or Reason.HEADER)
+    return BitmapInfo(
+        seen.name,
+        seen.slot.granularity,
+        total(seen.extents()),
+        recording=bool(seen.slot.flags & Flag.ENABLED),
+        found=seen.found.value if seen.found else "",
+        path=str(seen.path),
     )
 
 

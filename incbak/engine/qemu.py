@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iter
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from incbak.durable import crash_point, declare
 from incbak.engine.agent import Agent, Frozen, connected, frozen_inside
@@ -26,25 +26,27 @@ from incbak.engine.base import (
 from incbak.engine.headway import STALL_SECONDS, Headway
 from incbak.engine.jobs import cancel_jobs, without_padding
 from incbak.engine.qemu_disks import find_disks, layout
-from incbak.engine.qemu_filter import DiskFilter, widen
+from incbak.engine.qemu_filter import DiskFilter
 from incbak.engine.qemu_graph import qom_path, read_graph, shareable
 from incbak.engine.qemu_guard import Guard
 from incbak.engine.qemu_jobs import CopyJob
 from incbak.engine.qemu_leftovers import remove_leftovers
+from incbak.engine.qemu_migration import MigrationBlocker
+from incbak.engine.qemu_window import stopped
+from incbak.engine.run_state import check_run_state, until_refused
 from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
 from incbak.opening import open_image
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
-declare(
-    "qemu.prepared", "qemu.recording", "qemu.stopped", "qemu.filtering", "qemu.instant", "qemu.copying", "qemu.copied"
-)
+declare("qemu.prepared", "qemu.recording", "qemu.filtering", "qemu.instant", "qemu.copying", "qemu.copied")
 
 DEFAULT_SCRATCH = Path("/var/tmp")
 OLDEST = (7, 1)
 _NO_LOCKS = 9  # from this major version on, nodes can be added beside running I/O threads
-_WINDOW_COMMAND = 3.0
 _FLUSH_SECONDS = 600.0
 _SYNC_SECONDS = 30.0
 _SILENT_SECONDS = 5.0  # longer than that QEMU's main loop, and so the guest, does not wait for a target
@@ -78,12 +80,12 @@ class QemuEngine(Engine):
     # -- what there is --------------------------------------------------------------------------------------------
 
     async def describe(self) -> Description:
+        state = await check_run_state(self._session)
         version = await self._session.execute("query-version")
         name = (await self._session.execute("query-name")).get("name")
         devices = await self._session.execute("query-block")
         graph = await read_graph(self._session)
         disks, left_out = find_disks(devices, graph, await shareable(self._session, devices))
-        status = await self._session.execute("query-status")
         number = version["qemu"]
         config = {
             "qemu": f"{number['major']}.{number['minor']}.{number['micro']}",
@@ -94,8 +96,7 @@ class QemuEngine(Engine):
             "blocks": layout(graph),
             "devices": await self._devices(devices),
         }
-        notes = () if status["running"] else (f"the VM is not running ({status['status']}), and stays so",)
-        return Description(name, tuple(disks), f"QEMU {config['qemu']}", config, tuple(left_out), notes)
+        return Description(name, tuple(disks), f"QEMU {config['qemu']}", config, tuple(left_out), state.notes)
 
     async def _machine(self) -> str:
         try:
@@ -122,6 +123,7 @@ class QemuEngine(Engine):
     ) -> RunResult:
         """See `Engine.run`.
 
+        0. The VM's state allows it, and a migration cannot be completed from here on: see `incbak.engine.run_state`.
         1. Connect to the targets, make the scratch files and the filters: trouble here does not touch the guest.
         2. The new bitmaps begin to record.
         3. The guest's devices are moved to the filters; with more than one disk, or with I/O threads, the VM is stopped
@@ -130,14 +132,17 @@ class QemuEngine(Engine):
         """
         limit = self._limit(len(plans))
         disks = [DiskFilter(self._session, plan, n, self._options.scratch_dir, limit) for n, plan in enumerate(plans)]
+        blocker = MigrationBlocker(self._session, f"{plans[0].new_bitmap}-")
         notes: list[str] = []
         frozen = Frozen()
+        await check_run_state(self._session)
         try:
             async with AsyncExitStack() as stack:
                 agent = await stack.enter_async_context(connected(self._options.agent, frozen))
-                guard = await stack.enter_async_context(self._guard(disks, targets, agent))
+                guard = await stack.enter_async_context(self._guard(disks, agent))
+                await blocker.add()
                 for disk in disks:
-                    await disk.connect()
+                    await disk.connect(guard, targets[disk.disk])
                     await disk.prepare()
                 crash_point("qemu.prepared")
                 for disk in disks:
@@ -147,17 +152,22 @@ class QemuEngine(Engine):
                 async with frozen_inside(agent, guard, frozen):
                     await self._point_in_time(disks, guard)
                 crash_point("qemu.instant")
+                await check_run_state(self._session)
                 jobs = [{"type": "blockdev-backup", "data": await d.job(self._options.speed)} for d in disks]
                 copies = [CopyJob(self._session, d.ident, d.disk) for d in disks]
                 async with self._watched(disks):
                     await self._session.execute("transaction", {"actions": jobs})
                     crash_point("qemu.copying")
-                    results = await _together(
-                        self._copy(disk, copy, targets[disk.disk], progress)
-                        for disk, copy in zip(disks, copies, strict=True)
+                    results = await _unless(
+                        until_refused(self._session),
+                        _together(
+                            self._copy(disk, copy, targets[disk.disk], progress)
+                            for disk, copy in zip(disks, copies, strict=True)
+                        ),
                     )
+                await blocker.remove()
         except BaseException:
-            await self._abandon(disks)
+            await self._abandon(disks, blocker)
             raise
         finally:
             for disk in disks:
@@ -176,12 +186,10 @@ class QemuEngine(Engine):
             raise EngineError(f"scratch directory {self._options.scratch_dir}: {e.strerror}") from e
         return free.f_bavail * free.f_frsize // 2 // max(count, 1)
 
-    def _guard(self, disks: Sequence[DiskFilter], targets: Mapping[str, Target], agent: Agent | None) -> Guard:
-        """The guard has the targets' sockets before QEMU does."""
-        for disk in disks:
-            disk.sink = widen(targets[disk.disk].socket())
-        sinks = [disk.sink.dup() for disk in disks if disk.sink]
-        return Guard(self._session.duplicate(), sinks, agent.duplicate() if agent else None)
+    def _guard(self, disks: Sequence[DiskFilter], agent: Agent | None) -> Guard:
+        """The guard has QEMU's connections to the targets from the first moment on."""
+        listeners = [disk.open_door() for disk in disks]
+        return Guard(self._session.duplicate(), listeners, agent.duplicate() if agent else None)
 
     async def _add_bitmap(self, plan: DiskPlan) -> list[str]:
         one = {"node": plan.disk.node, "name": plan.new_bitmap}
@@ -208,7 +216,7 @@ class QemuEngine(Engine):
         before, inside, after = (lambda d: d.add_filter()), (lambda d: d.insert()), (lambda d: d.add_access())
         if not still:
             await _each(disks, before)
-        async with self._stopped(guard) if still or len(disks) > 1 else _nothing():
+        async with stopped(self._session, guard) if still or len(disks) > 1 else _nothing():
             for step in (before, inside, after) if still else (inside,):
                 await _each(disks, step)
                 crash_point("qemu.filtering")
@@ -219,26 +227,6 @@ class QemuEngine(Engine):
         """Whether nodes can be added only while the VM is stopped: see `incbak.engine.qemu_filter`."""
         version = (await self._session.execute("query-version"))["qemu"]
         return version["major"] < _NO_LOCKS and bool(await self._session.execute("query-iothreads"))
-
-    @asynccontextmanager
-    async def _stopped(self, guard: Guard) -> AsyncIterator[None]:
-        """The VM does not run inside; afterwards it runs if it did before."""
-        before = (await self._session.execute("query-status"))["running"]
-        if before:
-            guard.stopping()
-            try:
-                await self._session.execute("stop", timeout=_WINDOW_COMMAND)
-                crash_point("qemu.stopped")
-                yield
-            finally:
-                await self._session.execute("cont", timeout=_WINDOW_COMMAND)
-                in_time = await guard.running()
-            if not in_time:
-                raise EngineError("the VM had to be resumed before all disks were set up")
-            return
-        yield
-        if (await self._session.execute("query-status"))["running"]:
-            raise EngineError("the VM was resumed by somebody while its disks were set up")
 
     async def _copy(self, disk: DiskFilter, copy: CopyJob, target: Target, progress: ProgressCallback) -> DiskResult:
         """Wait for one disk's job, and take its filter out."""
@@ -284,7 +272,7 @@ class QemuEngine(Engine):
             except EngineError:
                 return
 
-    async def _abandon(self, disks: Sequence[DiskFilter]) -> None:
+    async def _abandon(self, disks: Sequence[DiskFilter], blocker: MigrationBlocker) -> None:
         """Undo what was set up, as far as QEMU answers."""
         for disk in disks:
             disk.cut()
@@ -299,7 +287,11 @@ class QemuEngine(Engine):
             except EngineError as e:
                 log.warning("cannot clean up: %s", e)
         with suppress(EngineError):
+            await blocker.remove()
             await self.rollback([disk.plan for disk in disks])
+
+    async def confirm(self) -> None:
+        await check_run_state(self._session)
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
@@ -326,6 +318,8 @@ def _explain(disk: DiskFilter, error: str) -> str:
         return disk.why_cut
     if disk.scratch_full():
         return f"the scratch file was full ({disk.bound} bytes): {error}"
+    if disk.scratch_dir_full():
+        return f"the file system of the scratch directory {disk.scratch_dir} is full: {error}"
     return error
 
 
@@ -358,6 +352,20 @@ async def _together(copies: Iterable[Coroutine[Any, Any, DiskResult]]) -> list[D
     tasks = [asyncio.ensure_future(copy) for copy in copies]
     try:
         return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _unless(refused: Coroutine[Any, Any, None], copies: Coroutine[Any, Any, T]) -> T:
+    """The result of ``copies``, unless ``refused`` raises before."""
+    tasks = asyncio.ensure_future(copies), asyncio.ensure_future(refused)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            tasks[1].result()
+        return await tasks[0]
     finally:
         for task in tasks:
             task.cancel()

@@ -16,9 +16,8 @@ Na comes after the device has been moved to Nf, and goes before the device is mo
 
 While a target does not answer, whatever drains all nodes stops QEMU's main loop, and with it the guest: ``stop``, a
 reset, a transaction, another ``blockdev-backup``; and removing Nt flushes it. So all jobs begin in one transaction, the
-sockets of the targets can be cut from here without an answer of QEMU, and Nt is cut before it is removed. A request
-that waits for room in the socket's buffer would not notice (a Unix socket that is shut down does not poll as writable
-on Linux, and QEMU does not look for a hang-up there), so what is in flight fits into the buffer.
+sockets of the targets can be cut from here without an answer of QEMU (`incbak.engine.guard.cut_off`), and Nt is cut
+before it is removed. How QEMU connects to them, once and never again: `incbak.engine.qemu_door`.
 
 QEMU before 9.0 aborts, guest and all, when Nf or Na is added while a request is in flight on an I/O thread:
 ``blockdev-add`` drains what is below without holding the thread's lock (on 7.2, with four writers in the guest, 4 of 4
@@ -34,40 +33,38 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import SHUT_RDWR, SO_SNDBUF, SOL_SOCKET, socket
+from socket import socket
 from typing import Any
 
-from incbak.engine.base import DiskPlan
+from incbak.engine.base import DiskPlan, Target
+from incbak.engine.guard import cut_off
 from incbak.engine.headway import Headway
 from incbak.engine.jobs import JOB_CLUSTER
+from incbak.engine.qemu_door import Door
 from incbak.engine.qemu_graph import StillUsedError, move, read_graph, take_out
+from incbak.engine.qemu_guard import Guard
 from incbak.engine.qemu_jobs import JOB_POLICY
-from incbak.engine.qemu_relay import Relay
 from incbak.engine.session import CommandFailed, EngineSilent, Session
 from incbak.errors import EngineError
 
 CBW_TIMEOUT = 10
 WORKERS = 8  # requests in flight, for which a drain has to wait
-SOCKET_BUFFER = 16 << 20  # more than what is in flight
 _OVERHEAD = 4 << 20  # what qcow2 needs for itself, beyond 1 in 8192 bytes
 _CLOSE_TO_FULL = 1 << 20
-_SNDBUFFORCE = 32  # SO_SNDBUFFORCE of Linux
 _CREATE_SECONDS = 60.0
 _WINDOW_COMMAND = 3.0
 _LET_GO_SECONDS = 3.0
 
 
-def in_flight(room: int | None) -> dict[str, int]:
-    """How much the job may have under way at once, with ``room`` bytes in the socket's buffer, if that matters.
+def in_flight() -> dict[str, int]:
+    """Return how much the job may have under way at once: few clusters, for which a drain waits, and each by itself.
 
-    No more than the buffer can take: a request that waits to be sent is not woken when it is cut. And one cluster at a
-    time. QEMU 7.2 (``hbitmap_status``) takes a stretch that begins with saved clusters and goes on beyond them for one
-    of which nothing is saved, and asks the image whether it is a hole there. Where the guest has discarded or zeroed
-    what was saved, that is so, and the job would copy zeroes in place of the old content. Of a single cluster the
-    answer is right.
+    QEMU 7.2 (``hbitmap_status``) takes a stretch that begins with saved clusters and goes on beyond them for one of
+    which nothing is saved, and asks the image whether it is a hole there. Where the guest has discarded or zeroed what
+    was saved, that is so, and the job would copy zeroes in place of the old content. Of a single cluster the answer is
+    right.
     """
-    workers = WORKERS if room is None else max(1, min(WORKERS, room // JOB_CLUSTER))
-    return {"max-workers": workers, "max-chunk": JOB_CLUSTER}
+    return {"max-workers": WORKERS, "max-chunk": JOB_CLUSTER}
 
 
 @dataclass
@@ -81,7 +78,8 @@ class DiskFilter:
     limit: int
     bound: int = 0
     scratch: int = -1
-    sink: socket | None = None
+    door: Door | None = None
+    sink: socket | None = None  # our end of QEMU's connection to the target
     why_cut: str = ""
     headway: Headway | None = None  # of the job, while there is one
     nodes: list[str] = field(default_factory=list)
@@ -104,22 +102,49 @@ class DiskFilter:
 
     # -- before the point in time ---------------------------------------------------------------------------------
 
-    async def connect(self) -> None:
-        """The target's node, over the socket: handed to QEMU, or relayed where the monitor takes no descriptors."""
-        assert self.sink
-        if not self.session.address.is_unix:
-            relay = Relay(self.sink.dup())
-            try:
-                await self._add("t", "nbd", server={"type": "unix", "path": str(relay.path)}, export=self.disk)
-            finally:
-                relay.close()
-            return
-        await self.session.pass_fd(self.sink.fileno(), "getfd", {"fdname": self.ident})
+    def open_door(self) -> socket:
+        """Listen for QEMU; return the listener, for the guard."""
+        self.door = Door()
+        return self.door.give_listener()
+
+    async def connect(self, guard: Guard, target: Target) -> None:
+        """The target's node. QEMU connects and talks to the target while it makes the node."""
+        assert self.door
+        served = asyncio.create_task(self._serve(guard, target))
         try:
-            await self._add("t", "nbd", server={"type": "fd", "str": self.ident}, export=self.disk)
-        except CommandFailed:
-            await self.session.try_execute("closefd", {"fdname": self.ident})
+            server = {"type": "unix", "path": await self._path(self.door)}
+            await self._add("t", "nbd", server=server, export=self.disk)
+            await served
+        except CommandFailed as e:
+            raise self._unreachable("the socket of the target", e) from e
+        finally:
+            served.cancel()
+            await asyncio.wait([served])
+            self.door.close()
+
+    async def _path(self, door: Door) -> str:
+        if not self.session.address.is_unix:
+            return str(door.path)
+        added = await self.session.pass_fd(door.directory, "add-fd", {"opaque": self.ident})
+        return f"/proc/self/fd/{added['fd']}/{door.name}"
+
+    async def _serve(self, guard: Guard, target: Target) -> None:
+        self.sink = await guard.accepted(self.number)
+        try:
+            target.serve(self.sink.dup())
+        except BaseException:
+            self.cut()  # QEMU waits for a greeting
             raise
+
+    def _unreachable(self, what: str, error: CommandFailed) -> EngineError:
+        """Over TCP QEMU opens by name what it is handed over a Unix socket."""
+        text = f"disk {self.disk}: QEMU cannot open {what}: {error.description}"
+        if self.session.address.is_unix:
+            return EngineError(text, hint="Has QEMU /proc, and does its sandbox let it connect to Unix sockets?")
+        return EngineError(
+            f"{text} (its monitor is TCP, so files and sockets cannot be handed to it)",
+            hint="Give QEMU a monitor that is a Unix socket, or run incbak as QEMU's user, on the same host.",
+        )
 
     async def prepare(self) -> None:
         """The scratch file, which nobody uses yet."""
@@ -129,6 +154,8 @@ class DiskFilter:
         try:
             file = {"driver": "file", "filename": filename, "discard": "unmap", "cache": {"no-flush": True}}
             await self._add("r", "raw", size=self.bound, file=file)
+        except CommandFailed as e:
+            raise self._unreachable("the scratch file", e) from e
         finally:
             if path:
                 path.unlink()
@@ -205,7 +232,7 @@ class DiskFilter:
         access = self.ident + "a"
         backup: dict[str, Any] = {
             "job-id": self.ident,
-            "x-perf": self._in_flight(),
+            "x-perf": in_flight(),
             "device": access,
             "target": self.ident + "t",
             "sync": "full",
@@ -221,21 +248,22 @@ class DiskFilter:
             backup |= {"sync": "bitmap", "bitmap": name, "bitmap-mode": "never"}
         return backup
 
-    def _in_flight(self) -> dict[str, int]:
-        assert self.sink
-        room = self.sink.getsockopt(SOL_SOCKET, SO_SNDBUF) // 2
-        return in_flight(room if self.session.address.is_unix else None)
-
     def scratch_full(self) -> bool:
         """Whether the scratch file has no room for one more cluster."""
         return self.scratch >= 0 and os.fstat(self.scratch).st_blocks * 512 > self.bound - _CLOSE_TO_FULL
+
+    def scratch_dir_full(self) -> bool:
+        """Whether the file system below the scratch file has no room for one more cluster."""
+        if self.scratch < 0:
+            return False
+        free = os.fstatvfs(self.scratch)
+        return free.f_bavail * free.f_frsize < _CLOSE_TO_FULL
 
     def cut(self, why: str = "") -> None:
         """End the connection to the target, whatever is in flight; needs no answer of QEMU, which may wait for it."""
         self.why_cut = self.why_cut or why
         if self.sink:
-            with suppress(OSError):
-                self.sink.shutdown(SHUT_RDWR)
+            cut_off(self.sink)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -278,6 +306,8 @@ class DiskFilter:
 
     def close(self) -> None:
         """Let go of the scratch file and the socket."""
+        if self.door:
+            self.door.close()
         if self.sink:
             self.sink.close()
             self.sink = None
@@ -285,15 +315,6 @@ class DiskFilter:
             with suppress(OSError):
                 os.close(self.scratch)
             self.scratch = -1
-
-
-def widen(sock: socket) -> socket:
-    """Give the socket room for all requests that may be in flight: see `DiskFilter._in_flight`."""
-    for option in (_SNDBUFFORCE, SO_SNDBUF):  # the first takes privilege
-        with suppress(OSError):
-            sock.setsockopt(SOL_SOCKET, option, SOCKET_BUFFER)
-            break
-    return sock
 
 
 async def cut_target(session: Session, node: str) -> bool:

@@ -54,14 +54,18 @@ class Guard:
     """Watches over one run. Use as an async context manager; `stopped` around the time in which the VM is stopped."""
 
     def __init__(
-        self, monitor: socket.socket, sinks: Sequence[socket.socket], agent: socket.socket | None = None
+        self, monitor: socket.socket, listeners: Sequence[socket.socket], agent: socket.socket | None = None
     ) -> None:
-        """Takes over ``monitor``, ``sinks`` and ``agent``: they are closed here once the guard has them."""
-        held = [monitor, *sinks, *([agent] if agent else [])]
+        """Takes over ``monitor``, ``listeners`` and ``agent``: they are closed here once the guard has them."""
+        self._handed, handover = socket.socketpair()
+        held = [monitor, handover, *listeners, *([agent] if agent else [])]
         try:
-            options: list[object] = [monitor.fileno(), agent.fileno() if agent else -1]
-            options += [WINDOW_SECONDS, FREEZE_SECONDS, SILENCE_SECONDS, *(sock.fileno() for sock in sinks)]
+            options: list[object] = [monitor.fileno(), agent.fileno() if agent else -1, handover.fileno()]
+            options += [WINDOW_SECONDS, FREEZE_SECONDS, SILENCE_SECONDS, *(sock.fileno() for sock in listeners)]
             self._channel = GuardChannel("watch", [str(x) for x in options], [sock.fileno() for sock in held])
+        except BaseException:
+            self._handed.close()
+            raise
         finally:
             for sock in held:
                 sock.close()
@@ -72,6 +76,7 @@ class Guard:
         try:
             await self._answer(b"g")
         except BaseException:
+            self._handed.close()
             self._channel.close(0)
             raise
         self._beating = asyncio.create_task(self._beat())
@@ -82,6 +87,7 @@ class Guard:
             self._beating.cancel()
         with suppress(OSError):
             self._channel.ours.send(b"q")
+        self._handed.close()
         self._channel.close(5)
 
     async def _beat(self) -> None:
@@ -89,6 +95,20 @@ class Guard:
             await asyncio.sleep(_BEAT)
             with suppress(OSError):
                 self._channel.ours.send(b"h", socket.MSG_DONTWAIT)
+
+    async def accepted(self, number: int) -> socket.socket:
+        """Return the connection that QEMU has made to listener ``number``. Wait for it; the caller has the deadline."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._handed.fileno(), readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self._handed.fileno())
+        which, fds, _, _ = socket.recv_fds(self._handed, 1, 1)
+        if which != bytes([number]) or len(fds) != 1:
+            raise EngineError("the guard process handed on another connection")
+        return socket.socket(fileno=fds[0])
 
     def stopping(self) -> None:
         """Call it just before the VM is stopped."""

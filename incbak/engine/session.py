@@ -20,6 +20,7 @@ from typing import Any
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPError, Runstate, StateError
 
 from incbak.engine.deadline import deadline
+from incbak.engine.dial import connect_unix, is_agent_socket
 from incbak.engine.qmp_client import BoundedClient, Heard
 from incbak.engine.qmp_types import decoded
 from incbak.errors import EngineError, UsageError
@@ -195,30 +196,34 @@ def _dial(address: Address, timeout: float) -> socket.socket:
     try:
         if not address.is_unix:
             return socket.create_connection((address.host, address.port), timeout)
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(timeout)
-        try:
-            sock.connect(address.path)
-        except BaseException:
-            sock.close()
-            raise
+        sock = connect_unix(address.path, timeout)
     except TimeoutError as e:
         raise EngineSilent(f"monitor {address} is busy", hint="Other clients wait for it already.") from e
     except OSError as e:
         hint = "Is the VM running, and is this its QMP socket?"
         raise EngineError(f"cannot connect to monitor {address}: {e.strerror or e}", hint=hint) from e
-    _check_peer(sock, address)
+    pid = _check_peer(sock, address)
+    if is_agent_socket(address.path, pid):
+        sock.close()
+        raise UsageError(
+            f"{address} is the socket of the guest agent, not a monitor",
+            hint="Give the VM's -qmp socket as the source, and this one with --quiesce --agent-socket.",
+        )
     return sock
 
 
-def _check_peer(sock: socket.socket, address: Address) -> None:
-    """A socket that somebody else has put there would be given our commands; root may talk to everybody's engines."""
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+def _check_peer(sock: socket.socket, address: Address) -> int:
+    """A socket that somebody else has put there would be given our commands; root may talk to everybody's engines.
+
+    Return the process that listens.
+    """
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if os.geteuid() not in (0, uid) and uid != 0:
         sock.close()
         raise EngineError(
             f"monitor {address} belongs to user {uid}, not to you", hint="Run incbak as that user or as root."
         )
+    return int(pid)
 
 
 def _cause(error: BaseException) -> str:

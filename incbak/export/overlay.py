@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +19,8 @@ from incbak.bitmap import bits as kernels
 from incbak.disk.file import FileDisk
 from incbak.errors import DiskError
 from incbak.extents import StatusExtent
+
+log = logging.getLogger(__name__)
 
 BLOCK = 4096
 _WINDOW = 4 << 30
@@ -49,6 +54,7 @@ class Overlay:
                 self._disk = FileDisk(os.dup(f.fileno()), Path(directory, "overlay"), read_only=False)
         except OSError as e:
             raise DiskError(f"cannot keep writes in {directory}: {e.strerror}", hint="See --scratch-dir.") from e
+        self._directory, self._told = directory, False
         self._ours = np.zeros(kernels.bytes_for(self._blocks), dtype=np.uint8)
         self._lock = threading.Lock()
 
@@ -60,17 +66,28 @@ class Overlay:
 
     def write(self, buf: memoryview, offset: int) -> None:
         """Whole blocks are written as they are; of one that is written in part the rest comes from below."""
-        with self._lock:
+        with self._lock, self._named():
             self._fill(offset, len(buf))
             self._disk.write(buf, offset)
             self._take(offset, len(buf))
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Zeroes, which take no space where the file system can punch holes."""
-        with self._lock:
+        with self._lock, self._named():
             self._fill(offset, length)
             self._disk.write_zeroes(offset, length, unmap=True)
             self._take(offset, length)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Log, the first time, that the scratch directory is full: its guest is told no more than ENOSPC."""
+        try:
+            yield
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT) and not self._told:
+                self._told = True
+                log.error("%s: the file system of the scratch directory %s is full", self.name, self._directory)
+            raise
 
     def extents(self, offset: int, length: int) -> Iterator[StatusExtent]:
         """What is ours counts as data."""

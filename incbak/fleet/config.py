@@ -44,6 +44,7 @@ from typing import Any
 import msgspec
 
 from incbak.errors import UsageError
+from incbak.host import home
 from incbak.units import parse_duration, parse_retention, parse_share, parse_size
 
 _LIMIT = 1 << 20
@@ -80,6 +81,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     password_command: tuple[str, ...] = ()
     state_dir: str = ""
     lock_wait: str = ""
+    max_duration: str = ""
     monitor_wait: str = ""
     speed_limit: str = ""
     scratch_dir: str = ""
@@ -126,11 +128,16 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(vm, **values)
 
 
+_NO_HOME = Path("/nonexistent")
+"""Where Debian has the homes of users that have none."""
+
+
 def default_path() -> Path:
-    """``/etc/incbak/incbak.toml`` for root, else below the XDG configuration directory."""
+    """``/etc/incbak/incbak.toml`` for root, else below the XDG configuration directory; it need not exist."""
     if os.geteuid() == 0:
         return Path("/etc/incbak/incbak.toml")
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "incbak" / "incbak.toml"
+    place = os.environ.get("XDG_CONFIG_HOME") or (home() or _NO_HOME) / ".config"
+    return Path(place) / "incbak" / "incbak.toml"
 
 
 def load(path: Path) -> Config:
@@ -212,6 +219,7 @@ def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
     yield from _relative(key, paths)
     parsed: Mapping[str, tuple[str, Callable[[str], Any]]] = {
         "lock-wait": (values.lock_wait, parse_duration),
+        "max-duration": (values.max_duration, parse_duration),
         "monitor-wait": (values.monitor_wait, parse_duration),
         "speed-limit": (values.speed_limit.removesuffix("/s"), parse_size),
         "scratch-limit": (values.scratch_limit, parse_size),

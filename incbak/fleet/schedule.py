@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from incbak.fleet.config import Config, Vm
+from incbak.units import parse_duration
 
-_HARDENING = """NoNewPrivileges=yes
+_HARDENING = """UMask=0077
+NoNewPrivileges=yes
 ProtectSystem=full
 ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
 ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
 RestrictRealtime=yes
-LockPersonality=yes"""
+RestrictSUIDSGID=yes
+LockPersonality=yes
+SystemCallArchitectures=native"""
+"""For every unit. ProtectProc and PrivateDevices are left out: images are devices too, and which processes have an
+image open is looked up in /proc."""
 
+_NO_COMMANDS = """RestrictNamespaces=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+CapabilityBoundingSet=CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_CHOWN CAP_SYS_PTRACE"""
+"""For the units that run no command of the owner: a hook may mount, make a snapshot, or need another capability."""
+
+_STOP = "5min"
+"""For a job that is ended: it takes its filters and bitmaps out of the guests that it was copying."""
+_LONGEST = 2 * 86400
+"""Seconds: of a backup where the configuration has no ``max-duration``, and of the other jobs."""
+_JOBS = 2
+"""Backups that ``--all`` runs at once."""
 
 _SAMPLE = "5%"
 
@@ -45,9 +67,26 @@ def _prunes(config: Config) -> bool:
     return any(config.vm(name).keep for name in config.vms)
 
 
+def left_out(kind: str, config: Config) -> list[str]:
+    """What of the configuration the lines or units do not do, for people."""
+    found = []
+    vms = {name: config.vm(name) for name in sorted(config.vms)}
+    if kind == "cron":
+        for service in ("serve", "watch"):
+            if names := [name for name, vm in vms.items() if getattr(vm, service)]:
+                hint = "cron starts no services; see: incbak schedule show systemd"
+                found.append(f"incbak {service} of {', '.join(names)} is left out: {hint}")
+    if names := [name for name, vm in vms.items() if not vm.keep]:
+        found.append(f"backups of {', '.join(names)} are never pruned: no [vms.NAME.keep] says which stay")
+    if not config.sync.target:
+        found.append("no backup is copied to a second place: there is no [sync] with a target")
+    return found
+
+
 def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
     """Units by file name."""
-    backup = _job("Incremental backups of all VMs", program, path, "incremental", "--all", "--lock-wait", "30m")
+    argv = ("incremental", "--all", "--lock-wait", "30m")
+    backup = _job("Incremental backups of all VMs", program, path, *argv, longest=_longest(config))
     units = {"incbak-backup.service": backup, "incbak-backup.timer": _timer("Incremental backups", "02:15")}
     what = "A sample of each VM's last backup is compared"
     units["incbak-drill.service"] = _job(what, program, path, "drill", "--all", "--sample", _SAMPLE)
@@ -68,13 +107,22 @@ def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
     return units
 
 
-def _job(what: str, program: str, config: Path, *argv: str) -> str:
+def _longest(config: Config) -> int:
+    """Return the seconds after which no backup of ``--all`` can still be running by its own limit."""
+    limits = [parse_duration(config.vm(name).max_duration or f"{_LONGEST}s") for name in config.vms]
+    turns = -(-len(limits) // _JOBS)
+    return math.ceil(max(limits, default=_LONGEST) * max(turns, 1)) + 3600
+
+
+def _job(what: str, program: str, config: Path, *argv: str, longest: int = _LONGEST) -> str:
     return f"""[Unit]
 Description={what}
 
 [Service]
 Type=oneshot
 ExecStart={_line(program, "-q", *argv, "--config", str(config))}
+TimeoutStartSec={longest}
+TimeoutStopSec={_STOP}
 Nice=10
 IOSchedulingClass=best-effort
 IOSchedulingPriority=7
@@ -136,6 +184,7 @@ WatchdogSec=5min
 TimeoutStopSec=2min
 OOMScoreAdjust=-500
 {_HARDENING}
+{_NO_COMMANDS}
 
 [Install]
 WantedBy=multi-user.target
@@ -153,6 +202,7 @@ ExecStart={command}
 Restart=on-failure
 WatchdogSec=5min
 {_HARDENING}
+{_NO_COMMANDS}
 
 [Install]
 WantedBy=multi-user.target

@@ -3,6 +3,9 @@
 The passphrase goes through scrypt (RFC 7914), whose cost stands in the file and is held to limits when it is read: a
 file that somebody else wrote must not fill the memory. The result wraps the master key with AES-256-GCM, bound to the
 repository and to the file's name. Without any of these files the content is lost for good: `export` one.
+
+Whoever can write to the repository can add such files. So the file that opened it last (`memory`) is tried first, then
+the cheapest: files that cost more than the true one are not tried before it. At most 64 are read and 32 tried.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import msgspec
@@ -24,8 +28,9 @@ KIND = "keys"
 _LIMIT = 64 << 10
 _SALT = 32
 MAX_KEYS = 32
-_MAX_MEMORY = 1 << 30
-_MAX_PASSES = 16
+_MAX_READ = 2 * MAX_KEYS
+_MAX_MEMORY = 256 << 20
+_MAX_PASSES = 4
 _WAIT = 30.0
 """Seconds to wait for another process that removes a key, so that two do not remove the last two."""
 
@@ -41,6 +46,11 @@ class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def memory(self) -> int:
         """Bytes."""
         return 128 * self.n * self.r
+
+    @property
+    def work(self) -> int:
+        """What one guess takes, to compare costs by."""
+        return self.memory * self.p
 
     @property
     def possible(self) -> bool:
@@ -78,10 +88,10 @@ def add_key(
     return ident
 
 
-def read_keys(storage: Storage) -> tuple[list[KeyFile], dict[str, str]]:
-    """All files that can be read, oldest first; and why the others cannot, by name."""
+def read_keys(storage: Storage, first: str = "") -> tuple[list[KeyFile], dict[str, str]]:
+    """All files that can be read, oldest first; and why the others cannot, by name. ``first`` is never left out."""
     found, bad = [], {}
-    for name in sorted(storage.list(KIND))[: 2 * MAX_KEYS]:
+    for name in sorted(storage.list(KIND), key=lambda n: (n != first, n))[:_MAX_READ]:
         try:
             found.append(decode(name, storage.read(KIND, name, _LIMIT)))
         except FileNotFoundError:
@@ -113,12 +123,24 @@ def open_key(key: KeyFile, repository: str, passphrase: bytes) -> bytes | None:
     return master if master is not None and len(master) == cipher.KEY else None
 
 
-def unlock(storage: Storage, repository: str, passphrase: bytes) -> bytes:
-    """The master key. Raises `WrongPassphraseError`; `DamagedError` when no key can be read. Changes nothing."""
-    found, bad = read_keys(storage)
-    for key in found:
-        if key.repository == repository and (master := open_key(key, repository, passphrase)) is not None:
-            return master
+@dataclass(frozen=True)
+class Unlocked:
+    """The master key, and the id of the file that it was in."""
+
+    master: bytes
+    key: str
+
+
+def unlock(storage: Storage, repository: str, passphrase: bytes, first: str = "") -> Unlocked:
+    """The master key; the file ``first`` is tried before all others, then the cheapest. Changes nothing.
+
+    Raises `WrongPassphraseError`; `DamagedError` when no key can be read.
+    """
+    found, bad = read_keys(storage, first)
+    ours = sorted((k for k in found if k.repository == repository), key=lambda k: (k.id != first, k.cost.work))
+    for key in ours[:MAX_KEYS]:
+        if (master := open_key(key, repository, passphrase)) is not None:
+            return Unlocked(master, key.id)
     if not found:
         why = f"none of its keys can be read: {'; '.join(bad.values())}" if bad else "it has no key"
         hint = "Bring back one that was exported: incbak key import FILE"
@@ -126,7 +148,12 @@ def unlock(storage: Storage, repository: str, passphrase: bytes) -> bytes:
     if bad:
         what = f"the passphrase opens none of the keys that can be read ({len(bad)} cannot: {'; '.join(bad.values())})"
         raise WrongPassphraseError(what, hint="Nothing was touched.")
-    raise WrongPassphraseError(f"the passphrase does not open repository {repository[:8]}", hint="Nothing was touched.")
+    what = f"the passphrase does not open repository {repository[:8]}"
+    if len(storage.list(KIND)) > MAX_KEYS:
+        what += f" by any of the {MAX_KEYS} keys that were tried; there are more than a repository can have"
+        hint = "Somebody may have added files to keys/: remove those that are not yours."
+        raise WrongPassphraseError(what, hint=hint)
+    raise WrongPassphraseError(what, hint="Nothing was touched.")
 
 
 def remove_key(storage: Storage, start: str) -> str:

@@ -14,6 +14,7 @@ may have pruned it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ from blake3 import blake3
 from incbak import durable
 from incbak.errors import DamagedError, DurabilityError
 from incbak.repo import record as records
+from incbak.repo.ids import is_id
 from incbak.repo.record import Record
 from incbak.repo.repository import Config, Repository
 
@@ -38,6 +40,8 @@ class Place(msgspec.Struct, frozen=True):
 
     path: str
     encrypted: bool
+    key: str = ""
+    """The key file that opened it."""
 
 
 class LastBackup(msgspec.Struct, frozen=True):
@@ -51,36 +55,44 @@ class LastBackup(msgspec.Struct, frozen=True):
 
 
 class Memory:
-    """Of one host, below its state directory."""
+    """Of one host, below its state directory; where there is none, nothing is remembered."""
 
-    def __init__(self, state_dir: Path) -> None:
-        self._folder = state_dir / _FOLDER
+    def __init__(self, state_dir: Path | None) -> None:
+        self._folder = None if state_dir is None else state_dir / _FOLDER
+
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(self._folder.glob(pattern)) if self._folder else []
 
     def refuse_downgrade(self, path: Path, config: Config) -> None:
         """Raises `DamagedError` if the repository was encrypted when this host used it last, here or elsewhere."""
         if config.cipher:
             return
-        for file in sorted(self._folder.glob("*.json")):
+        for file in self._files("*.json"):
             place = _read(file, Place) if "-" not in file.name else None
-            if place and place.encrypted and (place.path == str(path.resolve()) or file.stem == config.id):
+            if place and place.encrypted and (place.path == _text(path) or file.stem == config.id):
                 what = f"the repository {path} was encrypted when this host used it last, and is not now"
                 raise DamagedError(what, hint=f"Somebody may have replaced it. If that was you, remove {file}")
 
-    def note_place(self, path: Path, config: Config) -> None:
-        """The repository is there, encrypted or not. Raises `DurabilityError`."""
-        self._write(f"{config.id}.json", Place(str(path.resolve()), bool(config.cipher)))
+    def note_place(self, path: Path, config: Config, key: str = "") -> None:
+        """The repository is there, encrypted or not; ``key`` is the file that opened it. Raises `DurabilityError`."""
+        self._write(f"{config.id}.json", Place(_text(path), bool(config.cipher), key or self.key(config)))
+
+    def key(self, config: Config) -> str:
+        """The id of the key file that opened the repository last; empty where that is not known."""
+        place = _read(self._folder / f"{config.id}.json", Place) if config.cipher and self._folder else None
+        return place.key if place and is_id(place.key) else ""
 
     def forget_place(self, path: Path) -> None:
         """A new repository is made there: what was there before is of the past. Raises `DurabilityError`."""
-        for file in self._folder.glob("*.json"):
-            if "-" not in file.name and (place := _read(file, Place)) and place.path == str(path.resolve()):
+        for file in self._files("*.json"):
+            if "-" not in file.name and (place := _read(file, Place)) and place.path == _text(path):
                 durable.remove(file)
 
     def remember(self, repo: Repository, record: Record) -> None:
         """A backup that this host has just committed. Raises `DurabilityError`."""
         digest = blake3(records.encode(record)).hexdigest()
         self._write(self._name(repo.id, record.vm), LastBackup(record.vm, record.id, record.seq, digest))
-        self.note_place(repo.storage.root, repo.config)
+        self.note_place(repo.storage.root, repo.config, repo.key)
 
     def pruned(self, repo: Repository, removed: Collection[str]) -> None:
         """This host has removed these backups. Raises `DurabilityError`."""
@@ -93,7 +105,7 @@ class Memory:
         return [what for last in self._all(repo.id) if vm in (None, last.vm) if (what := _trouble(repo, last))]
 
     def _all(self, repository: str) -> Iterator[LastBackup]:
-        for file in sorted(self._folder.glob(f"{repository}-*.json")):
+        for file in self._files(f"{repository}-*.json"):
             if last := _read(file, LastBackup):
                 yield last
 
@@ -103,6 +115,8 @@ class Memory:
 
     def _write(self, name: str, what: msgspec.Struct) -> None:
         data = msgspec.json.encode(what)
+        if self._folder is None:
+            return
         try:
             if (self._folder / name).read_bytes() == data:
                 return
@@ -113,6 +127,11 @@ class Memory:
         except OSError as e:
             raise DurabilityError(f"cannot make {self._folder}: {e.strerror}") from e
         durable.write_new(self._folder / name, [data], replace=True)
+
+
+def _text(path: Path) -> str:
+    """A path, of which Linux knows bytes only, as text."""
+    return os.fsencode(path.resolve()).decode(errors="backslashreplace")
 
 
 def _trouble(repo: Repository, last: LastBackup) -> str | None:

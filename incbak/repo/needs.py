@@ -28,7 +28,7 @@ from incbak.repo.counts import MOST, Counts, Keys, Numbers, Tally, laid_over, ra
 from incbak.repo.index import Digests, IndexFile, prefixes
 from incbak.repo.needs_file import Chain, Manifest
 from incbak.repo.pack import ENTRY
-from incbak.repo.record import DiskRecord, Record, not_whole
+from incbak.repo.record import DiskRecord, Record, not_whole, order
 from incbak.repo.repository import Repository
 from incbak.repo.tree import TreeReader, clusters_in
 
@@ -49,7 +49,7 @@ def _place(record: Record, disk: DiskRecord) -> Place:
 def _chains(records: Iterable[Record]) -> dict[Place, list[Link]]:
     """The chains that these backups make; in their order, which is that of the repository."""
     found: dict[Place, list[Link]] = {}
-    for record in sorted(records, key=lambda r: (r.seq, r.started, r.id)):
+    for record in sorted(records, key=order):
         for disk in record.disks:
             found.setdefault(_place(record, disk), []).append(Link(bytes.fromhex(disk.root), record.id))
     return found

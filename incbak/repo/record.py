@@ -14,6 +14,7 @@ from incbak.repo.ids import is_id
 VERSION = 1
 LIMIT = 16 << 20
 MAX_DISKS = 1024
+MAX_MISSED = 10_000
 MAX_DISK_SIZE = 1 << 56
 
 
@@ -41,11 +42,15 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     audit_turn: int | None = None
 
 
-class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a backup was copied from: the other repository's id, and the backup's ``seq`` there."""
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where a backup was copied from: the other repository's id, and the backup's ``seq`` there.
+
+    ``missed``: ids of backups that were made there before it and could not be copied until then; a sync tries again.
+    """
 
     repository: str
     seq: int
+    missed: tuple[str, ...] = ()
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +83,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def incomplete(self) -> bool:
         """Whether a disk failed and is not in it: the run notes that as "disk NAME failed: WHY"."""
         return any(note.startswith("disk ") and " failed: " in note for note in self.notes)
+
+
+def order(record: Record) -> tuple[int, int, str, str]:
+    """By what backups are put in order. A copy that came late has its successor's number, but its own one before."""
+    return record.seq, record.origin.seq if record.origin else 0, record.started, record.id
 
 
 def not_whole(record: Record, why: str) -> DamagedError:
@@ -119,6 +129,8 @@ def _impossible(name: str, record: Record) -> str | None:
     if not (_is_time(record.started) and _is_time(record.finished)):
         return "its times"
     if record.origin and not is_id(record.origin.repository):
+        return "its origin"
+    if record.origin and len(record.origin.missed) > MAX_MISSED:
         return "its origin"
     for disk in record.disks:
         if not 0 <= disk.size <= MAX_DISK_SIZE:

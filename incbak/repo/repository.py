@@ -30,8 +30,9 @@ from incbak.repo.cipher import NAME as CIPHER
 from incbak.repo.damage import Damage, read_damage
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.index import Index
-from incbak.repo.keys import Cost, add_key, unlock
+from incbak.repo.keys import Cost, Unlocked, add_key, unlock
 from incbak.repo.merge import merge_small
+from incbak.repo.place import refuse_address, refuse_remains
 from incbak.repo.reader import BlobReader
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.seal import PLAIN, Seal
@@ -97,6 +98,8 @@ class Repository:
         self._index: Index | None = None
         self.unreadable: dict[str, str] = {}
         """Records that `backups` could not read, with the reason."""
+        self.key = ""
+        """The file in ``keys`` that opened it; empty where it is not encrypted."""
 
     @classmethod
     def init(
@@ -104,17 +107,19 @@ class Repository:
     ) -> Repository:
         """Make a new repository in a directory that is missing or empty, encrypted if there is a passphrase.
 
-        The config comes last. Raises `UsageError`, before anything is made.
+        The config comes last. Raises `UsageError`, `LostConfigError`, before anything is made; removes nothing.
         """
+        refuse_address(path)
         if cluster_size not in CLUSTER_SIZES or cluster_size & (cluster_size - 1):
             raise UsageError(f"not a cluster size: {cluster_size}", hint="Use a power of two from 4K to 4M.")
         if (path / "config").exists():
             raise UsageError(f"{path} is a repository already")
         if path.exists() and (not path.is_dir() or any(p.name not in _OURS for p in path.iterdir())):
             raise UsageError(f"{path} is not an empty directory", hint="Choose another path.")
+        refuse_remains(path)
         if passphrase is not None and not passphrase:
             raise UsageError("the passphrase is empty")
-        config, seal = Config(VERSION, new_id(), cluster_size), PLAIN
+        config, seal, key = Config(VERSION, new_id(), cluster_size), PLAIN, ""
         if passphrase is not None:
             master = os.urandom(KEY)
             seal = Cipher(master)
@@ -123,29 +128,32 @@ class Repository:
         storage = LocalStorage(path, seal)
         storage.make_directories()
         if passphrase is not None:
-            for left in storage.list("keys"):
-                storage.remove("keys", left)  # of an init that was killed
-            add_key(storage, config.id, master, passphrase, cost=cost)
+            key = add_key(storage, config.id, master, passphrase, cost=cost)
         durable.write_new(path / "config", [msgspec.json.encode(config.sealed())])
-        return cls(storage, config.sealed())
+        made = cls(storage, config.sealed())
+        made.key = key
+        return made
 
     @classmethod
-    def open(cls, path: Path, passphrase: Callable[[], bytes] = _no_passphrase) -> Repository:
-        """Open the repository at ``path``; ``passphrase`` is asked for one if it is encrypted.
+    def open(cls, path: Path, passphrase: Callable[[], bytes] = _no_passphrase, key: str = "") -> Repository:
+        """Open the repository at ``path``; ``passphrase`` is asked for one if it is encrypted, ``key`` is tried first.
 
         Raises `NoRepositoryError`, `FormatTooNewError`, `DamagedError`, `WrongPassphraseError`.
         """
         storage, config = cls.look(path)
         storage.check_folders()
         if config.cipher:
-            storage.seal = Cipher(cls.master(storage, config, passphrase))
-        return cls(storage, config)
+            unlocked = cls.unlock(storage, config, passphrase, key)
+            storage.seal, key = Cipher(unlocked.master), unlocked.key
+        opened = cls(storage, config)
+        opened.key = key
+        return opened
 
     @staticmethod
-    def master(storage: Storage, config: Config, passphrase: Callable[[], bytes]) -> bytes:
-        """The key of an encrypted repository. Raises `WrongPassphraseError`, `DamagedError`."""
-        found = unlock(storage, config.id, passphrase())
-        if not config.opens(found):
+    def unlock(storage: Storage, config: Config, passphrase: Callable[[], bytes], first: str = "") -> Unlocked:
+        """The key of an encrypted repository; the file ``first`` is tried first. Raises as `keys.unlock`."""
+        found = unlock(storage, config.id, passphrase(), first)
+        if not config.opens(found.master):
             raise DamagedError(f"the config of repository {config.id[:8]} does not verify with its key")
         return found
 
@@ -156,6 +164,8 @@ class Repository:
         try:
             raw = storage.read(".", "config", _CONFIG_LIMIT)
         except (FileNotFoundError, NotADirectoryError):
+            refuse_address(path)
+            refuse_remains(path)
             what = "is not a repository" if path.exists() else "does not exist"
             raise NoRepositoryError(f"{path} {what}", hint=f"Make one with: incbak init {path}") from None
         except OSError as e:
@@ -206,7 +216,7 @@ class Repository:
                 self.unreadable[name] = str(e)
         if self._index is not None:
             self._index.refresh()
-        return sorted((r for r in found if vm is None or r.vm == vm), key=lambda r: (r.seq, r.started, r.id))
+        return sorted((r for r in found if vm is None or r.vm == vm), key=records.order)
 
     def record(self, name: str) -> Record:
         """One record by its whole id. Raises `DamagedError`, `FileNotFoundError`."""

@@ -32,7 +32,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from incbak.repo.record import Record
+from incbak.repo.record import Record, order
 
 AHEAD = 3600.0
 """Seconds by which the clocks of two hosts may differ before a backup is dated ahead."""
@@ -93,7 +93,7 @@ def plan(
     ``good``: the ids of its good backups that must stay. ``now``: seconds since 1970, by which backups that are dated
     ahead are left out of the rules; ``None`` leaves none out.
     """
-    newest_first = sorted(records, key=lambda r: (r.seq, r.started, r.id), reverse=True)
+    newest_first = sorted(records, key=order, reverse=True)
     kept: dict[str, list[str]] = {r.id: [] for r in newest_first}
     counted = [r for r in newest_first if now is None or not dated_ahead(r.started, now)]
     for rule, numbers in _rules(counted, [time_of(r) for r in counted], policy):

@@ -3,7 +3,8 @@
 1. blobs are appended to packs under temporary names;
 2. a pack is complete: its table is written, it is synced, gets its name, and the directory is synced;
 3. the index file that names durable packs only is written the same way (in between, too, so that memory is bounded);
-4. the locks are looked at again: a lock file that was removed or replaced meanwhile stops the commit;
+4. the record was decoded again, as a reader does it (`fitting`), and the locks are looked at again: a lock file that
+   was removed or replaced meanwhile stops the commit;
 5. the record is written the same way. Now the backup exists.
 
 Killed anywhere before 5, what was written is orphaned: harmless, and used by the next backup that needs the content.
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from incbak import durable
 from incbak.errors import BackupError, DurabilityError, IncbakError
 from incbak.repo import pack, record
+from incbak.repo.fitting import proven
 from incbak.repo.ids import new_id
 from incbak.repo.index import Digests, Index, encode
 from incbak.repo.storage.base import Storage, Stream
@@ -222,12 +224,13 @@ class Writer:
             self._write_index()
 
     def commit(self, made: record.Record) -> None:
-        """Steps 2 to 5. Raises `DurabilityError` or `LockedError`; then the backup does not exist."""
+        """Steps 2 to 5. Raises `DurabilityError`, `LockedError` or `BackupError`; then the backup does not exist."""
+        data = proven(made)
         self.finish()
         self._still_locked()
         durable.crash_point("repo.locks-checked")
         try:
-            self._storage.write("backups", made.id, record.encode(made))
+            self._storage.write("backups", made.id, data)
         except FileExistsError as e:
             raise IncbakError(f"a backup with the id {made.id} exists already") from e
         durable.crash_point("repo.record-durable")

@@ -7,10 +7,14 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from incbak import durable
+from incbak.disk.claims import claims
 from incbak.disk.file import FileDisk, open_disk, probe_format
-from incbak.errors import DurabilityError, RestoreError
+from incbak.disk.users import refuse_users
+from incbak.errors import DurabilityError, ImageInUseError, RestoreError
+from incbak.nbd.uri import NbdUri
 from incbak.private import PrivateDirectory
 from incbak.restore.targets import DeviceTarget, FileTarget, NbdTarget, Target
 
@@ -45,23 +49,28 @@ class Qcow2Target(Target):
             raise
 
     def _create(self, size: int) -> None:
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", str(self._file.temporary), str(size)]
-        made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        path, fd = self._file.inherited()
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", path, str(size)]
+        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        made = subprocess.run(command, pass_fds=[fd], check=False, **quiet)
         if made.returncode:
             raise RestoreError(f"cannot create {self.name}: {made.stderr.strip() or 'qemu-img failed'}")
 
     def _connect(self, size: int) -> NbdTarget:
         """The server ends when its only client is gone, so it does not outlive us."""
         sock = self._directory / "nbd"
-        command = ["qemu-nbd", "--format=qcow2", "--cache=writeback", f"--socket={sock}", str(self._file.temporary)]
+        path, fd = self._file.inherited()
+        command = ["qemu-nbd", "--format=qcow2", "--cache=writeback", f"--socket={sock}", path]
         with (self._directory / "log").open("wb") as log:
-            self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)
+            self._server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True, pass_fds=[fd]
+            )
         deadline = time.monotonic() + _START_SECONDS
         while not sock.exists():
             if self._server.poll() is not None or time.monotonic() > deadline:
                 raise RestoreError(f"cannot write {self.name}: {self._said() or 'qemu-nbd did not start'}")
             time.sleep(0.01)
-        return NbdTarget(f"nbd+unix:///?socket={sock}", size)
+        return NbdTarget(str(NbdUri("", path=str(sock))), size)
 
     def _said(self) -> str:
         return (self._directory / "log").read_text(errors="replace").strip()
@@ -116,7 +125,14 @@ class InPlaceTarget(Target):
             return
         if (form := probe_format(path)) != "raw":
             raise RestoreError(f"{path} is a {form} image", hint="Only raw images can be restored in place.")
+        if used := claims(path):
+            raise ImageInUseError(f"{path} is {', '.join(used)}", hint="Unmount and detach it first.")
         self._disk = open_disk(path)
+        try:
+            refuse_users(path)
+        except BaseException:
+            self._disk.close()
+            raise
         if self._disk.size != size:
             has = self._disk.size
             self._disk.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import stat
 import threading
@@ -10,9 +10,11 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 
-from incbak import durable
+from incbak import durable, newfile
+from incbak.disk.claims import claims
 from incbak.disk.file import FileDisk, open_disk
-from incbak.errors import DiskError, DurabilityError, ImageInUseError, IncbakError, NbdError, RestoreError
+from incbak.disk.users import refuse_users
+from incbak.errors import DiskError, DurabilityError, IncbakError, NbdError, RestoreError
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
 from incbak.restore.flushing import Flushing
@@ -56,8 +58,9 @@ class Target(ABC):
 class FileTarget(Target):
     """A sparse raw file, written beside its name and given it in the end.
 
-    Raises `RestoreError` when the name is taken and ``force`` is false, `ImageInUseError` when a process has the file
-    there open as an image, or another restore is writing to it.
+    Raises `RestoreError` when the name is taken and ``force`` is false, or the file beside it is another user's;
+    `ImageInUseError` when a process has the file there open as an image, or another restore is writing to it;
+    `UsageError` below ``/dev``.
     """
 
     blank = True
@@ -67,18 +70,13 @@ class FileTarget(Target):
         self.name, self._force = str(path), force
         self.temporary = self.path.with_name(self.path.name + INCOMPLETE)
         self._check()
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self._fd = os.open(self.temporary, flags, 0o600)
+            self._fd = newfile.create_locked(self.temporary)
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(self._fd, 0)
                 os.ftruncate(self._fd, size)
             except BaseException:
-                os.close(self._fd)
+                self._discard()
                 raise
-        except BlockingIOError:
-            raise ImageInUseError(f"another restore is writing to {self.temporary}") from None
         except OSError as e:
             raise RestoreError(f"cannot create {self.temporary}: {e.strerror}", hint="Check the path.") from e
         self._flushing = Flushing(self._fd, self.name)
@@ -92,6 +90,7 @@ class FileTarget(Target):
         if not self.path.is_file():
             raise RestoreError(f"{self.name} is not a regular file")
         open_disk(self.path).close()
+        refuse_users(self.path)
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         self._flushing.wrote(len(data))
@@ -107,7 +106,7 @@ class FileTarget(Target):
         self._flushing.finish()
         self._check()
         try:
-            durable.commit(self.temporary, self.path, replace=self._force)
+            durable.commit(self.temporary, self.path, replace=self._force, fd=self._fd)
         except FileExistsError:
             raise RestoreError(f"{self.name} appeared during the restore; it is left alone") from None
         durable.crash_point("restore.named")
@@ -117,8 +116,18 @@ class FileTarget(Target):
     def abandon(self) -> None:
         self._flushing.close()
         with suppress(OSError):
-            os.close(self._fd)
+            self._discard()
+
+    def _discard(self) -> None:
+        """What another process put under the name stays."""
+        ours = newfile.names(self.temporary, self._fd)
+        os.close(self._fd)
+        if ours:
             self.temporary.unlink()
+
+    def inherited(self) -> tuple[str, int]:
+        """Return what a child that inherits the descriptor opens, and the descriptor."""
+        return newfile.through(self._fd), self._fd
 
 
 class DeviceTarget(Target):
@@ -129,8 +138,9 @@ class DeviceTarget(Target):
         try:
             self._guard = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
         except OSError as e:
-            hint = "Unmount it, and stop what has it open."
-            raise DiskError(f"cannot open device {path} for ourselves alone: {e.strerror}", hint=hint) from e
+            why = ", ".join(claims(path)) or e.strerror
+            hint = "Unmount it, and stop what has it open." if e.errno == errno.EBUSY else ""
+            raise DiskError(f"cannot open device {path} for ourselves alone: {why}", hint=hint) from e
         try:
             self.disk: FileDisk = open_disk(path)
             if self.disk.size < size:

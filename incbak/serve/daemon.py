@@ -100,6 +100,7 @@ class Daemon:
         alive.cancel()
         if self._monitor_path:
             self._monitor_path.unlink(missing_ok=True)
+        self._ignore_signals()
         return 0 if clean else 1
 
     def _await_end(self, loop: asyncio.AbstractEventLoop, wanted: asyncio.Event) -> None:
@@ -155,9 +156,18 @@ class Daemon:
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # as under nohup
+        for number in (signal.SIGTERM, signal.SIGINT, *hangup):
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 loop.add_signal_handler(number, self._on_signal)
+
+    def _ignore_signals(self) -> None:
+        """Keep the exit code: a signal between the clean end and that of the process would kill it as a failure."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with suppress(NotImplementedError, RuntimeError, ValueError):
+                if loop.remove_signal_handler(number):
+                    signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self) -> None:
         self._signals += 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from incbak import durable
+from incbak import durable, newfile
 from incbak.disk.file import FileDisk, open_disk, probe_format
-from incbak.errors import DurabilityError
+from incbak.errors import DurabilityError, UsageError
 from incbak.serve.jobs import TargetError
 from incbak.serve.schema import QmpError
 
@@ -22,6 +23,8 @@ class FileTarget:
         self.name, self.path, self._existing = str(path), path, existing
         self._made = False if existing else _make(path)
         try:
+            if not existing and not self._made:
+                _refuse_anothers(path)
             if existing and (found := probe_format(path)) != "raw":
                 raise QmpError(f"Image '{path}' is a {found} image, only raw ones can be written")
             self._disk: FileDisk = open_disk(path)
@@ -95,9 +98,17 @@ class FileTarget:
 def _make(path: Path) -> bool:
     """Whether there was no such file before. Raises `QmpError`."""
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        os.close(newfile.create(path))
     except FileExistsError:
         return False
-    except OSError as e:
-        raise QmpError(f"Could not create '{path}': {e.strerror}") from e
+    except (OSError, UsageError) as e:
+        raise QmpError(f"Could not create '{path}': {e.strerror if isinstance(e, OSError) else e}") from e
     return True
+
+
+def _refuse_anothers(path: Path) -> None:
+    """A file that another user made for us to fill would stay open to them. Raises `QmpError`."""
+    with suppress(OSError):  # a dangling link, say: what opens it says so
+        info = path.stat()
+        if stat.S_ISREG(info.st_mode) and info.st_uid != os.geteuid():
+            raise QmpError(f"'{path}' is there already, and of another user: to write to it, use mode 'existing'")

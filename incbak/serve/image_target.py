@@ -8,6 +8,7 @@ A new image is made under another name, and takes the place of a file that is th
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -16,10 +17,11 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from incbak import durable
+from incbak import durable, newfile
 from incbak.disk.file import open_disk
-from incbak.errors import DurabilityError, IncbakError
+from incbak.errors import DurabilityError, IncbakError, UsageError
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
 from incbak.private import PrivateDirectory
@@ -44,12 +46,13 @@ class ImageTarget(OwnTarget):
                 raise QmpError(f"{tool} is not installed, which writes qcow2 images")
         self.path = Path(os.path.realpath(path))
         self._temporary: Path | None = None
+        self._fd = -1
         self._child: subprocess.Popen[bytes] | None = None
         try:
             if not existing:
                 _look_at(self.path)
                 self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.{id(self):x}.tmp")
-                _create(self._temporary, size)
+                self._fd = _create(self._temporary, size)
             super().__init__(str(path), NbdUri("", path=str(path)))
         except BaseException:
             self.withdraw()
@@ -57,12 +60,14 @@ class ImageTarget(OwnTarget):
 
     def _connect(self) -> NbdClient:
         ours, theirs = _connected()
-        image = self._temporary or self.path
+        image, inherited = (newfile.through(self._fd), [self._fd]) if self._temporary else (str(self.path), [])
         with tempfile.TemporaryFile() as said:
             with theirs:
                 command = ["sh", "-c", _WITH_SOCKET, "sh"]
-                command += ["qemu-nbd", "--format=qcow2", "--cache=writeback", str(image)]
-                self._child = subprocess.Popen(command, stdin=theirs.fileno(), stderr=said, start_new_session=True)
+                command += ["qemu-nbd", "--format=qcow2", "--cache=writeback", image]
+                self._child = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stderr=said, start_new_session=True, pass_fds=inherited
+                )
             try:
                 return NbdClient.connect(ours, export="", timeout=_START_SECONDS)
             except (IncbakError, OSError) as e:
@@ -78,6 +83,8 @@ class ImageTarget(OwnTarget):
         try:
             os.replace(self._temporary, self.path)
             self._temporary = None
+            if not newfile.names(self.path, self._fd):
+                raise DurabilityError(f"{self.path} was replaced by another process while it was written")
             durable.sync_dir(self.path.parent)
         except (OSError, DurabilityError) as e:
             raise TargetError(getattr(e, "errno", None), f"cannot write {self.path}: {e}") from e
@@ -95,6 +102,9 @@ class ImageTarget(OwnTarget):
 
     def withdraw(self) -> None:
         """What was made and has not got its name goes."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
         if self._temporary:
             with suppress(OSError):
                 self._temporary.unlink()
@@ -123,15 +133,22 @@ def _look_at(path: Path) -> None:
         open_disk(path).close()
 
 
-def _create(path: Path, size: int) -> None:
+def _create(path: Path, size: int) -> int:
+    """The descriptor of a new, empty image. Raises `QmpError`, and leaves nothing then."""
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-    except OSError as e:
-        raise QmpError(f"Could not create '{path}': {e.strerror}") from e
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)]
-    made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        made_fd = newfile.create(path)
+        fd = fcntl.fcntl(made_fd, fcntl.F_DUPFD_CLOEXEC, 10)  # 3 is the socket of the child
+        os.close(made_fd)
+    except (OSError, UsageError) as e:
+        raise QmpError(f"Could not create '{path}': {e.strerror if isinstance(e, OSError) else e}") from e
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", newfile.through(fd), str(size)]
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    made = subprocess.run(command, pass_fds=[fd], check=False, **quiet)
     if made.returncode:
+        os.close(fd)
+        path.unlink(missing_ok=True)
         raise QmpError(f"Could not create '{path}': {made.stderr.strip().removeprefix('qemu-img: ')}")
+    return fd
 
 
 def _connected() -> tuple[socket.socket, socket.socket]:

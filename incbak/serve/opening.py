@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from incbak.bitmap.file import Bitmap, State
@@ -64,8 +65,6 @@ def close_tracked(tracked: TrackedDisk, timeout: float) -> bool:
         tracked.gate.shut(timeout)
         if not tracked.read_only:
             tracked.disk.flush()
-        if tracked.store and not tracked.read_only:
-            tracked.store.note_writes(Path(tracked.disk.name))
         fingerprint = tracked.disk.fingerprint()
     except (DrainTimeoutError, IncbakError, OSError) as e:
         log.error("disk %s: not closed cleanly, its bitmaps are recovered at the next start: %s", tracked.name, e)
@@ -97,10 +96,11 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             for tracked in list(self._vm.disks.values()):
-                with tracked.reading:
+                with tracked.reading, suppress(OSError):
+                    beat = tracked.disk.beat()
                     for bitmap in list(tracked.bitmaps.values()):
                         if isinstance(bitmap, Bitmap) and bitmap.state is State.DIRTY:
-                            bitmap.heartbeat()
+                            bitmap.heartbeat(beat)
 
     def stop(self) -> None:
         """No more notes."""

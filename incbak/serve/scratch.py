@@ -77,9 +77,13 @@ class Scratch:
         self._budget.charge(len(data))
         with self._lock:
             self.held += len(data)
-        while data:
-            count = os.pwrite(self._fd, data, offset)
-            data, offset = data[count:], offset + count
+        try:
+            while data:
+                count = os.pwrite(self._fd, data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as e:
+            what = f"the file system of the scratch directory {self._budget.directory} is full"
+            raise OSError(e.errno, what) if e.errno in (errno.ENOSPC, errno.EDQUOT) else e
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer``. Raises `OSError`."""

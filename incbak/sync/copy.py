@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from incbak import durable
-from incbak.errors import DamagedError, DurabilityError, IncbakError, LockedError, SyncError, UsageError
+from incbak.errors import BackupError, DamagedError, DurabilityError, IncbakError, LockedError, SyncError, UsageError
 from incbak.events import Progress, Reporter, Warned, silent
 from incbak.repo.blob import ZERO_DIGEST
+from incbak.repo.fitting import proven
 from incbak.repo.index import Digests
 from incbak.repo.memory import Memory
-from incbak.repo.record import DiskRecord, Origin, Record
+from incbak.repo.record import MAX_MISSED, DiskRecord, Origin, Record
 from incbak.repo.repository import Repository
 from incbak.repo.tree import TreeReader, TreeUpdate, differing
 from incbak.repo.writer import Writer
@@ -90,7 +91,8 @@ def sync(source: Repository, target: Repository, options: Options, report: Repor
     for vm, records in planned.copy.items():
         try:
             with target.vm_lock(vm, options.lock_wait) as still_locked:
-                _Copier(source, target, vm, still_locked, options, report).copy(records, done)
+                missed = planned.missed.get(vm, frozenset())
+                _Copier(source, target, vm, still_locked, options, report, missed).copy(records, done)
         except LockedError as e:
             done.failed[vm] = e
     return done
@@ -107,14 +109,17 @@ class _Copier:
         still_locked: Callable[[], None],
         options: Options,
         report: Reporter,
+        missed: frozenset[str] = frozenset(),
     ) -> None:
         self._source, self._target, self._still_locked = source, target, still_locked
+        self._missed = set(missed)
         self._options, self._report = options, report
         everything = target.backups()
         self._seq = max((r.seq for r in everything), default=0)
         self._theirs = {r.id: r for r in everything if r.vm == vm}
         self._unsound = target.unsound(list(self._theirs.values()))
         self._ours = source.backups(vm)
+        self._missed |= source.unreadable.keys()  # of any VM: nobody knows
 
     def copy(self, records: Sequence[Record], done: Outcome) -> None:
         """These, oldest first. Raises `DurabilityError`, `LockedError`."""
@@ -126,12 +131,14 @@ class _Copier:
             except (DamagedError, SyncError) as e:
                 if record.id in self._source.storage.list("backups"):  # else it was pruned meanwhile
                     done.failed[record.id] = e
+                    self._missed.add(record.id)
                 continue
             self._theirs[made.id] = made
-            self._seq = made.seq
             done.copied.append(made)
             durable.crash_point("sync.backup-copied")
-            self._remember(made)
+            if made.seq > self._seq:
+                self._seq = made.seq
+                self._remember(made)
 
     def _one(self, record: Record) -> Record:
         """The record in the target. Raises `IncbakError`: then it is not there."""
@@ -158,10 +165,25 @@ class _Copier:
         ):
             carry = carrier(self._source.reader(), self._source.seal, writer)
             disks = tuple(self._disk(record, disk, bases, writer, carry, threads) for disk in record.disks)
-            origin = Origin(self._source.id, record.seq)
-            made = msgspec.structs.replace(record, seq=self._seq + 1, disks=disks, origin=origin)
+            origin = Origin(self._source.id, record.seq, self._missed_before(record))
+            made = msgspec.structs.replace(record, seq=self._number(record), disks=disks, origin=origin)
+            try:
+                proven(made)
+            except BackupError as e:
+                raise SyncError(str(e), hint=e.hint) from e
             writer.commit(made)
         return made
+
+    def _missed_before(self, record: Record) -> tuple[str, ...]:
+        """What this copy overtakes: still in the source, as far as that can be read, and not in the target."""
+        there = (self._source.storage.list("backups").keys() & self._missed) - self._theirs.keys() - {record.id}
+        later = {r.id for r in self._ours if r.seq > record.seq}
+        return tuple(sorted(there - later))[:MAX_MISSED]
+
+    def _number(self, record: Record) -> int:
+        """The next one; that of its successor, for one that comes late."""
+        after = {r.id for r in self._ours if r.seq > record.seq}
+        return min((r.seq for r in self._theirs.values() if r.id in after and r.origin), default=self._seq + 1)
 
     def _disk(
         self,

@@ -13,10 +13,12 @@ from incbak.repo.record import Record
 class Plan:
     """``copy``: records of the source by VM, oldest first. ``refused``: VMs of which nothing can be copied, and why.
 
-    ``held``: how many backups of the source the target has already.
+    ``held``: how many backups of the source the target has already. ``missed``: ids of backups by VM that an earlier
+    sync could not copy, though it copied later ones; those that can be read now are in ``copy`` again.
     """
 
     copy: dict[str, list[Record]] = field(default_factory=dict)
+    missed: dict[str, frozenset[str]] = field(default_factory=dict)
     refused: dict[str, SyncError] = field(default_factory=dict)
     held: int = 0
 
@@ -37,14 +39,15 @@ def make_plan(
     for vm in sorted(set(names) or have):
         ours = [r for r in source if r.vm == vm]
         copied = [r for r in target if r.vm == vm and r.origin and r.origin.repository == repository]
-        reached = max((r.origin.seq for r in copied if r.origin), default=0)
+        reached, missed = _reached(copied)
+        plan.missed[vm] = missed
         if why := _diverged(ours, copied):
             plan.refused[vm] = SyncError(
                 f"{vm}: {why}, so the source was put back to an older state since then",
                 hint="Copy this VM to another repository, or prune what the target has of it.",
             )
             continue
-        wanted = [r for r in ours if r.seq > reached and r.id not in there]
+        wanted = [r for r in ours if (r.seq > reached or r.id in missed or _late(r, reached)) and r.id not in there]
         if last is not None:
             wanted = wanted[len(wanted) - min(last, len(wanted)) :]
         if wanted:
@@ -52,15 +55,29 @@ def make_plan(
     return plan
 
 
+def _reached(copied: Sequence[Record]) -> tuple[int, frozenset[str]]:
+    """The number in the source of the newest backup that was copied, and what was missed before it."""
+    newest = max((r.origin for r in copied if r.origin), key=lambda o: o.seq, default=None)
+    return (newest.seq, frozenset(newest.missed)) if newest else (0, frozenset())
+
+
+def _late(record: Record, reached: int) -> bool:
+    """Whether the source, a copy itself, has got it since: it shares the number of the one that was copied last."""
+    return record.seq == reached and record.origin is not None
+
+
 def _diverged(ours: Sequence[Record], copied: Sequence[Record]) -> str | None:
     """Whether what was copied cannot have come before what the source has now, in words."""
     if not ours or not copied:
         return None
-    by_seq = {r.seq: r.id for r in ours}
+    by_seq: dict[int, set[str]] = {}
+    for record in ours:
+        by_seq.setdefault(record.seq, set()).add(record.id)
     for record in copied:
         assert record.origin
-        other = by_seq.get(record.origin.seq)
-        if other not in (None, record.id):
+        others = by_seq.get(record.origin.seq, {record.id})
+        if record.id not in others:
+            other = min(others)
             return f"backup {record.id[:8]} was copied as number {record.origin.seq}, which is {other[:8]} now"
     newest = max(copied, key=lambda r: r.origin.seq if r.origin else 0)
     assert newest.origin

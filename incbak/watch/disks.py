@@ -13,6 +13,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from incbak import host
+from incbak.bitmap.continuity import may_repeat
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.disk.locks import writer_present
@@ -28,7 +29,6 @@ LOCK_SECONDS = 15.0
 """How long the watch of the VM's last run may take to save."""
 _PROTOCOLS = ("file", "host_device")
 _SETTLE_SECONDS = 10.0
-_SECOND, _TICK = 1_000_000_000, 20_000_000
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Watched:
             found = disk.fingerprint()
         finally:
             disk.close()
+        # A manager of VMs changes the image's owner at each start and end.
+        found = found._replace(ctime_ns=0, attributes=bytes(8))
         if self.raw:
             return found
         sample = blake3(found.sample + found.size.to_bytes(8, "little")).digest(length=16)
@@ -64,7 +66,7 @@ class Watched:
         while True:
             now = time.time_ns()
             found = self.fingerprint()
-            if not found.mtime_ns or not _may_repeat(found.mtime_ns, now):
+            if not found.mtime_ns or not may_repeat(found, now):
                 return found
             if time.monotonic() > deadline:
                 raise DiskError(f"somebody goes on writing to {self.image}", hint="Look who has it open.")
@@ -77,12 +79,6 @@ class Watched:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _may_repeat(mtime_ns: int, now_ns: int) -> bool:
-    """Whether a write after ``now_ns`` could have the time ``mtime_ns`` too. A clock that was set back is no reason."""
-    grain = 2 * _SECOND if mtime_ns % _SECOND == 0 else _TICK
-    return mtime_ns - _SECOND <= now_ns <= mtime_ns + grain
 
 
 async def find_watched(session: Session, state_dir: Path, vm: str) -> tuple[list[Watched], list[LeftOut]]:

@@ -150,7 +150,6 @@ def _write(each: _Disk) -> Outcome:
         if why := _why_not_closed(each, fingerprint):
             outcome.detail = why
             return outcome
-        disk.store.note_writes(disk.image)
         for place, bits in zip(each.places, each.bits, strict=True):
             write_clean(disk.store, place.name, place.granularity, bits, fingerprint)
             outcome.kept.append(place.name)

@@ -92,10 +92,8 @@ class MemoryTarget:
     def flush(self) -> None:
         self.flushes += 1
 
-    def socket(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        self._server.start_connection(ours)
-        return theirs
+    def serve(self, sock: socket.socket) -> None:
+        self._server.start_connection(sock)
 
     def address(self) -> tuple[Path, str]:
         if self._directory is None:

@@ -211,7 +211,49 @@ def test_one_that_is_not_encrypted_any_more_is_not_used(incbak: Encrypted) -> No
     incbak("init", "--state-dir", incbak.root / "elsewhere")
     ran = incbak.run("full", incbak.image)
     assert (ran.code, "was encrypted when this host used it last" in ran.err) == (13, True)
-    assert incbak("list", "--state-dir", incbak.root / "elsewhere").out == "no backups\n"
+    plain = {"INCBAK_PASSWORD_FILE": ""}
+    assert incbak("list", "--state-dir", incbak.root / "elsewhere", env=plain).out == "no backups\n"
+
+
+@pytest.mark.parametrize("how", ["FILE", "COMMAND", "configured"])
+def test_a_plain_one_is_not_used_where_a_passphrase_is_configured(incbak: Encrypted, how: str) -> None:
+    """Also by a host that was never here: what it is told it needs a passphrase for was encrypted."""
+    none = {"INCBAK_PASSWORD_FILE": ""}
+    evil = incbak.root / "evil"
+    incbak("init", evil, env=none)
+    incbak("full", incbak.image, "-r", evil, env=none)
+    env = {"INCBAK_PASSWORD_FILE": str(incbak.passphrase)}
+    if how == "COMMAND":
+        env = {**none, "INCBAK_PASSWORD_COMMAND": "touch " + str(incbak.root / "ran")}
+    if how == "configured":
+        config = incbak.root / "incbak.toml"
+        config.write_text(f'[defaults]\npassword-file = "{incbak.passphrase}"\n')
+        env = {**none, "INCBAK_CONFIG": str(config)}
+    for command in (("restore", "latest", incbak.root / "x.raw"), ("incremental", incbak.image), ("check",), ("list",)):
+        ran = incbak.run("-r", evil, "--state-dir", incbak.root / "new", *command, env=env)
+        assert (ran.code, "is not encrypted, and a passphrase is configured" in ran.err) == (12, True)
+    assert not (incbak.root / "x.raw").exists()
+    assert not (incbak.root / "ran").exists()
+
+
+def test_who_has_only_read_it_notices_too(incbak: Encrypted) -> None:
+    incbak("full", incbak.image)
+    incbak("list", "--state-dir", incbak.root / "reader")
+    shutil.rmtree(incbak.repo)
+    none = {"INCBAK_PASSWORD_FILE": ""}
+    incbak("init", "--state-dir", incbak.root / "elsewhere", env=none)
+    ran = incbak.run("list", "--state-dir", incbak.root / "reader", env=none)
+    assert (ran.code, "was encrypted when this host used it last" in ran.err) == (13, True)
+
+
+def test_the_key_that_opened_it_is_remembered(incbak: Encrypted) -> None:
+    """So keys that somebody plants cost no time."""
+    (key,) = (incbak.repo / "keys").iterdir()
+    for number in range(100):
+        (incbak.repo / "keys" / f"{number:032x}").write_bytes(b"{}")
+    assert incbak("list").out == "no backups\n"
+    key.rename(incbak.root / "key")
+    assert incbak.run("list").code == 13
 
 
 def test_a_prune_on_this_host_is_no_alarm(incbak: Encrypted) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,7 @@ def _children(pid: int) -> list[int]:
         ("[vms.web1]\nsource='web1.raw'", "vms.web1.source: neither a monitor nor an absolute path"),
         ("[vms.web1]\nsource='/x'\nquiesce=true", "vms.web1.quiesce: goes together with agent-socket"),
         ("[vms.web1]\nsource='/x'\nattach=['/a','b']", "vms.web1.attach[1]: not an absolute path: 'b'"),
+        ("[defaults]\nmax-duration='x'", "defaults.max-duration: not a duration"),
         ("[vms.web1]\nsource='/x'\nlock-wait='soon'", "vms.web1.lock-wait: not a duration: 'soon'"),
         ("[defaults]\nspeed-limit='fast'", "defaults.speed-limit: not a size"),
         ("[defaults]\naudit='all'", "defaults.audit: not a percentage"),
@@ -434,7 +436,25 @@ def test_systemd_units_run_what_they_say(fleet: Fleet) -> None:
     assert argv[1:] == ["serve", "--name", "web1", "--state-dir", str(fleet.state),
                         f"vda={fleet.root}/with $ and % and space.raw"]  # fmt: skip
     assert "Persistent=yes" in (units / "incbak-backup.timer").read_text()
+    for unit in units.glob("*.service"):
+        assert {"UMask=0077", "NoNewPrivileges=yes", "ProtectSystem=full"} <= set(unit.read_text().splitlines()), unit
+        job = "Type=oneshot" in unit.read_text()
+        assert ("\nTimeoutStartSec=" in unit.read_text()) == job, unit
+        assert ("\nCapabilityBoundingSet=" in unit.read_text()) != job, "a hook may need any"
     assert fleet("schedule", "show", "systemd").out.count("[Service]") == 4
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds"), [((), 2 * 86400), (("1h",), 3600), (("1h", "30m"), 3600), (("1h", "3h", "2h"), 2 * 3 * 3600)]
+)
+def test_systemd_ends_no_backup_before_its_own_limit_does(fleet: Fleet, limits: Sequence[str], seconds: int) -> None:
+    """Two run at once, so the longest that all can take is that of the longest, for each two."""
+    tables = [f'[vms.v{n}]\nsource = "/x{n}.raw"\nmax-duration = "{limit}"\n' for n, limit in enumerate(limits)]
+    fleet.write("".join(tables) or '[vms.v]\nsource = "/x.raw"\n')
+    units = fleet.root / "units"
+    units.mkdir()
+    fleet("schedule", "show", "systemd", "--to", units)
+    assert f"\nTimeoutStartSec={seconds + 3600}\n" in (units / "incbak-backup.service").read_text()
 
 
 def test_cron_lines_run_what_they_say(fleet: Fleet) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.kit.cli import Incbak
 from tests.kit.need import need
+from tests.kit.qmp import Qmp
 from tests.kit.serve import raw_image, serving
 
 SIZE = 4 << 20
@@ -68,6 +69,27 @@ def test_a_speed_limit_is_kept_for_other_formats(incbak: Incbak) -> None:
     convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", incbak.root / "web1.raw", image]
     subprocess.run(convert, check=True, timeout=20)
     assert _slower(incbak, image, "512K") > 3  # the first MiB goes at once
+
+
+def test_a_backup_that_takes_too_long_is_ended_and_leaves_nothing(incbak: Incbak) -> None:
+    """An image, and a served VM: jobs and bitmaps of the run are gone, and the next one works."""
+    image = incbak.root / "web1.raw"
+    endless = ("--speed-limit", "200k", "--max-duration", "0.5s")
+    with serving(incbak.root, {"vda": image}, "--name", "web1") as serve:
+        vm = f"qmp:{serve.monitor}"
+        ran = incbak.run("full", vm, *endless)
+        assert (ran.code, "took longer than 0.50 s" in ran.err, "--max-duration TIME" in ran.err) == (1, True, True)
+        monitor = Qmp(serve.monitor)
+        monitor = Qmp(serve.monitor)
+        (disk,) = monitor("query-block")
+        assert (monitor("query-jobs"), disk["inserted"].get("dirty-bitmaps", [])) == ([], [])
+        monitor.close()
+        assert incbak.list() == []
+        incbak("full", vm)
+    ran = incbak.run("full", image, "--name", "web2", *endless)
+    assert (ran.code, "took longer than" in ran.err, len(incbak.list())) == (1, True, 1)
+    incbak("full", image, "--name", "web2")
+    assert incbak.run("full", image, "--max-duration", "soon").code == 2
 
 
 def _slower(incbak: Incbak, source: Path | str, rate: str = "1M") -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -158,3 +161,89 @@ def test_any_step_can_be_struck_by_its_number(tmp_path: Path) -> None:
         assert durable.passed() == number
     durable.arm(fault_at=f"*:{steps + 1}:EIO")
     durable.write_new(tmp_path / "c", [b"x"])
+
+
+def _refusing(code: int, *names: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in names:
+
+            def refuse(*args: object, **kwargs: object) -> None:
+                raise OSError(code, os.strerror(code))
+
+            monkeypatch.setattr(os, name, refuse)
+
+    return patch
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("renameat2", [True, False])
+def test_without_hard_links_it_is_renamed_and_nothing_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, renameat2: bool
+) -> None:
+    _refusing(code, "link")(monkeypatch)
+    if not renameat2:
+        monkeypatch.setattr(durable, "_RENAME_NOREPLACE", 1 << 20)  # EINVAL
+    durable.write_new(tmp_path / "a", [b"x"])
+    (tmp_path / "t").write_bytes(b"y")
+    durable.commit(tmp_path / "t", tmp_path / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    with pytest.raises(FileExistsError):
+        durable.write_new(tmp_path / "a", [b"z"])
+    assert (tmp_path / "a").read_bytes() == b"x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_link_that_fails_for_another_reason_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refusing(errno.EIO, "link")(monkeypatch)
+    with pytest.raises(DurabilityError):
+        durable.write_new(tmp_path / "a", [b"x"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("code", "fatal"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_only_a_directory_that_cannot_be_synced_at_all_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fatal: bool
+) -> None:
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(code, os.strerror(code))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(DurabilityError, match="directory") if fatal else nullcontext():
+        durable.write_new(tmp_path / "a", [b"x"])
+
+
+def test_a_file_that_cannot_be_synced_is_never_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refusing(errno.EINVAL, "fsync")(monkeypatch)
+    with pytest.raises(DurabilityError):
+        durable.write_new(tmp_path / "a", [b"x"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_file_is_removed_only_when_its_process_is_dead(tmp_path: Path) -> None:
+    path = tmp_path / f".x{durable.HELD}"
+    fd = durable.create_held(path)
+    assert not durable.remove_abandoned(path)
+    assert path.exists()
+    os.close(fd)
+    assert durable.remove_abandoned(path)
+    assert not path.exists()
+    assert not durable.remove_abandoned(path)
+
+
+def test_one_that_is_removed_before_it_is_held_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f".x{durable.HELD}"
+    real, removed = fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if not removed:
+            removed.append(path.unlink())
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    fd = durable.create_held(path)
+    assert os.path.samestat(os.fstat(fd), path.stat())
+    os.close(fd)

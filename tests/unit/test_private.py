@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +23,8 @@ made = PrivateDirectory()
 for name in ("sink.sock", "log"):
     s = socket.socket(socket.AF_UNIX)
     s.bind(str(made.path / name))
+(made.path / "sink").mkdir()
+(made.path / "sink" / "0a1b").write_text("")
 print(made.path, flush=True)
 if os.environ["HOW"] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -57,6 +60,23 @@ def test_it_is_private_and_goes(place: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o700
         (path / "nbd").write_text("x")
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 80, "\udcff"], ids=["long", "not UTF-8"])
+def test_where_no_socket_can_be_it_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The path of a socket has 107 bytes; ``TMPDIR`` may have more."""
+    elsewhere = Path(tempfile.mkdtemp(dir="/tmp"))
+    usual = tmp_path / name
+    usual.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(usual))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(elsewhere))
+    try:
+        with PrivateDirectory() as path, socket.socket(socket.AF_UNIX) as listener:
+            assert path.parent == elsewhere
+            listener.bind(str(path / "sink.sock"))
+        assert list(usual.iterdir()) == list(elsewhere.iterdir()) == []
+    finally:
+        elsewhere.rmdir()
 
 
 def test_what_a_killed_process_left_goes_with_the_next(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

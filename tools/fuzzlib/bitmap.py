@@ -21,7 +21,7 @@ from incbak.bitmap.format import Flag, Slot
 from incbak.bitmap.store import BitmapStore, get_dirty_blocks, view, views
 from incbak.cli.main import cli
 from incbak.errors import IncbakError
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 from incbak.reasons import Reason
 
 SIZE = (65 << 20) + 12345
@@ -154,7 +154,7 @@ def _without_time(data: bytes) -> bytes:
         slot = fmt.decode(data[at : at + fmt.SECTOR])
         assert isinstance(slot, Slot)
         head += fmt.encode(replace(slot, created_ns=1, owner_pid=1234, owner_start=5678))
-    return head + fmt.encode_beat(1) + data[fmt.HEARTBEAT + 16 :]
+    return head + fmt.encode_beat(Beat(1)) + data[fmt.HEARTBEAT + fmt.BEAT_SIZE :]
 
 
 def _changed(rng: Random, slot: Slot) -> Slot:

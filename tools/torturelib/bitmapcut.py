@@ -9,6 +9,7 @@ block in which the image differs from the base is marked.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -209,7 +210,7 @@ class _World:
             if self.rng.random() < 0.1:
                 self._flush(disk)
             if self.rng.random() < 0.1:
-                bitmap.heartbeat()
+                bitmap.heartbeat(disk.beat())
         self.moment()
 
 
@@ -220,6 +221,7 @@ def campaign(root: Path, seed: str, sessions: int, outcomes: Outcomes) -> None:
     real = durable.sync_file
     with (
         mock.patch.object(host, "boot_id", world.boot_id),
+        mock.patch.object(host, "boot_began_ns", time.time_ns),
         mock.patch.object(durable, "sync_file", lambda fd, what: world.sync(real, fd, what)),
     ):
         for _ in range(sessions):

@@ -20,24 +20,16 @@ _REPO = (
         "durable-small-file-not-synced",
         _DURABLE,
         '            crash_point("durable.written")\n            os.fsync(fd)\n'
-        '            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        _forget(temporary)\n",
-        '            crash_point("durable.written")\n            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        _forget(temporary)\n",
+        '            crash_point("durable.synced")\n            _name(temporary, path, replace=replace)\n',
+        '            crash_point("durable.written")\n'
+        '            crash_point("durable.synced")\n            _name(temporary, path, replace=replace)\n',
         unit("test_durable", "test_the_order_is_file_sync_name_directory_sync"),
     ),
     Fault(
         "durable-large-file-not-synced",
         _DURABLE,
-        '            crash_point("durable.written")\n            os.fsync(fd)\n'
-        '            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        raise\n",
-        '            crash_point("durable.written")\n            crash_point("durable.synced")\n'
-        "        finally:\n            os.close(fd)\n        _name(temporary, path, replace=replace)\n"
-        "    except FileExistsError:\n        raise\n",
+        '            os.fsync(fd)\n            crash_point("durable.synced")\n            if own:\n',
+        '            crash_point("durable.synced")\n            if own:\n',
         unit("repo/test_writer", "test_the_order_of_the_steps"),
     ),
     Fault(
@@ -57,8 +49,8 @@ _REPO = (
     Fault(
         "durable-replaces-unasked",
         _DURABLE,
-        "        os.link(temporary, path)\n        os.unlink(temporary)\n",
-        "        os.rename(temporary, path)\n",
+        "            os.link(temporary, path)\n            os.unlink(temporary)\n",
+        "            os.rename(temporary, path)\n",
         unit("test_durable", "test_an_existing_file_is_not_replaced_unasked"),
     ),
     Fault(
@@ -66,10 +58,10 @@ _REPO = (
         _WRITER,
         "        self.finish()\n        self._still_locked()\n"
         '        durable.crash_point("repo.locks-checked")\n        try:\n'
-        '            self._storage.write("backups", made.id, record.encode(made))\n',
+        '            self._storage.write("backups", made.id, data)\n',
         "        self._still_locked()\n"
         '        durable.crash_point("repo.locks-checked")\n        try:\n'
-        '            self._storage.write("backups", made.id, record.encode(made))\n            self.finish()\n',
+        '            self._storage.write("backups", made.id, data)\n            self.finish()\n',
         unit("repo/test_writer", "test_killed_anywhere_the_repository_is_whole", "test_the_order_of_the_steps"),
     ),
     Fault(

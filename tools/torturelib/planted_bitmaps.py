@@ -5,6 +5,7 @@ from __future__ import annotations
 from torturelib.planted import Fault, unit
 
 _FILE, _STORE, _FORMAT = "incbak/bitmap/file.py", "incbak/bitmap/store.py", "incbak/bitmap/format.py"
+_JUDGE = "incbak/bitmap/judge.py"
 _BODY = "incbak/bitmap/body.py"
 
 
@@ -24,7 +25,7 @@ FAULTS = (
     Fault(
         "bitmap-flag-stays-set",
         _FILE,
-        "                if self.state is State.CLEAN:\n                    self._clear_flag()\n",
+        "                if self.state is State.CLEAN:\n                    self._clear_flag(self.slot.fingerprint)\n",
         "                self.state = State.DIRTY\n",
         _protocol("test_the_flag_is_cleared_and_synced_before_the_first_mark_returns"),
     ),
@@ -195,42 +196,42 @@ FAULTS = (
     ),
     Fault(
         "bitmap-digest-not-checked",
-        _STORE,
-        "if digest_of(bitmap._body) != slot.digest:",
-        "if False:",
+        _JUDGE,
+        "return None if digest_of(body) == slot.digest else Reason.DIGEST",
+        "return None",
         _on_open("test_rot_in_the_body_is_noticed"),
     ),
     Fault(
         "bitmap-fingerprint-not-checked",
-        _STORE,
-        "    if slot.fingerprint != disk:\n        return Reason.DISK_CHANGED\n",
-        "",
+        _JUDGE,
+        "(changed(slot.fingerprint, disk) or Found.CLEAN)",
+        "Found.CLEAN",
         _on_open("test_the_disk_changed_while_nobody_tracked_it"),
     ),
     Fault(
         "bitmap-size-not-checked",
-        _STORE,
+        _JUDGE,
         "    if slot.size != disk.size:\n        return Reason.RESIZED\n",
         "",
         _on_open("test_the_disk_changed_while_nobody_tracked_it"),
     ),
     Fault(
         "bitmap-of-another-disk",
-        _STORE,
+        _JUDGE,
         "if slot.name != name or slot.disk_uuid != disk_uuid:",
         "if slot.name != name:",
         _on_open("test_of_another_disk"),
     ),
     Fault(
         "bitmap-one-slot-is-enough",
-        _STORE,
-        "return _open_clean(path, slot, disk) if both else Reason.HEADER",
-        "return _open_clean(path, slot, disk)",
+        _JUDGE,
+        "(changed(slot.fingerprint, disk) or Found.CLEAN) if header.both else Reason.HEADER",
+        "changed(slot.fingerprint, disk) or Found.CLEAN",
         _on_open("test_clean_with_one_torn_slot_is_not_believed"),
     ),
     Fault(
         "bitmap-boot-not-compared",
-        _STORE,
+        _JUDGE,
         "same_boot = slot.boot_id == host.boot_id()",
         "same_boot = True",
         _on_open("test_host_lost"),
@@ -244,16 +245,16 @@ FAULTS = (
     ),
     Fault(
         "bitmap-coarse-map-not-checked",
-        _STORE,
+        _JUDGE,
         "return None if bool(((coarse == TOUCHED) | (coarse == UNTOUCHED)).all()) else Reason.COARSE_MAP",
         "return None",
         _on_open("test_a_bad_coarse_map_is_not_believed"),
     ),
     Fault(
         "bitmap-late-writes-not-seen",
-        _STORE,
-        "return Reason.DISK_CHANGED if disk.mtime_ns > beat + slack else None",
-        "return None",
+        "incbak/bitmap/continuity.py",
+        "        if time_ns > beat.clock_ns + HEARTBEAT_SLACK_NS:\n            return Reason.DISK_CHANGED\n",
+        "",
         _on_open("test_the_image_was_written_after_a_kill"),
     ),
     Fault(

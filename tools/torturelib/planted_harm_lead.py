@@ -80,4 +80,18 @@ FAULTS = [
         "",
         ("tests/story/test_prune.py::test_all_of_a_vm_is_removed_and_raises_no_alarm",),
     ),
+    Fault(
+        "backup-without-longest-duration",
+        "incbak/cli/backup.py",
+        "limit = asyncio.timeout(seconds)",
+        "limit = asyncio.timeout(None)",
+        ("tests/story/test_options.py::test_a_backup_that_takes_too_long_is_ended_and_leaves_nothing",),
+    ),
+    Fault(
+        "systemd-ends-backups-early",
+        "incbak/fleet/schedule.py",
+        "turns = -(-len(limits) // _JOBS)",
+        "turns = 1",
+        ("tests/story/test_fleet.py::test_systemd_ends_no_backup_before_its_own_limit_does",),
+    ),
 ]

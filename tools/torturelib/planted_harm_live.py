@@ -5,6 +5,8 @@ from __future__ import annotations
 from torturelib.planted import Fault, unit
 
 _GRAPH = "incbak/engine/qemu_graph.py"
+_STATE = "incbak/engine/run_state.py"
+_LIVE = "tests/live/test_qemu_migration.py::"
 
 FAULTS = [
     Fault(
@@ -48,5 +50,89 @@ FAULTS = [
         "            if child and child not in own:\n",
         "            if not own:\n",
         unit("engine/test_qemu_graph", "test_a_second_writer_anywhere_below_the_device_is_found"),
+    ),
+    Fault(
+        "live: a VM that has moved away is backed up",
+        _STATE,
+        "    if why := _REFUSED.get(state) if state else None:\n",
+        "    if why := _REFUSED.get(state) if not state else None:\n",
+        unit("engine/test_run_state", "test_each_state_is_decided"),
+    ),
+    Fault(
+        "live: a migration does not count",
+        _STATE,
+        "    if migration not in _NO_MIGRATION:\n",
+        "    if not status:\n",
+        unit("engine/test_run_state", "test_a_migration_wins_over_the_state"),
+    ),
+    Fault(
+        "live: cont is given to a VM that has left",
+        "incbak/engine/qemu_window.py",
+        "    if status == RunState.PAUSED:\n",
+        "    if status:\n",
+        unit("engine/test_run_state", "test_only_a_stop_of_our_own_is_resumed"),
+    ),
+    Fault(
+        "live: the guard gives cont to a VM that has left",
+        "incbak/engine/guard.py",
+        """            if not status or b'"paused"' in status:\n""",
+        "            if True:\n",
+        unit("engine/test_run_state", "test_the_guard_of_a_dead_runner_resumes_only_its_stop"),
+    ),
+    Fault(
+        "live: a migration can be completed beside our filters",
+        "incbak/engine/qemu.py",
+        "                await blocker.add()\n",
+        "",
+        (f"{_LIVE}test_a_migration_that_is_quick_fails_or_the_backup_does",),
+    ),
+    Fault(
+        "live: a migration is not seen while the jobs copy",
+        "incbak/engine/qemu.py",
+        "                        until_refused(self._session),\n",
+        "                        asyncio.sleep(3600),\n",
+        (f"{_LIVE}test_a_migration_wins_and_the_vm_is_backed_up_only_where_it_runs",),
+    ),
+    Fault(
+        "live: the state is not looked at before the commit",
+        "incbak/backup/runner.py",
+        "            await self._engine.confirm()\n",
+        "",
+        unit("backup/test_runner", "test_what_the_engine_says_before_the_commit_counts"),
+    ),
+    Fault(
+        "live: a target can be dialled again while its runner lives",
+        "incbak/engine/guard.py",
+        "            with listener:\n",
+        "            for self._kept in [listener]:\n",
+        unit("engine/test_door", "test_one_connection_is_let_in_and_no_second_one"),
+    ),
+    Fault(
+        "live: the socket of a target has a name that the next one has too",
+        "incbak/engine/qemu_door.py",
+        "self.name = secrets.token_hex(8)",
+        'self.name = "sink.sock" + secrets.token_hex(0)',
+        unit("engine/test_door", "test_the_way_leads_nowhere_when_the_number_is_another_directorys"),
+    ),
+    Fault(
+        "live: a peer that waits for room does not notice the cut",
+        "incbak/engine/guard.py",
+        "            if not sock.recv(1 << 16, socket.MSG_DONTWAIT):\n",
+        "            if sock:\n",
+        unit("engine/test_door", "test_a_peer_that_waits_for_room_notices_the_cut"),
+    ),
+    Fault(
+        "live: the guard does not cut what it let in",
+        "incbak/engine/guard.py",
+        "            self._sinks.append(connection)\n",
+        "            self._kept = connection\n",
+        unit("engine/test_door", "test_an_owner_that_is_silent_or_gone_makes_nobody_wait"),
+    ),
+    Fault(
+        "live: a listener outlives its owner",
+        "incbak/engine/guard.py",
+        "        for _, listener in self._listeners.values():\n            listener.close()\n",
+        "        self._kept = dict(self._listeners)\n",
+        unit("engine/test_door", "test_a_listener_that_nobody_came_to_is_closed_too"),
     ),
 ]

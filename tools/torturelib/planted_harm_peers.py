@@ -146,7 +146,7 @@ _PATHS = (
     ),
     Fault(
         "named-path-of-a-bitmap-opened",
-        "incbak/bitmap/store.py",
+        "incbak/bitmap/judge.py",
         "        fd = open_regular(path, os.O_RDONLY)  # an engine may have named it\n",
         "        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)\n",
         _opening("test_a_name_of_something_else_is_not_opened"),

@@ -50,7 +50,7 @@ _CIPHER = (
     Fault(
         "cipher-config-not-proven",
         "incbak/repo/repository.py",
-        "        if not config.opens(found):\n",
+        "        if not config.opens(found.master):\n",
         "        if False:\n",
         unit("repo/test_cipher", "test_the_config_is_proven"),
     ),
@@ -91,7 +91,7 @@ _MEMORY = (
     Fault(
         "memory-downgrade-not-refused",
         "incbak/cli/settings.py",
-        "        self.memory.refuse_downgrade(path, Repository.look(path)[1])\n",
+        "        self.memory.refuse_downgrade(path, config)\n",
         "",
         ("tests/story/test_encryption.py::test_one_that_is_not_encrypted_any_more_is_not_used",),
     ),

@@ -79,7 +79,7 @@ _BACKUPS = (
     Fault(
         "prune-by-the-clock",
         _RETENTION,
-        "key=lambda r: (r.seq, r.started, r.id), reverse=True)",
+        "key=order, reverse=True)",
         "key=lambda r: (r.started, r.seq, r.id), reverse=True)",
         _rule("test_whatever_the_clocks_said"),
     ),

@@ -231,8 +231,8 @@ _WRITTEN = (
     Fault(
         "target-image-replaces-too-early",
         _IMAGE,
-        "                _create(self._temporary, size)\n",
-        "                _create(self._temporary, size)\n                self.begin()\n",
+        "                self._fd = _create(self._temporary, size)\n",
+        "                self._fd = _create(self._temporary, size)\n                self.begin()\n",
         unit("serve/test_targets", "test_in_a_transaction_that_does_not_happen"),
     ),
     Fault(

@@ -33,7 +33,7 @@ FAULTS = (
     Fault(
         "restore-name-before-sync",
         _TARGETS,
-        "            durable.commit(self.temporary, self.path, replace=self._force)\n",
+        "            durable.commit(self.temporary, self.path, replace=self._force, fd=self._fd)\n",
         "            os.rename(self.temporary, self.path)\n            durable.sync_dir(self.path.parent)\n",
         _file("test_it_is_synced_before_it_has_its_name"),
     ),
@@ -60,16 +60,16 @@ FAULTS = (
     ),
     Fault(
         "restore-over-a-leftover",
-        _TARGETS,
-        "                os.ftruncate(self._fd, 0)\n",
-        "",
+        "incbak/newfile.py",
+        "            os.unlink(path)\n            fd = create(path, mode)\n",
+        "            fd = os.dup(left)\n",
         _file("test_what_an_earlier_restore_left_does_not_shine_through"),
     ),
     Fault(
         "restore-two-into-one-file",
-        _TARGETS,
-        "                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
-        "",
+        "incbak/newfile.py",
+        "        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "        pass\n",
         _file("test_two_restores_to_one_file"),
     ),
     Fault(

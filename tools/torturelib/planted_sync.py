@@ -92,7 +92,7 @@ FAULTS = (
     Fault(
         "sync-pruned-comes-back",
         _PLAN,
-        "if r.seq > reached and r.id not in there]",
+        "if (r.seq > reached or r.id in missed or _late(r, reached)) and r.id not in there]",
         "if r.id not in there]",
         unit("sync/test_plan", "test_what_was_pruned_from_the_target_does_not_come_back"),
     ),

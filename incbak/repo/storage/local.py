@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import resource
 import stat
 import threading
 import time
@@ -13,14 +15,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from incbak import durable
-from incbak.errors import DamagedError, DurabilityError, LockedError
+from incbak.errors import DamagedError, DurabilityError, LockedError, StorageError
 from incbak.repo.seal import PLAIN, SEALED, Seal
-from incbak.repo.storage.base import KINDS, LATER, Storage, Stream
+from incbak.repo.storage.base import KINDS, Storage, Stream
 
 _OPEN_FILES = 256
+_OTHER_FILES = 32
+"""Descriptors that are left to the rest of the process."""
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 STALE_TEMPORARY = 7 * 86400
-"""Seconds after which a temporary file that a dead run left may go."""
+"""Seconds after which a temporary file may go of which it cannot be said whether the run that made it is dead."""
+_CONTENT = ("packs", "index", "backups")
+_PLAIN_LOCKS = ("repository.lock", "content.lock", "prune.lock", "pins.lock", "index.lock")
+"""Made with the repository: on a full disk it is too late."""
 
 
 class LocalStream(Stream):
@@ -28,12 +35,11 @@ class LocalStream(Stream):
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._path = directory / f".{os.getpid()}-{threading.get_native_id()}-{time.monotonic_ns()}.tmp"
+        self._path = directory / f".{os.getpid()}-{threading.get_native_id()}-{time.monotonic_ns()}{durable.HELD}"
         self._size = 0
         self._open, self._named = True, False
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._fd = os.open(self._path, flags, 0o600)
+            self._fd = durable.create_held(self._path)
         except OSError as e:
             raise DurabilityError(f"cannot write in {directory}: {e.strerror}", hint=_HINT) from e
 
@@ -46,9 +52,9 @@ class LocalStream(Stream):
         return self._size
 
     def commit(self, name: str) -> None:
-        self._close()
         durable.commit(self._path, self._directory / name)
         self._named = True
+        self._close()
 
     def abort(self) -> None:
         self._close()
@@ -87,16 +93,20 @@ class LocalStorage(Storage):
         self._mutex = threading.Lock()
 
     def make_directories(self) -> None:
-        """The folders of a new repository, durable."""
+        """The folders of a new repository, durable, and the locks that all commands take."""
         for kind in KINDS:
             durable.make_dir(self.root / kind)
+        for name in _PLAIN_LOCKS:
+            os.close(_opened_lock(self.root / "locks" / name))
 
     def sweep(self) -> None:
-        """Remove temporary files that runs of long ago left behind."""
+        """Remove temporary files that dead runs left behind."""
         limit = time.time() - STALE_TEMPORARY
-        for kind in ("packs", "index", "backups", *LATER):
+        for kind in (".", *KINDS):
             for path in (self.root / kind).glob(".*.tmp"):
                 with suppress(OSError):
+                    if path.name.endswith(durable.HELD) and durable.remove_abandoned(path):
+                        continue
                     if path.lstat().st_mtime < limit:
                         path.unlink()
 
@@ -111,10 +121,21 @@ class LocalStorage(Storage):
                             if stat.S_ISREG(info.st_mode):
                                 found[entry.name] = info.st_size
         except FileNotFoundError:
-            if kind in LATER:
-                return {}
-            raise DamagedError(f"the folder {self.root / kind} is missing") from None
+            self._missing(kind)
+            return {}
+        except OSError as e:
+            raise _unreadable(self.root / kind, e) from e
         return found
+
+    def _missing(self, kind: str) -> None:
+        """A copy may lack empty folders, and then all of them; what was in one that is missing beside others is lost.
+
+        Raises `DamagedError`.
+        """
+        theirs = {*_CONTENT} - {kind} if kind in _CONTENT else set()
+        if not self.root.is_dir() or any((self.root / other).is_dir() for other in theirs):
+            hint = "Bring it back from a copy; if it was empty, make it anew with mkdir."
+            raise DamagedError(f"the folder {self.root / kind} is missing", hint=hint)
 
     def check_folders(self) -> None:
         """Raises `DamagedError` where a folder is a link or a file: what is written there would go elsewhere."""
@@ -146,27 +167,42 @@ class LocalStorage(Storage):
         key = (kind, name)
         with self._mutex:
             if (file := self._files.get(key)) is None:
-                file = self._files[key] = _OpenFile(self.root / kind / name)
-                if len(self._files) > _OPEN_FILES:
+                if len(self._files) >= _open_files():
                     self._files.popitem(last=False)
+                file = self._files[key] = self._open(self.root / kind / name)
             else:
                 self._files.move_to_end(key)
             return file
+
+    def _open(self, path: Path) -> _OpenFile:
+        try:
+            return _OpenFile(path)
+        except OSError as e:
+            if e.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        self._files.clear()
+        return _OpenFile(path)
 
     def path(self, kind: str, name: str) -> Path | None:
         return self.root / kind / name
 
     def write(self, kind: str, name: str, data: bytes) -> None:
-        if kind in LATER:
-            durable.make_dir(self.root / kind)
+        self._make_folder(kind)
         if kind in SEALED:
             data = self.seal.close(kind, name, data)
         durable.write_new(self.root / kind / name, [data])
 
     def stream(self, kind: str) -> Stream:
-        if kind in LATER:
-            durable.make_dir(self.root / kind)
+        self._make_folder(kind)
         return LocalStream(self.root / kind)
+
+    def _make_folder(self, kind: str) -> None:
+        """Raises `DurabilityError`."""
+        try:
+            for each in _CONTENT if kind in _CONTENT else (kind,):
+                durable.make_dir(self.root / each)
+        except OSError as e:
+            raise DurabilityError(f"cannot make {self.root / kind}: {e.strerror}", hint=_HINT) from e
 
     def remove(self, kind: str, name: str) -> None:
         self._let_go(kind, [name])
@@ -185,6 +221,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def lock(self, name: str, *, exclusive: bool, wait: float) -> Iterator[None]:
+        self._make_folder("locks")
         path = self.root / "locks" / name
         fd = _locked(path, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, time.monotonic() + wait)
         try:
@@ -201,7 +238,7 @@ def _locked(path: Path, kind: int, deadline: float) -> int:
     """A descriptor that holds the lock on the file that has this name now, not on one that was removed meanwhile."""
     while True:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = _opened_lock(path)
         except OSError as e:
             raise DurabilityError(f"cannot open the lock {path}: {e.strerror}", hint="Look at the storage.") from e
         try:
@@ -213,6 +250,22 @@ def _locked(path: Path, kind: int, deadline: float) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _opened_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _open_files() -> int:
+    """How many files may stay open, within what this process may have."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most == resource.RLIM_INFINITY:
+        return _OPEN_FILES
+    return max(min(_OPEN_FILES, (most - _OTHER_FILES) // 2), 4)
+
+
+def _unreadable(path: Path, cause: OSError) -> StorageError:
+    return StorageError(f"cannot read {path}: {cause.strerror}", hint="Look at the storage, and at the permissions.")
 
 
 def _flock(fd: int, path: Path, kind: int, deadline: float) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from incbak.disk.file import FileDisk
+from incbak.bitmap.store import BitmapStore
+from incbak.disk.file import FileDisk, open_disk
 from incbak.engine.base import DiskPlan
 from incbak.engine.image import ImageEngine
+from incbak.errors import ImageChangedError
+from incbak.reasons import Reason
 from tests.kit.serve import raw_image
 
 SIZE = 5 * 65536
@@ -58,3 +63,64 @@ def test_the_image_is_on_its_disk_before_the_copy_counts(
     assert steps[-1] == "image flushed"
     assert "write" in steps
     assert (error is None) is works
+
+
+async def _copied(image: Path, state: Path) -> ImageEngine:
+    """An engine whose copy has ended."""
+    engine = ImageEngine(image, state, "vm", None)
+    (disk,) = (await engine.describe()).disks
+    plan = DiskPlan(disk, "incbak-00000000-11111111", 65536)
+    await engine.run([plan], {disk.name: _Target([])}, lambda *_: None)  # type: ignore[dict-item]
+    return engine
+
+
+def _write(image: Path) -> None:
+    before = image.stat()
+    with image.open("r+b") as f:
+        f.seek(70_000)
+        f.write(b"another program")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _replace(image: Path) -> None:
+    image.with_name("copy").write_bytes(image.read_bytes())
+    image.with_name("copy").rename(image)
+
+
+@pytest.mark.parametrize("how", [_write, _replace, None])
+def test_another_program_writes_while_the_image_is_read(tmp_path: Path, how: Callable[[Path], None] | None) -> None:
+    """One that takes no locks, and dates it back or renames another file to it: the run fails before its commit."""
+    image = raw_image(tmp_path / "disk.raw", SIZE, b"x")
+
+    async def run() -> None:
+        engine = await _copied(image, tmp_path / "state")
+        try:
+            if how:
+                how(image)
+            await engine.confirm()
+        finally:
+            await engine.close()
+
+    if how:
+        with pytest.raises(ImageChangedError, match=r"another program .* while it was read"):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())
+
+
+def test_what_was_written_meanwhile_is_not_taken_for_seen(tmp_path: Path) -> None:
+    """Also between the last look and the close: the bitmap is closed as of the state that was read."""
+    image = raw_image(tmp_path / "disk.raw", SIZE, b"x")
+
+    async def run() -> None:
+        engine = await _copied(image, tmp_path / "state")
+        await engine.confirm()
+        _write(image)
+        await engine.close()
+
+    asyncio.run(run())
+    disk, store = open_disk(image), BitmapStore(tmp_path / "state", "vm", "disk0")
+    store.lock()
+    assert store.open("incbak-00000000-11111111", disk.fingerprint()) is Reason.DISK_CHANGED
+    store.unlock()
+    disk.close()

@@ -193,7 +193,7 @@ def test_disks_are_chosen_by_name_device_or_node(include: list[str], exclude: li
         (["vdc"], [], "no disk 'vdc' to back up"),
         (["cd0"], [], "it is read-only"),
         ([], ["vdc"], "no disk 'vdc'"),
-        ([], ["vda", "vdb"], "there is no disk to back up"),
+        ([], ["vda", "vdb"], "there is no disk to back up: vda is excluded; vdb is excluded; cd0: it is read-only"),
     ],
 )
 def test_disks_that_cannot_be_chosen(include: list[str], exclude: list[str], says: str) -> None:
@@ -210,3 +210,12 @@ def test_a_disk_that_nobody_would_miss_is_left_out_unsaid(
 ) -> None:
     left = (LeftOut("usb0", "it is removable"), LeftOut("cd0", "no medium", expected=True), LeftOut("data", "why"))
     assert [x.name for x in missed(Description("vm", (_disk(),), left_out=left), include, exclude)] == told
+
+
+def test_that_there_is_no_disk_gives_the_reasons() -> None:
+    """Of a bounded number: the names are those of a VM's devices."""
+    none = Description("vm", (), left_out=tuple(LeftOut(f"cd{n}", "it is empty") for n in range(20)))
+    with pytest.raises(UsageError, match=r"cd0: it is empty; cd1: .*cd15: it is empty, and 4 more$"):
+        choose(none, [], [])
+    with pytest.raises(UsageError, match=r"no disk to back up: the VM has none$"):
+        choose(Description("vm", ()), [], [])

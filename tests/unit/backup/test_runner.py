@@ -17,8 +17,10 @@ from incbak.errors import (
     DurabilityError,
     EngineError,
     FallbackRefusedError,
+    ImageChangedError,
     IncbakError,
     LockedError,
+    RunStateError,
     UsageError,
 )
 from incbak.events import Event, Fallback, Notice, Warned
@@ -120,7 +122,7 @@ def test_only_bitmaps_of_this_repository_are_replaced(repo: Repository, engine: 
     engine.on = lambda step: _refuse(step, "commit")
     events: list[Event] = []
     back_up(repo, engine, events)
-    assert any(isinstance(e, Warned) and "could not be removed" in e.text for e in events)
+    assert any(isinstance(e, Warned) and "not all bitmaps are up to date" in e.text for e in events)
     assert len(disk.bitmaps) == 4
     engine.on = lambda step: None
     last = made(back_up(repo, engine))
@@ -196,6 +198,36 @@ def test_an_engine_that_fails_makes_no_backup(repo: Repository, engine: FakeEngi
         back_up(repo, engine)
     assert engine.steps == {"run": ["cleanup", "run", "rollback vda"], "cleanup": ["cleanup"]}[where]
     assert repo.backups() == []
+
+
+def test_what_the_engine_says_before_the_commit_counts(
+    repo: Repository, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM that has moved away since the copy was made."""
+
+    async def confirm() -> None:
+        raise RunStateError("it has moved away")
+
+    monkeypatch.setattr(engine, "confirm", confirm)
+    with pytest.raises(RunStateError):
+        back_up(repo, engine)
+    assert repo.backups() == []
+    assert engine.disks["vda"].bitmaps == {}
+
+
+def test_the_engine_looks_again_before_the_commit(
+    repo: Repository, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it sees then is the last word: there is no backup, and the new bitmap is gone."""
+
+    async def confirm() -> None:
+        raise ImageChangedError("another program wrote to it")
+
+    monkeypatch.setattr(engine, "confirm", confirm)
+    with pytest.raises(ImageChangedError):
+        back_up(repo, engine)
+    assert repo.backups() == []
+    assert all(not disk.bitmaps for disk in engine.disks.values())
 
 
 @pytest.mark.parametrize("point", ["repo.append", "repo.packs-durable", "repo.index-durable", "repo.locks-checked"])
@@ -457,6 +489,15 @@ def test_a_dry_run_changes_nothing(repo: Repository, engine: FakeEngine) -> None
     assert outcome.planned[0].base
     assert engine.steps == []
     assert len(repo.backups()) == 1
+
+
+def test_a_dry_run_needs_no_lock(repo: Repository, engine: FakeEngine) -> None:
+    """Monitoring beside a long backup."""
+    made(back_up(repo, engine))
+    with repo.vm_lock("vm"):
+        outcome = back_up(repo, engine, incremental=True, dry_run=True)
+    assert outcome.record is None
+    assert [p.name for p in outcome.planned] == list(engine.disks)
 
 
 def test_a_fallback_can_be_refused(repo: Repository) -> None:

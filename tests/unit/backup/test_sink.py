@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -416,7 +417,9 @@ def test_a_job_over_nbd_by_path_and_by_socket(repo: Repository) -> None:
                 assert path.parent.stat().st_mode & 0o777 == 0o700
                 client = NbdClient.connect(NbdUri(name, path=str(path)))
             else:
-                client = NbdClient.connect(target.socket(), "vda")
+                ours, theirs = socket.socketpair()
+                target.serve(theirs)
+                client = NbdClient.connect(ours, "vda")
             client.write(data[: 5 * CLUSTER + 9], 0)
             client.write(data[5 * CLUSTER + 9 :], 5 * CLUSTER + 9)
             with pytest.raises(NbdRequestError) as refused:
@@ -430,7 +433,9 @@ def test_a_job_over_nbd_by_path_and_by_socket(repo: Repository) -> None:
 
 def test_a_failed_backup_is_an_io_error_for_the_job(repo: Repository) -> None:
     with sinking(repo) as sink, SinkServer({"vda": sink}) as server:
-        client = NbdClient.connect(server.connected(), "vda")
+        ours, theirs = socket.socketpair()
+        server.serve(theirs)
+        client = NbdClient.connect(ours, "vda")
         sink._pipeline._failure = BackupError("no more")
         for call in (lambda: client.write(b"x" * CLUSTER, 0), client.flush):
             with pytest.raises(NbdRequestError) as refused:

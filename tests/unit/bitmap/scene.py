@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from incbak.bitmap.file import Bitmap
 from incbak.bitmap.format import REGION
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 from incbak.reasons import Reason
 
 CLUSTER = 65536
@@ -37,7 +38,7 @@ store.lock()
 bitmap = store.open(name, disk.fingerprint())
 for offset, length in writes:
     bitmap.mark(offset, length)
-    bitmap.heartbeat()
+    bitmap.heartbeat(disk.beat())
     disk.write(b"new!" * (length // 4), offset)
     print(json.dumps([offset, length]), flush=True)
 disk.flush()
@@ -58,6 +59,7 @@ class Scene:
         monkeypatch.setenv("INCBAK_BOOT_ID_FILE", str(self._boot))
         self.store = BitmapStore(self.state, "vm", "disk")
         self.store.lock()
+        self.store.note_image(self.image)
 
     @property
     def path(self) -> Path:
@@ -76,6 +78,11 @@ class Scene:
         finally:
             disk.close()
 
+    def beat(self) -> Beat:
+        """A sign of life of the image's owner."""
+        clock, seen = time.time_ns(), self.image.stat()
+        return Beat(clock, seen.st_mtime_ns, seen.st_ctime_ns)
+
     def create(self) -> Bitmap:
         """A new bitmap."""
         return self.store.create(NAME, SIZE, CLUSTER, self.fingerprint())
@@ -93,7 +100,7 @@ class Scene:
                 bitmap.mark(offset, length)
                 f.seek(offset)
                 f.write(b"old!" * (length // 4))
-        bitmap.heartbeat()
+        bitmap.heartbeat(self.beat())
 
     def session(self, writes: Sequence[tuple[int, int]], crash_at: str) -> list[tuple[int, int]]:
         """Another process opens, writes, and is killed at a crash point (or ends well); returns what it wrote."""

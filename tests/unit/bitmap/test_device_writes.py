@@ -4,86 +4,72 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from incbak import host
+from incbak.bitmap.continuity import changed
 from incbak.bitmap.file import Bitmap
-from incbak.bitmap.identity import written_since
+from incbak.disk.file import open_disk
+from incbak.fingerprint import NO_WRITES, Beat, Fingerprint
 from incbak.reasons import Reason
 from tests.kit.need import missing, need, need_root
-from tests.unit.bitmap.scene import Scene
+from tests.unit.bitmap.scene import CLUSTER, NAME, Scene
+
+SETUP, OTHER = b"s" * 16, b"o" * 16
+FEW, MORE = b"f" * 16, b"m" * 16
 
 
-class Kernel:
-    """What it says of the device."""
-
-    says = "boot:7:80:0"
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    made = Kernel()
-    monkeypatch.setattr(host, "device_writes", lambda _: made.says)
-    return made
-
-
-def closed(scene: Scene) -> None:
-    """A clean end."""
-    scene.store.note_image(scene.image)
-    bitmap = scene.create()
-    scene.store.note_writes(scene.image)
-    bitmap.close(scene.fingerprint())
+def device_of(scene: Scene, writes: bytes) -> Fingerprint:
+    """A block device with the content of the image."""
+    found = scene.fingerprint()
+    return Fingerprint(found.size, 0, 0, found.sample, writes=writes)
 
 
 @pytest.mark.parametrize(
-    ("says", "valid"),
+    ("writes", "reason"),
     [
-        ("boot:7:80:0", True),
-        ("boot:7:88:0", False),
-        ("boot:7:80:8", False),
-        ("boot:8:0:0", True),
-        ("other:7:0:0", True),
-        ("", True),
+        (SETUP + FEW, None),
+        (SETUP + MORE, Reason.DISK_CHANGED),
+        (OTHER + FEW, Reason.UNPROVEN),
+        (NO_WRITES, Reason.UNPROVEN),
     ],
 )
-def test_writes_since_the_clean_end(scene: Scene, kernel: Kernel, says: str, valid: bool) -> None:
-    """A device that was set up anew, or another boot, tells nothing: there the sample must do, as before."""
-    closed(scene)
-    kernel.says = says
-    scene.store.note_image(scene.image)
-    found = scene.open()
-    assert isinstance(found, Bitmap) if valid else found is Reason.DISK_CHANGED
+def test_writes_since_the_clean_end(scene: Scene, writes: bytes, reason: Reason | None) -> None:
+    """Another boot, another set-up, and a kernel that does not count show nothing: that is not "unchanged"."""
+    before = device_of(scene, SETUP + FEW)
+    scene.store.create(NAME, before.size, CLUSTER, before).close(before)
+    found = scene.store.open(NAME, device_of(scene, writes))
+    assert (found if isinstance(found, Reason) else None) is reason
     if isinstance(found, Bitmap):
         found.close(None)
 
 
-def test_it_is_durably_so(scene: Scene, kernel: Kernel) -> None:
-    closed(scene)
-    kernel.says = "boot:7:99:0"
-    scene.store.note_image(scene.image)
-    kernel.says = "boot:7:80:0"
-    scene.store.note_image(scene.image)
-    assert scene.open() is Reason.DISK_CHANGED
-
-
-def test_a_bitmap_whose_owner_was_killed_is_not_judged_by_it(scene: Scene, kernel: Kernel) -> None:
-    """It has recorded what the count tells of."""
-    closed(scene)
-    bitmap = scene.opened()
+@pytest.mark.parametrize(
+    ("writes", "boot", "reason"),
+    [
+        (SETUP + FEW, "same", None),
+        (SETUP + MORE, "same", Reason.UNPROVEN),
+        (SETUP + FEW, "other", None),
+        (OTHER + FEW, "other", Reason.UNCLEAN_SHUTDOWN),
+    ],
+)
+def test_writes_since_the_owner_was_killed(scene: Scene, writes: bytes, boot: str, reason: Reason | None) -> None:
+    """The count cannot tell the owner's last writes from those of others: it has to be what the owner saw."""
+    disk = device_of(scene, SETUP + FEW)
+    bitmap = scene.store.create(NAME, disk.size, CLUSTER, disk)
     bitmap.mark(0, 1)
+    bitmap.heartbeat(Beat(time.time_ns(), writes=SETUP + FEW))
     bitmap.close(None)
-    kernel.says = "boot:7:96:0"
-    scene.store.note_image(scene.image)
-    scene.opened().close(None)
-
-
-def test_of_a_file_nothing_is_noted(scene: Scene) -> None:
-    closed(scene)
-    assert b'"writes":""' in (scene.store.directory / "disk.json").read_bytes()
-    assert not written_since("", "")
+    if boot == "other":
+        scene.reboot()
+    found = scene.store.open(NAME, device_of(scene, writes))
+    assert (found if isinstance(found, Reason) else None) is reason
+    if isinstance(found, Bitmap):
+        found.close(None)
 
 
 @pytest.fixture
@@ -109,7 +95,31 @@ def test_the_kernel_counts(device: Path) -> None:
         f.seek(8192)
         f.write(b"x" * 512)
         os.fsync(f)
-    assert written_since(before, host.device_writes(device))
+    assert host.device_writes(device).partition(";")[0] == before.partition(";")[0]
+    assert host.device_writes(device) != before
+
+
+def seen(device: Path) -> Fingerprint:
+    """By who opens it now."""
+    disk = open_disk(device, read_only=True, lock=False)
+    try:
+        return disk.fingerprint()
+    finally:
+        disk.close()
+
+
+def test_a_write_that_is_only_in_the_page_cache_shows(device: Path) -> None:
+    """It is not counted before it is on the device."""
+    before = seen(device)
+    with device.open("r+b", buffering=0) as f:
+        f.seek(8192)
+        f.write(b"x" * 512)
+        assert changed(before, seen(device)) is Reason.DISK_CHANGED
+
+
+def test_a_device_that_is_not_counted_equals_nothing(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "device_writes", lambda _: "")
+    assert changed(seen(device), seen(device)) is Reason.UNPROVEN
 
 
 def test_what_is_no_device(tmp_path: Path) -> None:

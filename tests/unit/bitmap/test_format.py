@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from incbak.bitmap import format as fmt
 from incbak.bitmap.format import Flag, Slot
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Beat, Fingerprint
 from incbak.reasons import Reason
 
 SLOT = Slot(
@@ -26,7 +26,9 @@ SLOT = Slot(
     owner_start=987654,
     created_ns=1_700_000_000_000_000_000,
     reason="",
-    fingerprint=Fingerprint((1 << 40) + 512, 99, 1_600_000_000_000_000_000, bytes(range(32, 48))),
+    fingerprint=Fingerprint(
+        (1 << 40) + 512, 99, 1_600_000_000_000_000_000, bytes(range(32, 48)), 7, b"attribut", bytes(range(32))
+    ),
     digest=bytes(range(64, 96)),
 )
 OLDER = replace(SLOT, sequence=6, flags=Flag.ENABLED)
@@ -52,6 +54,9 @@ slots = st.builds(
         st.integers(0, (1 << 64) - 1),
         st.integers(-(1 << 63), (1 << 63) - 1),
         blobs,
+        st.integers(-(1 << 63), (1 << 63) - 1),
+        st.binary(min_size=8, max_size=8),
+        st.binary(min_size=32, max_size=32),
     ),
     digest=st.binary(min_size=32, max_size=32),
 )
@@ -138,11 +143,18 @@ def test_numbers_that_cannot_be_are_refused_although_they_verify(offset: int, va
 
 @given(st.integers(1, (1 << 64) - 1))
 def test_a_heartbeat_is_read_back(now: int) -> None:
-    assert fmt.decode_beat(fmt.encode_beat(now)) == now
+    assert fmt.decode_beat(fmt.encode_beat(Beat(now, 1, 2))) == Beat(now, 1, 2)
 
 
-@given(st.binary(min_size=16, max_size=16))
+@given(st.binary(min_size=fmt.BEAT_SIZE, max_size=fmt.BEAT_SIZE))
 def test_a_torn_heartbeat_is_none(raw: bytes) -> None:
-    first, second = int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
+    first, second = int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:16], "little")
     whole = first ^ second == (1 << 64) - 1 and first
-    assert fmt.decode_beat(raw) == (first if whole else None)
+    assert fmt.decode_beat(raw) == (Beat(first) if whole else None)
+
+
+def test_a_heartbeat_that_is_torn_behind_its_clock_is_of_the_clock_only() -> None:
+    """As that of an older version, which has nothing there."""
+    raw = fmt.encode_beat(Beat(5, 6, 7, b"w" * 32))
+    assert fmt.decode_beat(raw[:16].ljust(fmt.BEAT_SIZE, b"\0")) == Beat(5)
+    assert fmt.decode_beat(raw[:-9] + b"x" + raw[-8:]) == Beat(5)

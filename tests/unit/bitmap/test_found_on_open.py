@@ -232,7 +232,7 @@ def test_the_disk_changed_while_nobody_tracked_it(scene: Scene, change: object, 
 def test_a_disk_of_equal_size_with_other_content(scene: Scene) -> None:
     """faults row 39: a block device has no time and no inode; the sampled blocks tell."""
     scene.clean()
-    size, _inode, _mtime, sample = scene.fingerprint()
+    size, sample = scene.fingerprint().size, scene.fingerprint().sample
     bitmap = scene.opened()
     bitmap.close(Fingerprint(size, 0, 0, sample))
     other = Fingerprint(size, 0, 0, bytes(16))
@@ -261,7 +261,8 @@ def test_the_image_was_written_after_a_kill(scene: Scene, boot: str, late: int) 
     bitmap.close(None)
     if boot == "other":
         scene.reboot()
-    os.utime(scene.image, ns=(beat + late, beat + late))
+    late += beat.clock_ns
+    os.utime(scene.image, ns=(late, late))
     assert scene.open() is Reason.DISK_CHANGED
 
 

@@ -79,7 +79,7 @@ class Scene:
 
 
 @pytest.mark.parametrize(
-    "name", [b"../../x1", b"/tmp/inc", b"a/../../", b"sub/evil", b"abc\0defg", b"..\0\0\0\0\0\0"], ids=repr
+    "name", [b"../../x1", b"/tmp/~no", b"a/../../", b"sub/evil", b"abc\0defg", b"..\0\0\0\0\0\0"], ids=repr
 )
 def test_a_name_leads_nowhere(tmp_path: Path, top: Path, name: bytes) -> None:
     """The library may refuse it, cut it, or hand it on: nothing is outside, and what is inside is one component."""

@@ -26,7 +26,7 @@ _MEMORY = 96 << 20
 @pytest.fixture
 def listening(tmp_path: Path) -> Iterator[tuple[NbdServer, Path]]:
     export = DiskExport()
-    server = NbdServer(lambda: {"disk": export}, max_connections=CONNECTIONS, handshake_timeout=1.0)
+    server = NbdServer(lambda: {"disk": export}, max_connections=CONNECTIONS, handshake_timeout=3.0)
     path = server.listen_unix(tmp_path / "nbd.sock")
     yield server, path
     server.stop(10)

@@ -20,6 +20,7 @@ from incbak.repo.prune import Options, prune
 from incbak.repo.repository import Repository
 from incbak.repo.retention import Policy
 from incbak.repo.seal import PLAIN
+from incbak.repo.storage.local import LocalStorage
 from tests.unit.repo.scene import CHEAP, CLUSTER, PASSPHRASE, back_up, cluster, new, opened, restore
 
 MASTER = bytes(range(32))
@@ -202,9 +203,9 @@ def test_the_config_is_proven(path: Path) -> None:
 
 def test_keys_come_and_go(path: Path) -> None:
     storage, config = Repository.look(path)
-    master = keys.unlock(storage, config.id, PASSPHRASE)
+    master = keys.unlock(storage, config.id, PASSPHRASE).master
     second = keys.add_key(storage, config.id, master, b"another", label="x", cost=CHEAP)
-    assert keys.unlock(storage, config.id, b"another") == master
+    assert keys.unlock(storage, config.id, b"another") == keys.Unlocked(master, second)
     (first,) = {k.id for k in keys.read_keys(storage)[0]} - {second}
     assert keys.remove_key(storage, first[:8]) == first
     with pytest.raises(WrongPassphraseError):
@@ -262,3 +263,58 @@ def test_a_tree_of_digests_of_another_repository_says_nothing(tmp_path: Path) ->
     plain = back_up(new(tmp_path / "c"), NUMBERS).disks[0].root
     assert len({*roots, plain}) == 3
     assert np.array_equal(one.seal.digests(memoryview(bytes(CLUSTER)), CLUSTER), np.zeros((1, 32), dtype=np.uint8))
+
+
+def _plant(path: Path, count: int, **more: object) -> list[str]:
+    """Key files of somebody who cannot know the passphrase, older than ours."""
+    (ours,) = (path / "keys").iterdir()
+    key = msgspec.json.decode(ours.read_bytes(), type=keys.KeyFile)
+    names = [f"{number:032x}" for number in range(count)]
+    for name in names:
+        fields = {"id": name, "created": "2000-01-01T00:00:00Z", "wrapped": "00" * 60, **more}
+        (path / "keys" / name).write_bytes(msgspec.json.encode(msgspec.structs.replace(key, **fields)))
+    return names
+
+
+def _tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    tried: list[str] = []
+
+    def note(key: keys.KeyFile, repository: str, passphrase: bytes) -> bytes | None:
+        tried.append(key.id)
+        return _open_key(key, repository, passphrase)
+
+    _open_key = keys.open_key
+    monkeypatch.setattr(keys, "open_key", note)
+    return tried
+
+
+def test_planted_keys_that_cost_more_are_not_tried_before_ours(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (ours,) = (p.name for p in (path / "keys").iterdir())
+    _plant(path, 31, cost=keys.Cost(n=1 << 18))
+    tried = _tried(monkeypatch)
+    assert opened(path).key == ours
+    assert tried == [ours]
+
+
+def test_the_key_that_opened_it_last_is_tried_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (ours,) = (p.name for p in (path / "keys").iterdir())
+    _plant(path, 100)
+    tried = _tried(monkeypatch)
+    Repository.open(path, lambda: PASSPHRASE, ours)
+    assert tried == [ours]
+
+
+def test_only_so_many_keys_are_tried(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _plant(path, 100)
+    tried = _tried(monkeypatch)
+    with pytest.raises(WrongPassphraseError, match="more than a repository can have") as refused:
+        opened(path)
+    assert len(tried) == 32
+    assert "keys/" in refused.value.hint
+    assert len(keys.read_keys(LocalStorage(path))[0]) == 64
+
+
+@pytest.mark.parametrize("cost", [{"n": 1 << 19}, {"p": 5}, {"r": 17, "n": 1 << 17}])
+def test_a_guess_takes_256_mib_and_four_passes_at_most(cost: dict[str, int]) -> None:
+    assert not keys.Cost(**cost).possible
+    assert keys.Cost(n=1 << 18, p=4).possible

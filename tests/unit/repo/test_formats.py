@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incbak import durable
-from incbak.errors import DamagedError, DurabilityError, FormatTooNewError, LockedError
+from incbak.errors import DamagedError, DurabilityError, FormatTooNewError, LockedError, StorageError
 from incbak.repo import blob, index, pack, record, tree
 from incbak.repo.ids import is_id, new_id
 from incbak.repo.index import Index, IndexFile
 from incbak.repo.merge import FILES, merge_small
 from incbak.repo.repository import Repository
+from incbak.repo.storage.base import KINDS
 from incbak.repo.storage.local import STALE_TEMPORARY, LocalStorage
 from tests.unit.repo.scene import back_up, new, restore, store, writing
 
@@ -481,3 +485,76 @@ def test_an_open_repository_sees_what_others_commit(tmp_path: Path) -> None:
     made = back_up(repo, [3, 4, 0])
     assert [r.id for r in other.backups()][-1] == made.id
     assert restore(other, made) == restore(repo, made)
+
+
+def test_empty_folders_that_a_copy_lacks_are_empty_folders(storage: LocalStorage) -> None:
+    for kind in KINDS:
+        for file in (storage.root / kind).iterdir():
+            file.unlink()
+        (storage.root / kind).rmdir()
+    assert [storage.list(kind) for kind in KINDS] == [{}] * len(KINDS)
+    with storage.lock("a", exclusive=True, wait=0):
+        pass
+    storage.write("packs", "a", b"x")
+    storage.write("damaged", "a", b"{}")
+    assert [len(storage.list(kind)) for kind in ("packs", "index", "backups", "damaged", "pins")] == [1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["packs", "index", "backups"])
+def test_a_folder_of_content_that_is_missing_beside_others_is_damage(storage: LocalStorage, kind: str) -> None:
+    """Else a prune would take all content of a repository that has lost its records for garbage."""
+    shutil.rmtree(storage.root / kind)
+    with pytest.raises(DamagedError, match=f"{kind} is missing"):
+        storage.list(kind)
+
+
+def test_temporary_files_of_dead_runs_are_swept_at_once(storage: LocalStorage) -> None:
+    alive = storage.stream("packs")
+    dead = storage.root / "packs" / f".1-1-1{durable.HELD}"
+    dead.write_bytes(b"x")
+    beside = storage.root / "damaged" / f".x{durable.HELD}"
+    beside.write_bytes(b"x")
+    storage.sweep()
+    assert (dead.exists(), beside.exists()) == (False, False)
+    alive.append([b"abc"])
+    alive.commit("fine")
+    assert storage.list("packs") == {"fine": 3}
+
+
+def test_as_many_files_stay_open_as_the_process_may_have(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(80):
+        storage.write("packs", str(number), b"x")
+        assert storage.read_range("packs", str(number), 0, 1) == b"x"
+    assert len(os.listdir("/proc/self/fd")) - before <= 16
+
+
+def test_when_there_are_no_more_descriptors_what_is_open_is_closed(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        storage.write("packs", name, name.encode())
+    storage.read_range("packs", "a", 0, 1)
+    real, refused = os.open, []
+
+    def full(path: object, *args: int) -> int:
+        if not refused:
+            refused.append(path)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", full)
+    assert storage.read_range("packs", "b", 0, 1) == b"b"
+    assert len(refused) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_named(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StorageError, match=r"cannot read .*packs: Permission denied"):
+        storage.list("packs")

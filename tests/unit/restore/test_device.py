@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from incbak.disk.claims import claims
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.memory import MemoryDisk
@@ -21,6 +23,7 @@ from incbak.errors import DamagedError, DiskError, DurabilityError, ImageInUseEr
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
 from incbak.repo.tree import FANOUT
+from incbak.restore.images import InPlaceTarget
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import DeviceTarget, open_target
 from tests.kit.cli import Content, Incbak, content, differing
@@ -95,6 +98,59 @@ def test_a_device_in_use_is_not_touched(made: Made, loop: Callable[[int], Path],
     with device.open("rb") as f:
         assert set(f.read(65536)) == {JUNK}
     _restore(made, device)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("use", ["mounted", "a partition of it"])
+def test_what_a_device_is_used_for_is_named(made: Made, loop: Callable[[int], Path], tmp_path: Path, use: str) -> None:
+    """And it is not touched."""
+    device, at = loop(64 << 20), tmp_path / "a mount point"
+    at.mkdir()
+    undo, said = _use(device, at, use)
+    try:
+        with pytest.raises(DiskError, match=said):
+            _restore(made, device)
+    finally:
+        for command in undo:
+            subprocess.run(command, check=True, timeout=60)
+
+
+def _use(device: Path, at: Path, use: str) -> tuple[list[list[str | Path]], str]:
+    """How to undo it, and what must be said."""
+    part = device
+    if use != "mounted":
+        need("sfdisk", "partx")
+        subprocess.run(["sfdisk", "-q", device], input=b",,L\n", check=True, timeout=60)
+        subprocess.run(["partx", "-u", device], check=True, timeout=60)
+        part = Path(f"{device}p1")
+        wait_until(part.exists, "the partition")
+    need("mkfs.ext4")
+    subprocess.run(["mkfs.ext4", "-q", part], check=True, timeout=60)
+    subprocess.run(["mount", "-o", "ro", part, at], check=True, timeout=60)
+    return [["umount", at], *([["partx", "-d", device]] if part != device else [])], f"mounted at {re.escape(str(at))}"
+
+
+@pytest.mark.root
+def test_swap_and_what_is_built_on_a_device_are_named(
+    loop: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As sysfs shows them; not every kernel that tests run on has device-mapper."""
+    device = loop(SIZE)
+    number = os.stat(device).st_rdev
+    holder = tmp_path / f"{os.major(number)}:{os.minor(number)}" / "holders" / "dm-3"
+    (holder / "dm").mkdir(parents=True)
+    (holder / "dm" / "name").write_text("vg-root\n")
+    monkeypatch.setattr("incbak.disk.claims._BLOCK", tmp_path)
+    monkeypatch.setattr("incbak.disk.claims._swaps", lambda: [str(device)])
+    assert [each.partition(" (")[0] for each in claims(device)] == ["used as swap", "used by dm-3"]
+    assert claims(device)[1].endswith(" (vg-root)")
+
+
+@pytest.mark.root
+def test_a_file_behind_a_loop_device_is_not_restored_in_place(loop: Callable[[int], Path], tmp_path: Path) -> None:
+    device = loop(SIZE)
+    with pytest.raises(ImageInUseError, match=f"attached as {device}$"):
+        InPlaceTarget(tmp_path / "backing-0", SIZE)
 
 
 @pytest.mark.root

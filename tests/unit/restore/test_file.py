@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from incbak import durable
+from incbak import durable, newfile
 from incbak.disk.file import open_disk
-from incbak.errors import DamagedError, DurabilityError, ImageInUseError, RestoreError
+from incbak.errors import DamagedError, DurabilityError, ImageInUseError, RestoreError, UsageError
 from incbak.events import Event, Progress, Warned
 from incbak.extents import Extent
 from incbak.repo.tree import FANOUT
@@ -19,6 +20,7 @@ from incbak.restore import flushing
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import FileTarget, open_target
 from tests.kit.cli import Incbak, content, differing
+from tests.kit.need import need_root
 from tests.unit.restore.conftest import CLUSTER, DATA, SIZE, Made
 
 WHOLE = sum(min(CLUSTER, SIZE - n * CLUSTER) for n in DATA)
@@ -147,9 +149,67 @@ def test_a_planted_link_is_not_followed(made: Made, out: Path, tmp_path: Path) -
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
     out.with_name("disk.raw.incomplete").symlink_to(victim)
-    with pytest.raises(RestoreError, match="cannot create"):
+    with pytest.raises(RestoreError, match="no regular file"):
         _restore(made, out)
     assert victim.read_bytes() == b"mine"
+
+
+@pytest.mark.root
+def test_a_planted_file_of_another_user_is_refused_and_stays(made: Made, out: Path) -> None:
+    """It is open to whoever made it: the restored disk would be theirs to read, and to change after it was verified."""
+    need_root()
+    planted = out.with_name("disk.raw.incomplete")
+    planted.touch(0o666)
+    os.chown(planted, 65534, 65534)
+    with pytest.raises(RestoreError, match=r"of another user \(uid 65534\)"):
+        _restore(made, out)
+    assert (planted.stat().st_uid, planted.stat().st_size) == (65534, 0)
+
+
+def test_whoever_has_a_leftover_open_sees_nothing_of_the_disk(made: Made, out: Path) -> None:
+    """A killed restore's, or one that root made for another: it is removed, and created again."""
+    planted = out.with_name("disk.raw.incomplete")
+    with planted.open("w+b") as theirs:
+        planted.chmod(0o666)
+        _restore(made, out)
+        assert os.fstat(theirs.fileno()).st_size == 0
+    assert out.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_file_that_is_put_in_its_place_is_not_given_its_name(made: Made, out: Path, force: bool) -> None:
+    """By who can write to the directory; the file that was written and verified is another."""
+    target = open_target(str(out), SIZE, force=force)
+    planted = out.with_name("disk.raw.incomplete")
+    planted.unlink()
+    planted.write_bytes(b"another")
+    with pytest.raises(DurabilityError, match="replaced by another process"):
+        restore_disk(made.repo, made.record, made.disk, target)
+    assert not out.exists()
+    assert planted.read_bytes() == b"another"
+
+
+@pytest.mark.parametrize("where", ["/dev/no-such-disk", "/dev/mapper/no-such-disk", "/dev/disk/../no-such-disk"])
+def test_no_file_is_made_below_dev(made: Made, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be in memory, under the name of a device that was mistyped."""
+    monkeypatch.setattr(os, "open", lambda *_, **__: pytest.fail("something is opened"))
+    with pytest.raises(UsageError, match="nothing is made below /dev"):
+        open_target(where, SIZE)
+    assert not Path(where).exists()
+
+
+def test_nothing_else_is_made_below_dev_either() -> None:
+    name = Path(f"/dev/incbak-no-such-{os.getpid()}")
+    try:
+        with pytest.raises(UsageError, match="below /dev"):
+            durable.make_dir(name / "repo")
+        with pytest.raises(UsageError, match="below /dev"):
+            durable.write_new(name, [b"x"])
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+        name.unlink(missing_ok=True)
+    newfile.refuse_below_dev(Path("/dev/shm/page"))
+    newfile.refuse_below_dev(Path("/developer/page"))
 
 
 def test_two_restores_to_one_file(made: Made, out: Path) -> None:

@@ -78,6 +78,33 @@ def test_a_qcow2_image_has_no_name_when_its_server_dies(made: Made, image: Path)
     assert list(image.parent.iterdir()) == []
 
 
+@pytest.mark.qemu
+def test_a_qcow2_image_is_made_through_the_open_file(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of QEMU's tools is told the name, which may be another file's when they look."""
+    told: list[str] = []
+    start = subprocess.Popen.__init__
+
+    def noted(self: object, argv: list[str], **more: object) -> None:
+        told.extend(argv)
+        start(self, argv, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", noted)
+    Qcow2Target(image, SIZE, force=False).abandon()
+    assert {"qemu-img", "qemu-nbd"} <= set(told)
+    assert not [word for word in told if image.name in word]
+
+
+@pytest.mark.qemu
+def test_a_planted_image_gets_nothing_of_the_disk(made: Made, image: Path) -> None:
+    """QEMU's tools write to the file that was created, whatever has its name by then."""
+    (image.parent / "theirs").write_bytes(b"")
+    target = Qcow2Target(image, SIZE, force=False)
+    os.replace(image.parent / "theirs", image.with_name("disk.qcow2.incomplete"))
+    with pytest.raises(DurabilityError, match="replaced by another process"):
+        _restore(made, target)
+    assert [(p.name, p.stat().st_size) for p in image.parent.iterdir()] == [("disk.qcow2.incomplete", 0)]
+
+
 def test_in_place_only_what_differs_is_written(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "there.raw"
     first = InPlaceTarget(raw_image(image, SIZE), SIZE)
@@ -110,6 +137,15 @@ def test_in_place_refuses_what_it_cannot_do_and_changes_nothing(tmp_path: Path) 
     with pytest.raises(ImageInUseError):
         InPlaceTarget(held, SIZE)
     lock.close()
+
+
+def test_in_place_refuses_an_image_that_is_open_without_locks(tmp_path: Path) -> None:
+    image = raw_image(tmp_path / "there.raw", SIZE)
+    with image.open("rb") as f, subprocess.Popen(["sleep", "60"], stdin=f) as other:
+        with pytest.raises(ImageInUseError, match=f"process {other.pid} "):
+            InPlaceTarget(image, SIZE)
+        other.kill()
+    InPlaceTarget(image, SIZE).abandon()
 
 
 def test_in_place_is_synced_before_it_is_said_to_be_done(

@@ -15,6 +15,7 @@ from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.memory import MemoryDisk
 from incbak.serve.schema import QmpError
+from tests.kit.need import need_root
 from tests.kit.serve import Machine, wait_until
 
 GRAIN = 65536
@@ -129,6 +130,8 @@ def test_the_disk_itself_is_no_target(tmp_path: Path) -> None:
         ({"target": "{dir}/qcow2", "mode": "existing", "format": "raw"}, "is a qcow2 image, only raw"),
         ({"target": "{dir}/qcow2", "mode": "existing"}, "Could not open '.*/qcow2': .*Unsupported qcow2 version"),
         ({"target": "{dir}/fifo", "mode": "absolute-paths"}, "neither a file nor a block device|No such device"),
+        ({"target": "/dev/no-such-disk"}, "nothing is made below /dev"),
+        ({"target": "/dev/no-such-disk", "format": "qcow2"}, "nothing is made below /dev"),
         ({"sync": "none"}, "Parameter 'sync' does not support 'none'"),
         ({"sync": "bitmap"}, "must provide a valid bitmap name for 'bitmap' sync mode"),
         ({"on-source-error": "stay"}, "Parameter 'on-source-error' does not accept value 'stay'"),
@@ -152,6 +155,20 @@ def test_what_cannot_be(tmp_path: Path, arguments: dict[str, Any], message: str)
         assert sorted(p.name for p in tmp_path.iterdir()) == before
         assert (tmp_path / "small").read_bytes() == b"small"
         assert machine("query-jobs") == []
+
+
+@pytest.mark.root
+def test_a_file_that_another_user_planted_is_not_filled(tmp_path: Path) -> None:
+    """Whoever made it may have it open, and would read the disk there; a target that is meant is ``existing``."""
+    need_root()
+    planted = tmp_path / "out.raw"
+    planted.write_bytes(bytes(SIZE))
+    os.chown(planted, 65534, 65534)
+    with machine_of(tmp_path) as machine:
+        with pytest.raises(QmpError, match="of another user"):
+            machine("drive-backup", device="vda", target=str(planted), sync="full")
+        assert planted.read_bytes() == bytes(SIZE)
+        assert "error" not in run(machine, planted, mode="existing", format="raw")
 
 
 @pytest.mark.parametrize("mode", ["always", "on-success"])

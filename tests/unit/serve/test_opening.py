@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from incbak.bitmap import judge
 from incbak.bitmap import store as module
 from incbak.bitmap.disown import disown
 from incbak.bitmap.file import Found
+from incbak.disk import file
 from incbak.errors import BitmapError
+from incbak.fingerprint import take
 from incbak.reasons import Reason
 from incbak.serve.opening import close_tracked, open_tracked
 from incbak.serve.vm import Vm
@@ -22,6 +25,12 @@ GRAIN = 65536
 SIZE = 64 * GRAIN
 WHERE = 3 * GRAIN + 512
 """No block of the fingerprint's sample is there."""
+
+
+@pytest.fixture(autouse=True)
+def _no_ctime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `_session` puts back would show in it."""
+    monkeypatch.setattr(file, "take", lambda fd, size: take(fd, size)._replace(ctime_ns=0))
 
 
 @pytest.fixture
@@ -57,7 +66,7 @@ def _found(image: Path) -> Found | Reason:
 def test_a_bitmap_that_was_not_believed_once_never_is_again(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look at it fails once, the guest writes with nobody recording, and the next look is fine."""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "digest_of", lambda body: bytes(32))
+        patch.setattr(judge, "digest_of", lambda body: bytes(32))
         with _session(image) as vm:
             assert vm.lost["vda"] == {"b": Reason.DIGEST}
             vm.disks["vda"].disk.write(memoryview(b"unrecorded"), WHERE)
@@ -67,7 +76,7 @@ def test_a_bitmap_that_was_not_believed_once_never_is_again(image: Path, monkeyp
 def test_nor_is_one_whose_header_could_not_be_read(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no slot to say it in, so the file gets another name."""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_read_slots", lambda path: (Reason.HEADER, False))
+        patch.setattr(module, "read_header", lambda path: Reason.HEADER)
         with _session(image) as vm:
             assert vm.lost["vda"] == {"b": Reason.HEADER}
             vm.disks["vda"].disk.write(memoryview(b"unrecorded"), WHERE)
@@ -87,7 +96,7 @@ def test_without_that_the_disk_is_not_served(image: Path, monkeypatch: pytest.Mo
         raise BitmapError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "digest_of", lambda body: bytes(32))
+        patch.setattr(judge, "digest_of", lambda body: bytes(32))
         patch.setattr(module.BitmapStore, "give_up", fail)
         with pytest.raises(BitmapError, match="no"):
             open_tracked(Vm("web1", image.parent), "vda", image, image.parent / "state")

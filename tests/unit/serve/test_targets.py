@@ -21,6 +21,7 @@ from incbak.errors import ImageInUseError, NbdError
 from incbak.nbd.client import NbdClient
 from incbak.serve.export import DiskExport
 from incbak.serve.image_target import ImageTarget
+from incbak.serve.jobs import TargetError
 from incbak.serve.schema import QmpError
 from tests.kit.need import need
 from tests.kit.serve import Machine, Peer, raw_image, serving, wait_until
@@ -148,6 +149,23 @@ def test_the_child_has_ended_when_the_target_is_let_go(images: Path, taken: bool
         target.withdraw()
     assert child.returncode == 0
     assert [p.name for p in images.iterdir()] == (["out.qcow2"] if taken else [])
+
+
+@pytest.mark.qemu
+def test_an_image_that_is_put_in_its_place_gets_nothing(images: Path) -> None:
+    """QEMU's tools write to the file that was made, and its name goes to no other."""
+    target = ImageTarget(images / "out.qcow2", SIZE, existing=False)
+    try:
+        target.take("j")
+        assert target._temporary
+        (images / "theirs").write_bytes(b"")
+        os.replace(images / "theirs", target._temporary)
+        target.write(memoryview(b"x" * GRAIN), 0)
+        with pytest.raises(TargetError, match="replaced by another process"):
+            target.begin()
+        assert [p.stat().st_size for p in images.iterdir()] == [0]
+    finally:
+        target.release()
 
 
 @pytest.mark.qemu

@@ -440,3 +440,72 @@ def test_several_disks(tmp_path: Path) -> None:
     found = target.record(made.id)
     assert [bytes(b) for b in restore(target, found, "vdb")] == [cluster(n) for n in (3, 0, 4)]
     assert found.tags == ("weekly",)
+
+
+def ids(repo: Repository) -> list[str]:
+    return [r.id for r in again(repo).backups()]
+
+
+def away(repo: Repository, record: Record) -> Callable[[], None]:
+    """Its record's file cannot be read for now."""
+    file = repo.storage.root / "backups" / record.id
+    kept = file.read_bytes()
+    file.chmod(0o600)
+    file.write_bytes(b"x")
+
+    def back() -> None:
+        file.write_bytes(kept)
+
+    return back
+
+
+@pytest.mark.parametrize("target_encrypted", [False, True])
+def test_what_was_missed_is_copied_when_it_can_be_read(tmp_path: Path, target_encrypted: bool) -> None:
+    """And it comes where it belongs: not as the latest."""
+    source, target = pair(tmp_path, False, target_encrypted)
+    first = back_up(source, [1])
+    packs = set(source.storage.list("packs"))
+    second = back_up(source, [2])
+    (pack,) = set(source.storage.list("packs")) - packs
+    third = back_up(source, [3])
+    file = source.storage.root / "packs" / pack
+    file.rename(tmp_path / "away")
+    done = sync(again(source), again(target), Options())
+    assert ([r.id for r in done.copied], list(done.failed)) == ([first.id, third.id], [second.id])
+    fourth = back_up(source, [4])
+    done = sync(again(source), again(target), Options())
+    assert ([r.id for r in done.copied], list(done.failed)) == ([fourth.id], [second.id])
+    (tmp_path / "away").rename(file)
+    assert copied(source, target) == [second.id]
+    assert same(source, target, second.id)
+    assert ids(target) == ids(source) == [first.id, second.id, third.id, fourth.id]
+    assert again(target).find("latest").id == fourth.id
+    assert copied(source, target) == []
+
+
+def test_a_record_that_could_not_be_read_is_copied_later(tmp_path: Path) -> None:
+    source, target = pair(tmp_path)
+    first, second = back_up(source, [1]), back_up(source, [2])
+    back = away(source, first)
+    assert copied(source, target) == [second.id]
+    back()
+    assert copied(source, target) == [first.id]
+    assert ids(target) == [first.id, second.id]
+
+
+def test_what_came_late_does_not_come_back_when_it_was_pruned_and_a_third_place_gets_it(tmp_path: Path) -> None:
+    source, target = pair(tmp_path)
+    third_place = new(tmp_path / "third")
+    first, second = back_up(source, [1]), back_up(source, [2])
+    back = away(source, first)
+    copied(source, target)
+    assert copied(target, third_place) == [second.id]
+    back()
+    copied(source, target)
+    assert copied(target, third_place) == [first.id]
+    assert set(ids(third_place)) == {first.id, second.id}
+    newer = back_up(source, [3])
+    copied(source, target)
+    again(target).storage.remove("backups", first.id)
+    assert copied(source, target) == []
+    assert ids(target) == [second.id, newer.id]

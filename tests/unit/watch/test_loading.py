@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import pytest
 from incbak.bitmap.file import Bitmap
 from incbak.bitmap.saved import write_clean
 from incbak.engine.session import Session
+from incbak.fingerprint import Beat
 from incbak.reasons import Reason
 from incbak.watch import loading
 from incbak.watch.disks import Watched
@@ -88,7 +90,7 @@ def marked(disk: Watched) -> Bitmap:
     disk.store.remove(NAME)
     bitmap = disk.store.create(NAME, SIZE, CLUSTER, disk.fingerprint())
     bitmap.mark(5 * CLUSTER, 1)
-    bitmap.heartbeat()
+    bitmap.heartbeat(Beat(time.time_ns()))
     bitmap.close(None)
     return bitmap
 

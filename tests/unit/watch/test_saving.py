@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from incbak import host
 from incbak.bitmap.file import Bitmap
 from incbak.bitmap.saved import write_clean
 from incbak.disk.file import open_disk
@@ -216,18 +215,6 @@ def test_the_image_is_on_its_storage_before_a_file_says_so(
     monkeypatch.setattr(saving, "write_clean", lambda *_: done.append("file"))
     save(qemu, disk)
     assert done == ["sync", "file"]
-
-
-def test_what_the_kernel_has_counted_is_noted_before_a_file_is_believed(
-    qemu: FakeQemu, disk: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a block device; a write after that shows."""
-    seen: list[bool] = []
-    monkeypatch.setattr(host, "device_writes", lambda _: "boot:1:8:0")
-    about = disk.store.directory / "disk.json"
-    monkeypatch.setattr(saving, "write_clean", lambda *_: seen.append(b"boot:1:8:0" in about.read_bytes()))
-    save(qemu, disk)
-    assert seen == [True]
 
 
 def test_a_disk_that_cannot_be_synced_is_not_saved(

@@ -1,0 +1,80 @@
+"""Whether nobody but the owner of a bitmap wrote to its disk, from the owner's last sign of life until now.
+
+The rule: a bitmap is believed where that is shown, and what is unknown shows nothing. Pure; `now` is a parameter.
+
+- After a clean end: the file has the inode and the time of change that it had then, to the nanosecond. Its ``ctime`` is
+  also as it was, unless the owner, the permissions or the number of links are others now, which explains it: a program
+  that puts ``mtime`` back (``touch -r``, ``cp -p``) cannot put back ``ctime``.
+- After a kill: both times are those that the owner saw at its last sign of life, or lie within the short time after it
+  in which it may have written. Older ones mean that the file was put back or the clock was set back; later ones mean
+  another program. A clock that is behind the last sign of life proves nothing.
+- After a power cut: the last sign of life on the disk may be old by as long as the kernel keeps dirty pages, and so may
+  the times of the file. Both times lie before that, and before this boot began.
+- A block device: the kernel has counted no write since, in the same boot and the same set-up of the device. After a
+  kill this holds only where all was on the device at the last sign of life.
+"""
+
+from __future__ import annotations
+
+from incbak.fingerprint import Beat, Fingerprint
+from incbak.reasons import Reason
+
+HEARTBEAT_SLACK_NS = 1_000_000_000
+"""How much later than its last heartbeat a killed owner may have written."""
+POWER_CUT_SLACK_NS = 120_000_000_000
+"""The same after a power cut: the kernel writes dirty pages back after some 35 s."""
+_SECOND, _TICK = 1_000_000_000, 20_000_000
+
+
+def changed(before: Fingerprint, now: Fingerprint) -> Reason | None:
+    """Why a disk that nobody should have written to is not what it was, or ``None``."""
+    if now.size != before.size:
+        return Reason.RESIZED
+    if now.writes[:16] != before.writes[:16]:
+        return Reason.UNPROVEN
+    if now[:4] != before[:4] or now.writes != before.writes:
+        return Reason.DISK_CHANGED
+    known = before.ctime_ns and now.ctime_ns
+    if known and now.ctime_ns != before.ctime_ns and now.attributes == before.attributes:
+        return Reason.DISK_CHANGED
+    return None
+
+
+def bypassed(beat: Beat, disk: Fingerprint, now_ns: int) -> Reason | None:
+    """Why another program may have written since ``beat``, the last of an owner that was killed in this boot."""
+    if disk.writes != beat.writes:
+        return Reason.UNPROVEN
+    if not disk.mtime_ns:
+        return None
+    if beat.clock_ns > now_ns + HEARTBEAT_SLACK_NS:
+        return Reason.UNPROVEN
+    for time_ns, seen_ns in ((disk.mtime_ns, beat.mtime_ns), (disk.ctime_ns, beat.ctime_ns)):
+        if time_ns > beat.clock_ns + HEARTBEAT_SLACK_NS:
+            return Reason.DISK_CHANGED
+        if seen_ns and time_ns and time_ns != seen_ns and time_ns < beat.clock_ns - grain(time_ns):
+            return Reason.DISK_CHANGED
+    return None
+
+
+def bypassed_in_a_power_cut(beat: Beat, disk: Fingerprint, booted_ns: int, now_ns: int) -> Reason | None:
+    """The same, of an owner that went down with its host; this boot began at ``booted_ns``."""
+    if disk.writes != beat.writes:
+        return Reason.UNCLEAN_SHUTDOWN
+    if not disk.mtime_ns:
+        return None
+    if beat.clock_ns > now_ns:
+        return Reason.UNPROVEN
+    latest = min(beat.clock_ns + POWER_CUT_SLACK_NS, booted_ns)
+    return Reason.DISK_CHANGED if max(disk.mtime_ns, disk.ctime_ns) > latest else None
+
+
+def grain(time_ns: int) -> int:
+    """How far a file's time may lag behind the clock: a tick of the kernel, or the grain of the file system."""
+    return 2 * _SECOND if time_ns % _SECOND == 0 else _TICK
+
+
+def may_repeat(fingerprint: Fingerprint, now_ns: int) -> bool:
+    """Whether a write after ``now_ns`` could leave the file's times as they are. A clock set back is no reason."""
+    latest = max(fingerprint.mtime_ns, fingerprint.ctime_ns)
+    lag = max(grain(fingerprint.mtime_ns), grain(fingerprint.ctime_ns or 1))
+    return latest - _SECOND <= now_ns <= latest + lag

@@ -1,0 +1,26 @@
+"""Which signals end a command in an orderly way."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+Number = signal.Signals
+
+
+def ending() -> tuple[Number, ...]:
+    """Return SIGINT, SIGTERM, and SIGHUP unless it is ignored: ``nohup`` means that the terminal may go."""
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
+
+
+def on_ending(call: Callable[[], object]) -> None:
+    """Call ``call`` for each of them, instead of what is usual."""
+    for number in ending():
+        signal.signal(number, lambda *_: call())
+
+
+def interrupt_on_ending() -> None:
+    """Let each of them raise `KeyboardInterrupt`, as Ctrl-C does."""
+    for number in ending():
+        signal.signal(number, signal.default_int_handler)

@@ -1,0 +1,91 @@
+"""An image that nobody has open, other than raw: a private qemu-storage-daemon reads it, and keeps bitmaps in it.
+
+The daemon opens the image read-only, which keeps others from writing it, and copies. Only when the backup exists it
+opens the image for writing, adds the new bitmap, removes the old ones and stores them: nothing was written meanwhile.
+So a run that dies leaves the image and its bitmaps as they were. An image that is not to be written (see
+`incbak.engine.private_daemon`) is backed up whole each time, and stays as it is to the last byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from incbak.engine.base import Description, DiskPlan
+from incbak.engine.private_daemon import NODE, PROGRAM, Daemon, Image, Writable
+from incbak.engine.qemu_disks import layout
+from incbak.engine.session import Session
+from incbak.engine.storage_daemon import StorageDaemonEngine, backup_of, disk_of
+from incbak.errors import EngineError
+
+
+class OfflineEngine(StorageDaemonEngine):
+    """One image in a private daemon; see the module's docstring. Owns the session and the daemon."""
+
+    kind = "image"
+
+    def __init__(self, session: Session, daemon: Daemon, image: Image, speed: int = 0) -> None:
+        super().__init__(session, speed)
+        self._daemon, self._image = daemon, image
+
+    @classmethod
+    async def open(cls, image: Image, speed: int = 0) -> OfflineEngine:
+        """Start the daemon. Raises `DiskError`, `ImageInUseError` or `EngineError`."""
+        await asyncio.to_thread(image.check)
+        daemon = Daemon(image)
+        try:
+            return cls(await daemon.connect(), daemon, image, speed)
+        except BaseException:
+            daemon.close()
+            raise
+
+    async def describe(self) -> Description:
+        graph = await self._graph()
+        node = graph.nodes[NODE]
+        disk = disk_of(self._image.disk, NODE, node)
+        notes: tuple[str, ...] = () if disk.can_persist else (f"a {self._image.format} image cannot store bitmaps",)
+        if disk.can_persist and (why := await asyncio.to_thread(self._image.unwritable)):
+            disk = replace(disk, can_persist=False)
+            notes = (f"no bitmap is stored in image {self._image.path}: {why}",)
+        version = (await self._session.execute("query-version"))["qemu"]
+        engine = f"{PROGRAM} {version['major']}.{version['minor']}.{version['micro']}"
+        config = {"images": {disk.name: str(self._image.path)}, "format": self._image.format, "blocks": layout(graph)}
+        return Description(self._image.vm, (disk,), engine, config, (), notes)
+
+    async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
+        (disk,) = (await self.describe()).disks
+        if not disk.can_persist or not any(b.name.startswith(prefix) and b.name not in keep for b in disk.bitmaps):
+            return []
+        async with self._writable():
+            return await super().cleanup(prefix, keep)
+
+    async def _begin(self, jobs: Mapping[str, DiskPlan]) -> None:
+        ((ident, plan),) = jobs.items()
+        await self._session.execute("blockdev-backup", backup_of(ident, plan, self._speed))
+
+    async def confirm(self) -> None:
+        """Raise `ImageInUseError` where another process can write the image by now."""
+        await asyncio.to_thread(self._image.check)
+
+    async def commit(self, plans: Sequence[DiskPlan]) -> None:
+        (plan,) = plans
+        if not plan.disk.can_persist:
+            return
+        async with self._writable():
+            add = {"node": NODE, "name": plan.new_bitmap, "granularity": plan.granularity, "persistent": True}
+            await self._session.execute("block-dirty-bitmap-add", add)
+            await super().commit(plans)
+
+    async def rollback(self, plans: Sequence[DiskPlan]) -> None:
+        """The new bitmap is not there before `commit`."""
+
+    def _writable(self) -> Writable:
+        return Writable(self._session, self._image)
+
+    async def close(self) -> None:
+        with suppress(EngineError):
+            await self._session.execute("quit", timeout=5)
+        await self._session.close()
+        await asyncio.to_thread(self._daemon.close)

@@ -1,0 +1,112 @@
+"""New files that no other user of this host has a hand in, whatever directory they are made in.
+
+A directory may be open to others: a group of administrators, ``kvm``, a sticky ``/var/tmp``. So, wherever a file with
+content of a disk is created:
+
+1. It is created, never found: ``O_CREAT | O_EXCL | O_NOFOLLOW`` with its final mode. A file that is there already was
+   opened by whoever made it, and stays open to them whatever its mode becomes.
+2. A leftover of our own (a killed restore) is removed and created again, under its lock. One of another user, a link
+   or anything but a regular file is refused.
+3. Other programs (``qemu-img``, ``qemu-nbd``) get the open file, not its name: `through`.
+4. After the file got its final name, the name must be that of the open file: `names`.
+
+No regular file is made below ``/dev``: it would be a mistyped device, in memory, and gone at the next boot. Only
+``/dev/shm`` is for files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+from incbak.errors import ImageInUseError, RestoreError, UsageError
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_DEVICES, _MEMORY = "/dev", "/dev/shm"
+
+
+def create(path: Path, mode: int = 0o600) -> int:
+    """Create a regular file and return its descriptor, open for reading and writing.
+
+    Raises `FileExistsError` when anything has the name, also a dangling link; `UsageError` below ``/dev``; `OSError`.
+    """
+    refuse_below_dev(path)
+    return os.open(path, _FLAGS, mode)
+
+
+def create_locked(path: Path, mode: int = 0o600) -> int:
+    """As `create`, and lock it with ``flock``. What a process of this user left under the name is removed first.
+
+    Raises `ImageInUseError` while another process has it locked, `RestoreError` when what is there is not our own,
+    `UsageError` below ``/dev``, `OSError`.
+    """
+    left = -1
+    try:
+        try:
+            fd = create(path, mode)
+        except FileExistsError:
+            left = _leftover(path)
+            os.unlink(path)
+            fd = create(path, mode)
+        try:
+            _lock(fd, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+    finally:
+        if left >= 0:
+            os.close(left)
+
+
+def _leftover(path: Path) -> int:
+    """Open and lock what is under the name, if it is a regular file of this user."""
+    info = path.lstat()
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+        what = "no regular file" if not stat.S_ISREG(info.st_mode) else f"of another user (uid {info.st_uid})"
+        hint = f"See whose it is: ls -l {path}. Remove it, or choose a directory that only you can write to."
+        raise RestoreError(f"{path} is there already, and is {what}", hint=hint)
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _lock(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ImageInUseError(f"another restore is writing to {path}", hint="Wait until it has ended.") from None
+    if not names(path, fd):
+        raise ImageInUseError(f"another restore has begun to write to {path}", hint="Wait until it has ended.")
+
+
+def names(path: Path, fd: int) -> bool:
+    """Return whether ``path`` itself, not what a link there points to, is the open file ``fd``."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def through(fd: int) -> str:
+    """Return a path of the open file for a child that inherits ``fd``, which no rename leads elsewhere."""
+    return f"/proc/self/fd/{fd}"
+
+
+def refuse_below_dev(path: Path) -> None:
+    """Raise `UsageError` when a file or directory of that name would be made below ``/dev``."""
+    parent = os.path.realpath(path.parent)
+    if not _below(parent, _DEVICES) or _below(parent, _MEMORY):
+        return
+    hint = "Is the device's name right? See: lsblk"
+    raise UsageError(f"{path} is not there, and nothing is made below {_DEVICES} but devices", hint=hint)
+
+
+def _below(path: str, top: str) -> bool:
+    return path == top or path.startswith(top + "/")

@@ -1,0 +1,174 @@
+"""Looking at a bitmap and opening it are one judgement; looking changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+from click.testing import CliRunner
+
+from incbak.bitmap import format as fmt
+from incbak.bitmap.file import Bitmap, Found, State
+from incbak.bitmap.format import REGION
+from incbak.bitmap.store import get_dirty_blocks, invalidate, view
+from incbak.cli.main import cli
+from incbak.engine.base import EngineDisk
+from incbak.engine.image import ImageEngine
+from incbak.errors import BitmapError
+from incbak.fingerprint import Beat
+from incbak.reasons import Reason
+from tests.unit.bitmap.scene import CLUSTER, NAME, SIZE, Scene
+
+S = 10**9
+
+
+def _clean(scene: Scene) -> None:
+    scene.clean((5000, 10), (REGION + 5000, 10))
+
+
+def _killed(scene: Scene) -> None:
+    bitmap = scene.create()
+    scene.write(bitmap, (5000, 12), (REGION + 5000, 12))
+    bitmap.close(None)
+
+
+def _power_cut(scene: Scene) -> None:
+    _killed(scene)
+    scene.reboot()
+
+
+def _changed(scene: Scene) -> None:
+    _clean(scene)
+    os.utime(scene.image, ns=(1, 1))
+
+
+def _put_back(scene: Scene) -> None:
+    _killed(scene)
+    bitmap = Bitmap(scene.path, _slot(scene), Found.RECOVERED, State.DIRTY)
+    bitmap.heartbeat(Beat(time.time_ns() - 5 * S))
+    bitmap.close(None)
+    os.utime(scene.image, ns=(1, 1))
+
+
+def _slot(scene: Scene) -> fmt.Slot:
+    slot, _both = fmt.newest(scene.path.read_bytes())
+    assert isinstance(slot, fmt.Slot)
+    return slot
+
+
+def _rotten(scene: Scene) -> None:
+    _clean(scene)
+    scene.poke(fmt.HEADER, b"\x40")
+
+
+def _torn(scene: Scene) -> None:
+    _clean(scene)
+    scene.poke(100, b"\xff\0\xff")
+
+
+def _replaced(scene: Scene) -> None:
+    _clean(scene)
+    other = scene.image.with_name("other")
+    with other.open("wb") as f:
+        f.truncate(SIZE)
+    other.rename(scene.image)
+
+
+def _bad_map(scene: Scene) -> None:
+    _killed(scene)
+    scene.poke(fmt.layout(_slot(scene))[1], b"\0")
+
+
+def _invalidated(scene: Scene) -> None:
+    _clean(scene)
+    scene.store.unlock()
+    invalidate(scene.state, "vm", "disk", NAME)
+    scene.store.lock()
+
+
+WAYS = [
+    (_clean, Found.CLEAN),
+    (_killed, Found.RECOVERED),
+    (_power_cut, Found.COARSE),
+    (_changed, Reason.DISK_CHANGED),
+    (_put_back, Reason.DISK_CHANGED),
+    (_rotten, Reason.DIGEST),
+    (_torn, Reason.HEADER),
+    (_replaced, Reason.DISK_CHANGED),
+    (_bad_map, Reason.COARSE_MAP),
+    (_invalidated, Reason.INVALIDATED),
+]
+
+
+@pytest.mark.parametrize(("way", "expected"), WAYS)
+def test_the_look_is_what_the_next_owner_finds(
+    scene: Scene, way: Callable[[Scene], None], expected: Found | Reason
+) -> None:
+    """Verdict and extents; the file and its neighbours are as before."""
+    way(scene)
+    scene.store.unlock()
+    before = {p: p.read_bytes() for p in scene.store.directory.iterdir()}
+    seen = view(scene.state, "vm", "disk", NAME)
+    extents = seen.extents() if seen.reason is None else None
+    assert {p: p.read_bytes() for p in scene.store.directory.iterdir()} == before
+    assert (seen.reason or seen.found) is expected
+    scene.store.lock()
+    opened = scene.open()
+    if isinstance(opened, Bitmap):
+        assert (opened.found, opened.extents()) == (expected, extents)
+        opened.close(None)
+    else:
+        assert opened is expected
+
+
+@pytest.mark.parametrize(("way", "expected"), [w for w in WAYS if isinstance(w[1], Reason)])
+def test_there_are_no_extents_of_what_is_not_believed(
+    scene: Scene, way: Callable[[Scene], None], expected: Reason
+) -> None:
+    """``getDirtyBlocks`` raises with the reason, and the command fails."""
+    way(scene)
+    scene.store.unlock()
+    with pytest.raises(BitmapError) as raised:
+        get_dirty_blocks(scene.state, "vm", "disk", NAME)
+    assert raised.value.reason is expected
+    ran = CliRunner().invoke(cli, ["--state-dir", str(scene.state), "bitmap", "dirty", "vm"])
+    assert ran.exit_code == 1
+    scene.store.lock()
+
+
+def test_an_image_that_is_not_there_shows_nothing(scene: Scene) -> None:
+    """Nor one that is not known."""
+    _clean(scene)
+    scene.store.unlock()
+    scene.image.rename(scene.image.with_name("elsewhere"))
+    assert view(scene.state, "vm", "disk", NAME).reason is Reason.UNPROVEN
+    scene.store.lock()
+
+
+@pytest.mark.parametrize(("way", "expected"), WAYS)
+def test_an_engine_that_looks_changes_nothing(
+    scene: Scene, way: Callable[[Scene], None], expected: Found | Reason
+) -> None:
+    """``status`` beside another owner, or before the next one: that must find what it would have found."""
+    way(scene)
+    scene.store.unlock()
+    before = {p: p.read_bytes() for p in scene.store.directory.iterdir()}
+
+    async def look() -> EngineDisk:
+        engine = ImageEngine(scene.image, scene.state, "vm", "disk", look=True)
+        try:
+            return (await engine.describe()).disks[0]
+        finally:
+            await engine.close()
+
+    (bitmap,) = asyncio.run(look()).bitmaps
+    assert {p: p.read_bytes() for p in scene.store.directory.iterdir()} == before
+    if isinstance(expected, Reason):
+        assert bitmap.trouble(CLUSTER) is expected
+    else:
+        assert (bitmap.trouble(CLUSTER), bitmap.found) == (None, expected.value)
+        assert bitmap.count >= 2 * CLUSTER
+    scene.store.lock()

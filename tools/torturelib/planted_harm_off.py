@@ -1,0 +1,139 @@
+"""Faults that would let a backup of an image that is off damage the image, its guest or another's data."""
+
+from __future__ import annotations
+
+from torturelib.planted import Fault, unit
+
+_DAEMON, _OFFLINE, _IMAGE = (f"incbak/engine/{name}.py" for name in ("private_daemon", "offline", "image"))
+_QCOW2, _USERS = "incbak/disk/qcow2.py", "incbak/disk/users.py"
+
+
+def _off(*tests: str) -> tuple[str, ...]:
+    return tuple(f"tests/interop/test_offline_harm.py::{test}" for test in tests)
+
+
+def _users(*tests: str) -> tuple[str, ...]:
+    return unit("disk/test_users", *tests)
+
+
+FAULTS = (
+    Fault(
+        "off-dirty-image-has-bitmaps",
+        _OFFLINE,
+        "(why := await asyncio.to_thread(self._image.unwritable))",
+        '(why := "")',
+        _off("test_an_image_whose_refcounts_are_stale_is_read_and_not_written"),
+    ),
+    Fault(
+        "off-dirty-image-is-cleaned-up",
+        _OFFLINE,
+        "if not disk.can_persist or not any(",
+        "if not any(",
+        _off("test_a_dirty_image_with_bitmaps_is_not_cleaned_up_either"),
+    ),
+    Fault(
+        "off-corrupt-image-is-read",
+        _OFFLINE,
+        "        await asyncio.to_thread(image.check)\n",
+        "",
+        _off("test_a_corrupt_image_is_refused_unread"),
+    ),
+    Fault(
+        "off-header-not-looked-at-again",
+        _DAEMON,
+        "if why := self._image.unwritable():",
+        'if why := "":',
+        _off("test_an_image_that_became_dirty_during_the_copy_is_not_written"),
+    ),
+    Fault(
+        "off-changed-image-is-written",
+        _DAEMON,
+        "if self._image.changed():",
+        "if False:",
+        _off("test_an_image_that_was_written_during_the_copy_is_not_written"),
+    ),
+    Fault(
+        "qcow2-dirty-bit-ignored",
+        _QCOW2,
+        "if self.features & Feature.DIRTY:",
+        "if False:",
+        unit("disk/test_qcow2", "test_an_image_with_a_dirty_or_corrupt_bit_is_not_written"),
+    ),
+    Fault(
+        "qcow2-name-outside-of-the-header",
+        _QCOW2,
+        "if not 0 < length <= MAX_NAME or at + length > len(cluster):",
+        "if False:",
+        unit("disk/test_qcow2", "test_a_header_outside_of_its_limits_is_refused"),
+    ),
+    Fault(
+        "off-users-not-looked-for",
+        _DAEMON,
+        "        refuse_writers(self.path, (self._daemon,))\n",
+        "",
+        _off("test_an_image_that_a_qemu_without_locks_writes_is_refused"),
+    ),
+    Fault(
+        "off-raw-users-not-looked-for",
+        _IMAGE,
+        "                refuse_writers(path)\n",
+        "",
+        _off("test_an_image_that_a_qemu_without_locks_writes_is_refused"),
+    ),
+    Fault(
+        "off-readers-ignored",
+        _DAEMON,
+        "        return find_users(self.path, (self._daemon,)).unwritable()\n",
+        '        return ""\n',
+        _off("test_an_image_that_is_read_elsewhere_is_copied_and_not_written"),
+    ),
+    Fault(
+        "off-no-look-before-the-commit",
+        "incbak/backup/runner.py",
+        "            await self._engine.confirm()\n",
+        "",
+        _off("test_a_writer_that_comes_during_the_copy_fails_the_backup"),
+    ),
+    Fault(
+        "users-unseen-processes-ignored",
+        _USERS,
+        "        if not self.complete:\n",
+        "        if False:\n",
+        _off("test_where_not_all_processes_are_seen_nothing_is_written"),
+    ),
+    Fault(
+        "users-mappings-not-looked-at",
+        _USERS,
+        " or list(_mappings(pid, keys))",
+        "",
+        _users("test_a_process_is_found_by_its_descriptors_and_mappings"),
+    ),
+    Fault(
+        "users-loop-devices-not-looked-at",
+        _USERS,
+        "            for name, rdev, read_only in _loops(each):\n",
+        "            for name, rdev, read_only in ():\n",
+        _users("test_a_loop_device_is_a_user_of_its_file"),
+    ),
+    Fault(
+        "users-mounts-not-looked-at",
+        _USERS,
+        "        found += _mounts(pid, keys)\n",
+        "        pass\n",
+        _users("test_what_is_mounted"),
+    ),
+    Fault(
+        "users-kernel-not-asked",
+        _USERS,
+        "            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)\n",
+        "",
+        _users("test_the_kernel_tells_of_a_writer_that_no_table_shows"),
+    ),
+    Fault(
+        "restore-in-place-over-a-running-vm",
+        "incbak/restore/images.py",
+        "            refuse_users(path)\n",
+        "            pass\n",
+        unit("restore/test_images", "test_in_place_refuses_an_image_that_is_open_without_locks"),
+    ),
+)

@@ -1,0 +1,187 @@
+"""Planted faults of what a repository must not lose, believe or stop for."""
+
+from __future__ import annotations
+
+from torturelib.planted import Fault, unit
+
+_STORY = "tests/story/test_encryption.py::"
+
+_PLACE = (
+    Fault(
+        "repo-init-among-remains",
+        "incbak/repo/repository.py",
+        "        refuse_remains(path)\n        if passphrase is not None",
+        "        if passphrase is not None",
+        unit("repo/test_place", "test_one_file_of_any_kind_is_enough"),
+    ),
+    Fault(
+        "repo-lost-config-told-to-init",
+        "incbak/repo/repository.py",
+        "            refuse_remains(path)\n            what =",
+        "            what =",
+        unit("repo/test_place", "test_a_repository_without_its_config_is_left_as_it_is"),
+    ),
+    Fault(
+        "repo-address-made-a-directory",
+        "incbak/repo/place.py",
+        '    if _ADDRESS.match(str(path)) and not (path / "config").is_file():\n',
+        "    if False:\n",
+        unit("repo/test_place", "test_an_address_is_no_directory"),
+    ),
+)
+
+_FITTING = (
+    Fault(
+        "repo-record-not-decoded-again",
+        "incbak/repo/fitting.py",
+        "        if records.encode(records.decode(made.id, data)) != data:\n",
+        "        if False:\n",
+        unit("repo/test_fitting", "test_what_nobody_could_read_is_not_committed"),
+    ),
+    Fault(
+        "repo-record-of-any-size",
+        "incbak/repo/fitting.py",
+        "        if len(data) > records.LIMIT:\n",
+        "        if False:\n",
+        unit("repo/test_fitting", "test_what_nobody_could_read_is_not_committed"),
+    ),
+    Fault(
+        "repo-left-out-of-the-record-in-silence",
+        "incbak/repo/fitting.py",
+        "        notes=(*notes, *lost),\n",
+        "        notes=tuple(notes),\n",
+        unit("repo/test_fitting", "test_a_part_that_is_too_large_is_left_out_loudly"),
+    ),
+)
+
+_ENCRYPTION = (
+    Fault(
+        "repo-plain-taken-with-a-passphrase",
+        "incbak/cli/settings.py",
+        "        if not config.cipher and (source := passphrase.source):\n",
+        '        if not config.cipher and (source := ""):\n',
+        (_STORY + "test_a_plain_one_is_not_used_where_a_passphrase_is_configured",),
+    ),
+    Fault(
+        "repo-reading-is-not-remembered",
+        "incbak/cli/settings.py",
+        "                self.memory.note_place(path, config, repo.key)\n",
+        "                pass\n",
+        (_STORY + "test_who_has_only_read_it_notices_too",),
+    ),
+    Fault(
+        "repo-planted-keys-first",
+        "incbak/repo/keys.py",
+        "key=lambda k: (k.id != first, k.cost.work))\n",
+        "key=lambda k: k.created)\n",
+        unit("repo/test_cipher", "test_planted_keys_that_cost_more_are_not_tried_before_ours"),
+    ),
+    Fault(
+        "repo-planted-keys-hide-ours",
+        "incbak/repo/keys.py",
+        "    for name in sorted(storage.list(KIND), key=lambda n: (n != first, n))[:_MAX_READ]:\n",
+        "    for name in sorted(storage.list(KIND))[:_MAX_READ]:\n",
+        unit("repo/test_cipher", "test_the_key_that_opened_it_last_is_tried_first"),
+    ),
+    Fault(
+        "repo-all-planted-keys-tried",
+        "incbak/repo/keys.py",
+        "    for key in ours[:MAX_KEYS]:\n",
+        "    for key in ours:\n",
+        unit("repo/test_cipher", "test_only_so_many_keys_are_tried"),
+    ),
+    Fault(
+        "repo-a-guess-takes-a-gibibyte",
+        "incbak/repo/keys.py",
+        "_MAX_MEMORY = 256 << 20\n",
+        "_MAX_MEMORY = 1 << 30\n",
+        unit("repo/test_cipher", "test_a_guess_takes_256_mib_and_four_passes_at_most"),
+    ),
+)
+
+_SYNC = (
+    Fault(
+        "repo-sync-forgets-what-it-missed",
+        "incbak/sync/copy.py",
+        "                    self._missed.add(record.id)\n",
+        "",
+        unit("sync/test_copy", "test_what_was_missed_is_copied_when_it_can_be_read"),
+    ),
+    Fault(
+        "repo-sync-never-tries-again",
+        "incbak/sync/plan.py",
+        "(r.seq > reached or r.id in missed or _late(r, reached))",
+        "(r.seq > reached)",
+        unit("sync/test_copy", "test_a_record_that_could_not_be_read_is_copied_later"),
+    ),
+    Fault(
+        "repo-sync-late-is-latest",
+        "incbak/sync/copy.py",
+        "seq=self._number(record),",
+        "seq=self._seq + 1,",
+        unit("sync/test_copy", "test_what_was_missed_is_copied_when_it_can_be_read"),
+    ),
+)
+
+_DURABLE, _LOCAL = "incbak/durable.py", "incbak/repo/storage/local.py"
+
+_STORAGE = (
+    Fault(
+        "repo-rename-replaces",
+        _DURABLE,
+        "    if os.path.lexists(path):\n",
+        "    if False:\n",
+        unit("test_durable", "test_without_hard_links_it_is_renamed_and_nothing_is_replaced"),
+    ),
+    Fault(
+        "repo-no-links-no-names",
+        _DURABLE,
+        "            if e.errno not in (*_NOT_SUPPORTED, errno.EPERM, errno.EMLINK):\n",
+        "            if True:\n",
+        unit("test_durable", "test_without_hard_links_it_is_renamed_and_nothing_is_replaced"),
+    ),
+    Fault(
+        "repo-failed-directory-sync-passed-over",
+        _DURABLE,
+        "        if e.errno not in _NOT_SUPPORTED:\n            raise DurabilityError(",
+        "        if False:\n            raise DurabilityError(",
+        unit("test_durable", "test_only_a_directory_that_cannot_be_synced_at_all_is_passed_over"),
+    ),
+    Fault(
+        "repo-temporary-not-held",
+        _DURABLE,
+        "            fcntl.flock(fd, fcntl.LOCK_EX)\n",
+        "            pass\n",
+        unit("test_durable", "test_a_temporary_file_is_removed_only_when_its_process_is_dead"),
+    ),
+    Fault(
+        "repo-temporary-removed-before-it-is-held",
+        _DURABLE,
+        "        if os.path.lexists(temporary):\n            return fd\n",
+        "        return fd\n",
+        unit("test_durable", "test_one_that_is_removed_before_it_is_held_is_made_again"),
+    ),
+    Fault(
+        "repo-dead-runs-leave-files",
+        _LOCAL,
+        "                    if path.name.endswith(durable.HELD) and durable.remove_abandoned(path):\n",
+        "                    if False:\n",
+        unit("repo/test_formats", "test_temporary_files_of_dead_runs_are_swept_at_once"),
+    ),
+    Fault(
+        "repo-lost-folder-is-empty",
+        _LOCAL,
+        "        if not self.root.is_dir() or any((self.root / other).is_dir() for other in theirs):\n",
+        "        if not self.root.is_dir():\n",
+        unit("repo/test_formats", "test_a_folder_of_content_that_is_missing_beside_others_is_damage"),
+    ),
+    Fault(
+        "repo-open-files-not-bounded",
+        _LOCAL,
+        "            if len(self._files) >= _open_files():\n",
+        "            if len(self._files) >= _OPEN_FILES:\n",
+        unit("repo/test_formats", "test_as_many_files_stay_open_as_the_process_may_have"),
+    ),
+)
+
+FAULTS = (*_PLACE, *_FITTING, *_ENCRYPTION, *_SYNC, *_STORAGE)
