@@ -85,7 +85,7 @@ FAULTS = (
         "device-page-cache-not-flushed",
         "incbak/disk/file.py",
         "            self.flush()  # what another program has only written to the page cache is not counted yet\n",
-        "",
+        "            pass\n",
         _device("test_a_write_that_is_only_in_the_page_cache_shows"),
     ),
     Fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def test_a_link_in_the_place_of_a_folder_is_not_followed(tmp_path: Path, folder:
     """What is written there, notes and locks, would go elsewhere."""
     scene.new(tmp_path / "repo").close()
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "repo" / folder).rmdir()
+    shutil.rmtree(tmp_path / "repo" / folder)
     (tmp_path / "repo" / folder).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DamagedError, match=f"{folder} is no folder"):
         Repository.open(tmp_path / "repo")
