@@ -205,6 +205,7 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
     try:
         fd = create_held(temporary, mode)
         try:
+            os.fchmod(fd, mode)  # whatever the umask
             crash_point("durable.created")
             count = write_all(fd, pieces)
             crash_point("durable.written")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 
 def open_image(path: Path | str, flags: int) -> int:
-    """A descriptor of a regular file or a block device; symbolic links are followed. Raises `OSError`."""
+    """Return a descriptor of a regular file or a block device; symbolic links are followed. Raises `OSError`."""
     return _open(path, flags, devices=True)
 
 
 def open_regular(path: Path | str, flags: int) -> int:
-    """A descriptor of a regular file whose name is no symbolic link. Raises `OSError`."""
+    """Return a descriptor of a regular file whose name is no symbolic link. Raises `OSError`."""
     return _open(path, flags, devices=False)
 
 
@@ -27,6 +27,8 @@ def _open(path: Path | str, flags: int, *, devices: bool) -> int:
     found = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if devices else os.O_NOFOLLOW))
     try:
         mode = os.fstat(found).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode) and not (devices and stat.S_ISBLK(mode)):
             what = "neither a file nor a block device" if devices else "not a regular file"
             raise OSError(errno.EINVAL, f"it is {what}", str(path))

@@ -12,6 +12,8 @@ from incbak.errors import UsageError
 SUFFIX = ".bitmap"
 BURIED = ".invalid"
 ABOUT = "disk.json"
+_LONGEST = 200
+"""Bytes of a name as a path component: there is room for what is put before and behind it, within 255."""
 
 
 def component(name: str) -> str:
@@ -19,6 +21,12 @@ def component(name: str) -> str:
     if not 0 < len(name.encode(errors="surrogatepass")) <= fmt.NAME_LIMIT or not _is_unicode(name):
         raise UsageError(f"not a name: {name[:200]!r}", hint=f"Names have 1 to {fmt.NAME_LIMIT} bytes.")
     quoted = quote(name, safe="")
+    if len(quoted) > _LONGEST:  # three bytes for one: of these names only what has to be is quoted
+        quoted = "".join(c if c.isprintable() and c not in "/%" else quote(c, safe="") for c in name)
+    if len(quoted.encode()) > _LONGEST:
+        raise UsageError(
+            f"not a name: {name[:200]!r}", hint="It is too long for a file's name. Use letters and digits."
+        )
     return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
 
 

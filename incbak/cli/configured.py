@@ -17,7 +17,7 @@ import click
 
 from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
 from incbak.cli.passphrase import Passphrase
-from incbak.cli.settings import Settings
+from incbak.cli.settings import Settings, one_line
 from incbak.cli.signals import ending, interrupt_on_ending
 from incbak.errors import IncbakError, IncompleteError, UsageError
 from incbak.fleet.config import Vm
@@ -124,7 +124,7 @@ class Done:
         """On stderr, with the VM's name."""
         for line in self.err.splitlines():
             text = line.removeprefix("incbak: ")
-            click.echo(line if text == line else f"incbak: {self.vm}: {text}", err=True)
+            click.echo(one_line(line if text == line else f"incbak: {self.vm}: {text}"), err=True)
 
 
 def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> Iterator[Done]:

@@ -10,7 +10,7 @@ import click
 
 from incbak.cli.backup import interruptible
 from incbak.cli.configured import Configured, source_of
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.doctor.finding import Finding, Level, guarded, ok
 from incbak.doctor.host import look_at_host
 from incbak.doctor.repository import look_at_repository
@@ -86,6 +86,6 @@ def _print(here: Settings, found: Sequence[Finding]) -> None:
 
 
 def _line(each: Finding) -> None:
-    click.echo(printable(f"{_LABEL[each.level]}  {each.what}: {each.text}"))
+    click.echo(one_line(f"{_LABEL[each.level]}  {each.what}: {each.text}"))
     if each.hint:
-        click.echo(printable(f"         {each.hint}"))
+        click.echo(one_line(f"         {each.hint}"))

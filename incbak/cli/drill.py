@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from incbak.cli.configured import Configured, judge, run_all
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.cli.signals import interrupt_on_ending
 from incbak.drill.boot import BUSES, Boot
 from incbak.drill.drill import Options, drill, place_of
@@ -187,7 +187,7 @@ def _one(here: Settings, repo: Repository, record: Record, wanted: Options) -> D
     if made.boot and made.boot.good:
         here.say(f"{made.vm}: the guest was up after {format_duration(made.boot.seconds)}")
     for problem in made.problems:
-        click.echo(printable(f"incbak: {made.vm}: {problem}"), err=True)
+        click.echo(one_line(f"incbak: {made.vm}: {problem}"), err=True)
     return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.errors import DamagedError, DiskError, IncompleteError, UsageError
 from incbak.export.image import BackupImage
 from incbak.files.copy import Copier, mode_text
@@ -165,7 +165,7 @@ def _mounted(library: Library, volumes: list[Volume], number: int | None) -> Nod
             raise DiskError(f"{where} is empty", hint="See: incbak files ls BACKUP")
         raise DiskError(f"{where} has {chosen.system}, which cannot be read here{why}", hint=HINT)
     if chosen.note:
-        click.echo(f"incbak: {chosen.system} on partition {chosen.number}: {chosen.note}", err=True)
+        click.echo(one_line(f"incbak: {chosen.system} on partition {chosen.number}: {chosen.note}"), err=True)
     return library.mount(chosen)
 
 

@@ -62,7 +62,7 @@ def check() -> None:
             here.tell({"vm": name, "source": found.vm(name).source, "repository": found.vm(name).repository})
         return
     rows = [[name, found.vm(name).source, found.vm(name).repository] for name in names]
-    here.say(table([["VM", "SOURCE", "REPOSITORY"], *rows]) if rows else f"{path} has no VM")
+    here.say(table([["VM", "SOURCE", "REPOSITORY"], *rows]) if rows else f"{path} has no VM", lines=True)
 
 
 @click.group(short_help="Print lines for cron, or units for systemd.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from incbak import durable
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.errors import UsageError
 from incbak.repo import keys
 from incbak.repo.repository import Config, Repository
@@ -41,9 +41,9 @@ def list_keys() -> None:
     found, bad = keys.read_keys(storage)
     for each in found if here.json else ():
         here.tell({"id": each.id, "created": each.created, "label": each.label})
-    here.say(table([["ID", "CREATED", "LABEL"], *[[k.id[:8], k.created, k.label] for k in found]]))
+    here.say(table([["ID", "CREATED", "LABEL"], *[[k.id[:8], k.created, k.label] for k in found]]), lines=True)
     for why in bad.values():
-        click.echo(printable(f"incbak: {why}"), err=True)
+        click.echo(one_line(f"incbak: {why}"), err=True)
 
 
 @key.command(short_help="Add a passphrase.")

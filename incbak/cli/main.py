@@ -14,7 +14,7 @@ import click
 
 from incbak import __version__
 from incbak.cli import interrupts, streams
-from incbak.cli.settings import common, debugging, printable
+from incbak.cli.settings import common, debugging, one_line, printable
 from incbak.errors import IncbakError
 
 _COMMANDS = MappingProxyType(
@@ -102,7 +102,8 @@ def main() -> NoReturn:
     """Run the command line. Always raises `SystemExit`."""
     streams.adopt()
     logging.raiseExceptions = False  # an error that cannot be logged is not worth a traceback
-    logging.basicConfig(format="incbak: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger().handlers[0].setFormatter(_OneLine("incbak: %(message)s"))
     for name in ("qemu.qmp", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not debugging():
@@ -151,7 +152,14 @@ def _status() -> int:
     return status if isinstance(status, int) else 0
 
 
+class _OneLine(logging.Formatter):
+    """A message is one line, whoever named what is in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+
 def _say_error(message: str, hint: str) -> None:
-    print(printable(f"incbak: error: {message}"), file=sys.stderr)
+    print(printable(f"incbak: error: {' '.join(message.splitlines())}"), file=sys.stderr)
     if hint:
         print(printable(f"incbak: {hint}"), file=sys.stderr)

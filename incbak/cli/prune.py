@@ -200,7 +200,7 @@ def _tell(here: Settings, done: Outcome, *, dry: bool) -> None:
                    "freed": done.freed, "condemned": done.condemned, "repacked_packs": done.repacked,
                    "waiting": done.waiting})  # fmt: skip
     if dry:
-        here.say(printable(pruning(done.decisions)))
+        here.say(pruning(done.decisions), lines=True)
         here.say(f"would keep {kept} backups and remove {removed}")
         return
     for vm in dict.fromkeys(d.record.vm for d in done.decisions):

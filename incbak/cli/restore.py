@@ -13,7 +13,7 @@ from incbak import durable
 from incbak.bitmap.disown import disown
 from incbak.bitmap.store import component
 from incbak.cli import streams
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.cli.signals import interrupt_on_ending
 from incbak.errors import DamagedError, IncompleteError, RestoreError, UsageError
 from incbak.repo.record import DiskRecord, Record
@@ -168,7 +168,7 @@ def _whole(here: Settings, repo: Repository, record: Record, directory: Path, ho
 
     done = restore_vm(record, directory, how.form, one, force=how.force)
     for what, error in done.failed.items():
-        click.echo(printable(f"incbak: {what}: {error}"), err=True)
+        click.echo(one_line(f"incbak: {what}: {error}"), err=True)
     if here.json:
         failed = {what: str(error) for what, error in done.failed.items()}
         here.tell({"backup": record.id, "vm": record.vm, "directory": str(directory),

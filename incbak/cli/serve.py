@@ -34,7 +34,10 @@ from incbak.units import parse_size
     help="Where old content waits for a backup while the guest writes.",
 )
 @click.option("--scratch-limit", metavar="SIZE", help="At most so much of it.  [default: half of what is free]")
-@click.option("--max-connections", type=click.IntRange(1, 10000), default=100, show_default=True, metavar="N")
+@click.option(
+    "--max-connections", type=click.IntRange(1, 10000), default=100, show_default=True, metavar="N",
+    help="Clients at once: so many local ones, and so many over TCP.",
+)  # fmt: skip
 @click.argument("disks", nargs=-1, required=True, metavar="DISK=IMAGE...")
 @common
 def serve(

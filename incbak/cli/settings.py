@@ -21,6 +21,7 @@ from incbak.fleet.config import Config, Vm, default_path, load
 from incbak.repo.memory import Memory
 from incbak.repo.repository import Repository
 from incbak.report.console import Console
+from incbak.report.printable import one_line as one_line
 from incbak.report.printable import printable as printable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -104,10 +105,10 @@ class Settings:
         """For the library's events."""
         return Console(-1 if self.quiet else int(self.verbose))
 
-    def say(self, text: str) -> None:
-        """A result for people, on stdout; not with ``--quiet`` or ``--json``."""
+    def say(self, text: str, *, lines: bool = False) -> None:
+        """A result for people, on stdout, in one line or several; not with ``--quiet`` or ``--json``."""
         if not self.quiet and not self.json:
-            click.echo(printable(text))
+            click.echo(printable(text) if lines else one_line(text))
 
     def tell(self, what: dict[str, Any]) -> None:
         """A result for scripts: one line of JSON on stdout."""

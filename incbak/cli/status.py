@@ -19,7 +19,7 @@ from incbak.backup.recorded import recorded_format
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.backup import interruptible, open_waiting
 from incbak.cli.configured import Configured, judge, run_all, source_of
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.engine.detect import Source
 from incbak.errors import BackupError, DiskError, EngineError, UsageError
 from incbak.repo.drills import drills_of, read_drills
@@ -93,7 +93,7 @@ def _rows(here: Settings, wanted: Source, *, tolerant: bool) -> list[dict[str, A
     except (EngineError, DiskError) as e:
         if not (tolerant and wanted.name):
             raise
-        click.echo(printable(f"incbak: {wanted.name}: {e}"), err=True)
+        click.echo(one_line(f"incbak: {wanted.name}: {e}"), err=True)
         return _recorded(here, wanted.name)
     return [_facts(outcome.vm, planned, last.get(planned.name)) | proof for planned in outcome.planned]
 
@@ -119,7 +119,7 @@ def _print(here: Settings, rows: Sequence[Mapping[str, Any]], *, several: bool) 
         return
     head = ["DISK", "SIZE", "LAST BACKUP", "AGE", "DUE", "BASE", "NEXT READS", "DRILL", "VERIFIED"]
     lines = [[row["vm"], *_texts(row)] if several else _texts(row) for row in rows]
-    here.say(table([["VM", *head] if several else head, *lines]))
+    here.say(table([["VM", *head] if several else head, *lines]), lines=True)
 
 
 async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Record], dict[str, Any]]:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from incbak.backup.runner import Outcome
-from incbak.cli.settings import printable
+from incbak.cli.settings import one_line
 from incbak.errors import IncbakError, IncompleteError
 from incbak.fleet.config import Hooks, Vm
 from incbak.fleet.hooks import run_hook
@@ -55,7 +55,7 @@ class Surroundings:
                 record = self.outcome.record if self.outcome else None
                 write_metrics(self._metrics, self._name, code, record)
         except IncbakError as e:
-            print(printable(f"incbak: {e}"), file=sys.stderr)
+            print(one_line(f"incbak: {e}"), file=sys.stderr)
 
     def _run(self, which: str, result: str, code: int, error: str) -> None:
         record = self.outcome.record if self.outcome else None

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from incbak.cli.passphrase import TARGET_PREFIX, Passphrase
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.cli.signals import interrupt_on_ending
 from incbak.errors import DamagedError, IncompleteError, UsageError
 from incbak.repo.record import Record
@@ -99,7 +99,7 @@ def _conclude(here: Settings, done: Outcome) -> None:
         for what, error in failed:
             here.tell({"what": what, "action": "failed", "error": str(error)})
     for _, error in failed[0 if done.copied else 1 :]:
-        click.echo(printable(f"incbak: not copied: {error}"), err=True)
+        click.echo(one_line(f"incbak: not copied: {error}"), err=True)
     if failed and not done.copied:
         raise failed[0][1]
     if failed:

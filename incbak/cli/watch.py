@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from incbak.cli.encodable import refuse_unencodable
-from incbak.cli.settings import common, printable, settings
+from incbak.cli.settings import common, one_line, settings
 from incbak.cli.signals import ending
 from incbak.engine.session import Address
 from incbak.errors import UsageError
@@ -61,12 +61,12 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
             if here.json:
                 here.tell({"event": event, "text": text, **facts})
             elif event in _WARNINGS:
-                print(printable(f"incbak: {text}"), file=sys.stderr)
+                print(one_line(f"incbak: {text}"), file=sys.stderr)
             else:
                 here.say(text)
             sys.stdout.flush()
         if event in _READY:
-            systemd.notify(f"READY=1\nSTATUS={printable(text)}")
+            systemd.notify(f"READY=1\nSTATUS={one_line(text)}")
 
     wait = parse_duration(backup_wait)
     options = WatchOptions(

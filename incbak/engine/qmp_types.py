@@ -5,7 +5,7 @@ has its type here: the fields that incbak reads, their kinds, and a limit for ea
 here are dropped, so nothing can be read that was not checked; a new command or field is added here first.
 
 The answers stay dictionaries, under QEMU's own names. What is checked is their form, not whether they are true: a
-number may be wrong, a path may name any file. See `incbak.peers` for what follows from that.
+number may be wrong, a path may name any file. The docstring of `incbak` has what follows from that.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from incbak.errors import EngineError, UsageError
 
 GREETING_SECONDS = 20.0
 COMMAND_SECONDS = 60.0
+_LONGEST_REASON = 2000
 
 
 class CommandFailed(EngineError):
@@ -145,7 +146,7 @@ class Session:
             async with deadline(timeout):
                 answer = await self._client.execute(command, dict(arguments or {}))
         except ExecuteError as e:
-            raise CommandFailed(command, e.error_class, str(e)) from e
+            raise CommandFailed(command, e.error_class[:_LONGEST_REASON], str(e)[:_LONGEST_REASON]) from e
         except TimeoutError as e:
             raise EngineSilent(f"monitor {self.address}: no answer to {command} within {timeout:g} s") from e
         except (QMPError, OSError, EOFError) as e:

@@ -82,10 +82,10 @@ def _of_backup(record: Record) -> Iterator[tuple[str, str]]:
 def _kept(path: Path, names: Collection[str]) -> Iterator[tuple[str, str]]:
     """The samples of these names in the file that is there."""
     try:
-        text = path.read_text(encoding="utf-8")[:_LIMIT]
+        text = path.read_bytes()[:_LIMIT].decode()
     except (OSError, UnicodeDecodeError):
         return
-    for line in text.splitlines():
+    for line in text.split("\n"):  # and at no other end of a line that Unicode knows
         name, brace, rest = line.partition("{")
         if brace and name in names:
             yield name, brace + rest

@@ -7,13 +7,13 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from incbak.errors import NbdError, NbdProtocolError, NbdRequestError, NbdSilentError
 from incbak.nbd import protocol as p
 from incbak.nbd.dial import dial
 from incbak.nbd.greeting import Greeting, Offer, TlsWish
 from incbak.nbd.protocol import Dialect
+from incbak.nbd.request import Request
 from incbak.nbd.uri import NbdUri, parse_uri
 from incbak.nbd.wire import bound_waits, close_hard, keep_alive
 
@@ -28,22 +28,6 @@ _ANY_LENGTH = (1 << 63) - 1
 _SILENT_HINT = "Look whether the server runs, and whether its storage does."
 _STATUS_STEP = 1 << 31
 """Bytes asked about at once where a length has 32 bits."""
-
-
-@dataclass
-class _Request:
-    command: int
-    offset: int
-    length: int
-    into: memoryview | None = None
-    filled: int = 0
-    error: int = 0
-    errors: int = 0
-    slow: bool = False
-    contexts: frozenset[int] = frozenset()
-    """Whose status is asked for."""
-    extents: dict[int, bytes] = field(default_factory=dict)
-    """As they came, by context."""
 
 
 class NbdClient:
@@ -61,7 +45,7 @@ class NbdClient:
         self.contexts: dict[str, int] = {}
         self.dialect = Dialect.SIMPLE
         self._cookie = self._reads = 0
-        self._flying: dict[int, _Request] = {}
+        self._flying: dict[int, Request] = {}
         self._failed: NbdRequestError | None = None
         self.refused: list[tuple[int, int]] = []
         """(offset, length) of every request that the server answered with an error."""
@@ -105,6 +89,7 @@ class NbdClient:
         self.contexts, self.dialect = offer.contexts, offer.dialect
         self.sock.settimeout(None)
         bound_waits(self.sock, REPLY_SECONDS, socket.SO_SNDTIMEO)
+        self._have_patience(REPLY_SECONDS)
         if self.sock.family != socket.AF_UNIX:
             keep_alive(self.sock)
 
@@ -129,15 +114,15 @@ class NbdClient:
 
         Reads in flight are taken first: a server that waits to send their data may not receive this.
         """
-        self._submit(_Request(p.WRITE, offset, len(buf)), p.CMD_FUA if fua else 0, buf)
+        self._submit(Request(p.WRITE, offset, len(buf)), p.CMD_FUA if fua else 0, buf)
 
     def submit_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
         """Send a write of zeroes; ``length`` up to `longest`."""
-        self._submit(_Request(p.ZEROES, offset, length), p.CMD_NO_HOLE if no_hole else 0)
+        self._submit(Request(p.ZEROES, offset, length), p.CMD_NO_HOLE if no_hole else 0)
 
     def submit_read_into(self, buf: memoryview, offset: int) -> None:
         """Send a read; ``buf`` is filled when `drain` has returned."""
-        self._submit(_Request(p.READ, offset, len(buf), into=buf), 0)
+        self._submit(Request(p.READ, offset, len(buf), into=buf), 0)
 
     def drain(self) -> None:
         """Wait for all replies. Raises the first `NbdRequestError` since the last call."""
@@ -171,13 +156,13 @@ class NbdClient:
 
     def trim(self, offset: int, length: int) -> None:
         """Discard and wait."""
-        self._submit(_Request(p.TRIM, offset, length), 0)
+        self._submit(Request(p.TRIM, offset, length), 0)
         self.drain()
 
     def flush(self) -> None:
         """All writes that were answered are durable."""
         self.drain()
-        self._submit(_Request(p.FLUSH, 0, 0), 0)
+        self._submit(Request(p.FLUSH, 0, 0), 0)
         self.drain()
 
     def block_status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
@@ -190,10 +175,10 @@ class NbdClient:
         self.drain()
         number = self.contexts[context]
         if len(self.contexts) > 1 and self.dialect is Dialect.EXTENDED and self.can(p.STATUS_PAYLOAD):
-            request = _Request(p.STATUS, offset, length, contexts=frozenset([number]))
+            request = Request(p.STATUS, offset, length, contexts=frozenset([number]))
             self._submit(request, 0, p.U64.pack(length) + p.U32.pack(number))
         else:
-            request = _Request(p.STATUS, offset, length, contexts=frozenset(self.contexts.values()))
+            request = Request(p.STATUS, offset, length, contexts=frozenset(self.contexts.values()))
             self._submit(request, 0)
         self.drain()
         form = p.EXT_EXTENT if self.dialect is Dialect.EXTENDED else p.EXTENT
@@ -220,7 +205,7 @@ class NbdClient:
         """Say goodbye and close; idempotent."""
         try:
             bound_waits(self.sock, _FAREWELL_SECONDS, socket.SO_SNDTIMEO)
-            self._send(self._head(_Request(p.DISC, 0, 0), 0, None))
+            self._send(self._head(Request(p.DISC, 0, 0), 0, None))
         except (NbdError, OSError):
             pass
         close_hard(self.sock)
@@ -231,7 +216,7 @@ class NbdClient:
 
     # -- the wire -------------------------------------------------------------------------------------------------
 
-    def _submit(self, request: _Request, flags: int, payload: memoryview | bytes | None = None) -> None:
+    def _submit(self, request: Request, flags: int, payload: memoryview | bytes | None = None) -> None:
         if request.offset + request.length > self.size:
             raise NbdRequestError(f"request past the end of the export ({self.size} bytes)", errno=22)
         if payload is not None and len(payload) > self.max_payload:
@@ -246,12 +231,14 @@ class NbdClient:
             self.drain()
         self._cookie += 1
         self._flying[self._cookie] = request
-        request.slow = request.command in _SLOW or bool(flags & p.CMD_FUA)
-        self._slow += request.slow
+        if request.command in _SLOW or flags & p.CMD_FUA:
+            request.slow = True
+            self._slow += 1
+            self._have_patience(SLOW_SECONDS)
         self._reads += request.into is not None
         self._send(self._head(request, flags, payload), payload)
 
-    def _head(self, request: _Request, flags: int, payload: memoryview | bytes | None) -> bytes:
+    def _head(self, request: Request, flags: int, payload: memoryview | bytes | None) -> bytes:
         if self.dialect is not Dialect.EXTENDED:
             what = (flags, request.command, self._cookie, request.offset, request.length)
             return p.REQUEST.pack(p.REQUEST_MAGIC, *what)
@@ -273,34 +260,38 @@ class NbdClient:
             raise NbdError(f"the NBD server went away: {e.strerror or e}") from e
 
     def _recv(self, view: memoryview) -> None:
-        done, until = 0, 0.0
-        while done < len(view):
-            try:
-                got = self.sock.recv_into(view[done:], len(view) - done, socket.MSG_WAITALL)
-            except BlockingIOError as e:
-                raise self._silent() from e
-            except OSError as e:
-                raise NbdError(f"the NBD server went away: {e.strerror or e}") from e
-            if not got:
-                raise NbdError("the NBD server closed the connection")
+        try:
+            done = self.sock.recv_into(view, len(view), socket.MSG_WAITALL)
+            if done != len(view):
+                self._recv_rest(view, done)
+        except BlockingIOError as e:
+            raise self._silent() from e
+        except OSError as e:
+            raise NbdError(f"the NBD server went away: {e.strerror or e}") from e
+
+    def _recv_rest(self, view: memoryview, done: int) -> None:
+        until, got = time.monotonic() + self._patience + len(view) / _SLOWEST, done
+        while got and done < len(view):
+            if time.monotonic() > until:
+                raise self._silent()
+            got = self.sock.recv_into(view[done:], len(view) - done, socket.MSG_WAITALL)
             done += got
-            if done < len(view):
-                until = until or time.monotonic() + self._patience + len(view) / _SLOWEST
-                if time.monotonic() > until:
-                    raise self._silent()
+        if not got:
+            raise NbdError("the NBD server closed the connection")
+
+    def _have_patience(self, seconds: float) -> None:
+        if self._patience != seconds:
+            self._patience = seconds
+            bound_waits(self.sock, seconds, socket.SO_RCVTIMEO)
 
     def _silent(self) -> NbdSilentError:
         return NbdSilentError(f"the NBD server did not answer for {self._patience:g} s", hint=_SILENT_HINT)
 
-    def _recv_bytes(self, count: int) -> bytes:
-        buf = bytearray(count)
-        self._recv(memoryview(buf))
-        return bytes(buf)
+    def _recv_bytes(self, count: int) -> bytearray:
+        self._recv(memoryview(buf := bytearray(count)))
+        return buf
 
     def _take_reply(self) -> None:
-        if self._patience != (patience := SLOW_SECONDS if self._slow else REPLY_SECONDS):
-            self._patience = patience
-            bound_waits(self.sock, patience, socket.SO_RCVTIMEO)
         if self.dialect is Dialect.EXTENDED:
             magic, flags, kind, cookie, offset, length = p.EXT_CHUNK.unpack(self._recv_bytes(p.EXT_CHUNK.size))
             if magic != p.EXT_CHUNK_MAGIC:
@@ -340,11 +331,11 @@ class NbdClient:
         elif length > (_MAX_STATUS if request.contexts else _MAX_REPLY):
             raise NbdProtocolError("the server's reply is too long")
         else:
-            self._take_small(request, kind, self._recv_bytes(length) if length else b"", bool(flags & p.CHUNK_DONE))
+            self._take_small(request, kind, bytes(self._recv_bytes(length)), bool(flags & p.CHUNK_DONE))
         if flags & p.CHUNK_DONE:
             self._conclude(cookie, request)
 
-    def _take_data(self, request: _Request, length: int) -> None:
+    def _take_data(self, request: Request, length: int) -> None:
         assert request.into is not None
         count = length - 8
         at = p.U64.unpack(self._recv_bytes(8))[0] - request.offset if count > 0 else -1
@@ -353,7 +344,7 @@ class NbdClient:
         self._recv(request.into[at : at + count])
         request.filled += count
 
-    def _take_small(self, request: _Request, kind: int, body: bytes, done: bool) -> None:
+    def _take_small(self, request: Request, kind: int, body: bytes, done: bool) -> None:
         try:
             if kind == p.CHUNK_HOLE and request.into is not None:
                 (offset,), (count,) = p.U64.unpack_from(body), p.U32.unpack_from(body, 8)
@@ -372,7 +363,7 @@ class NbdClient:
         except struct.error as e:
             raise NbdProtocolError("the server's reply is cut short") from e
 
-    def _take_status(self, request: _Request, kind: int, body: bytes) -> None:
+    def _take_status(self, request: Request, kind: int, body: bytes) -> None:
         extended = kind == p.CHUNK_EXT_STATUS
         (context,), extents = p.U32.unpack_from(body), body[8 if extended else 4 :]
         fits = extended == (self.dialect is Dialect.EXTENDED)
@@ -383,9 +374,11 @@ class NbdClient:
             raise NbdProtocolError("the server's block status is malformed")
         request.extents[context] = extents
 
-    def _conclude(self, cookie: int, request: _Request) -> None:
+    def _conclude(self, cookie: int, request: Request) -> None:
         del self._flying[cookie]
-        self._slow -= request.slow
+        if request.slow:
+            self._slow -= 1
+            self._have_patience(SLOW_SECONDS if self._slow else REPLY_SECONDS)
         self._reads -= request.into is not None
         if request.error:
             self.refused.append((request.offset, request.length))

@@ -93,6 +93,7 @@ class Connection:
         self._dead = False
         sock.settimeout(None)
         bound_waits(sock, SEND_TIMEOUT, socket.SO_SNDTIMEO)
+        bound_waits(sock, PAYLOAD_TIMEOUT, socket.SO_RCVTIMEO)
 
     def run(self) -> None:
         """Serve until the client disconnects or breaks the protocol (`NbdProtocolError`)."""
@@ -128,7 +129,10 @@ class Connection:
                 if start:
                     view[: end - start] = bytes(view[start:end])
                     start, end = 0, end - start
-                got = recv_into(view[end:])
+                try:
+                    got = recv_into(view[end:])
+                except BlockingIOError:
+                    continue  # between requests a client may be silent for ever
                 if not got:
                     if end:
                         raise NbdProtocolError("the client went away within a request")
@@ -185,11 +189,10 @@ class Connection:
                 self._other(command, flags, cookie, offset, length)
 
     def _payload(self, have: memoryview, length: int) -> memoryview:
-        """A payload that does not lie whole in the receive buffer, in a buffer of its own that grows to the largest."""
+        """A payload that is not whole in the receive buffer, in a buffer of its own that grows to the largest."""
         if self._out_len:
             self._flush_out()
-        if length > BUFFER:
-            self._relieve()
+        self._relieve() if length > BUFFER else None
         if len(self._large) < length:
             self._large = mmap.mmap(-1, length)  # takes memory as bytes arrive, not when they are announced
         view = memoryview(self._large)[:length]
@@ -219,23 +222,21 @@ class Connection:
         """Receive ``view[done:length]``; it has to go on."""
         slot = self._slot
         slot.half = max(done, 1)
-        bound_waits(self.sock, PAYLOAD_TIMEOUT, socket.SO_RCVTIMEO)
         try:
             while done < length:
                 got = self.sock.recv_into(view[done:length])
                 if not got:
                     raise NbdProtocolError("the client went away within a payload")
                 done += got
-                slot.half, slot.heard = done, time.monotonic()
+                if done < length:
+                    slot.half, slot.heard = done, time.monotonic()
         finally:
             slot.half = 0
-            bound_waits(self.sock, 0, socket.SO_RCVTIMEO)
 
     # -- dispatch -------------------------------------------------------------------------------------------------
 
     def _slow_write(self, flags: int, cookie: int, offset: int, length: int, payload: memoryview) -> None:
-        """A write that is refused, or has a flag, or may wait; the payload is off the wire already, and kept unless the
-        write is refused."""
+        """A write that is refused (its payload may be gone), or has a flag, or may wait."""
         tag = cookie, offset
         if (error := self._refuse(p.WRITE, flags, offset, length)) or not length:
             self._answer(tag, error)

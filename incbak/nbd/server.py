@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
+from incbak import durable
 from incbak.errors import NbdError, UsageError
 from incbak.nbd.connection import Connection
 from incbak.nbd.export import Device, Export
@@ -173,11 +174,11 @@ class NbdServer:
 
 
 def bind_unix(path: Path) -> socket.socket:
-    """A listening Unix socket, mode 0600 before anybody can connect, in a directory that is made 0700 if missing.
+    """A listening Unix socket, mode 0600 before anybody can connect, in directories that are made 0700 if missing.
 
     A socket that nobody listens on is replaced; anything else in the way raises `UsageError`.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    durable.make_dir(path.parent)
     _clear_way(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -1,13 +1,13 @@
 """How many clients a server has at once, and who has to give way.
 
-A client that does nothing costs a slot, and its half-sent payload memory. So strangers and readers could keep a guest
-from coming back to its disk. The rules:
+An idle client occupies a slot, and its half-sent payload occupies memory. So strangers and readers could keep a guest
+from reconnecting to its disk. The rules:
 
 - Local clients and those over TCP have slots of their own: a crowd on the network takes none from the local guest.
-- Where all slots for TCP are taken, a newcomer gets the slot of whoever has negotiated for longest.
-- Where all slots are taken, a newcomer gets that of who has been silent for longest (`PATIENCE` seconds at least)
-  within a payload or on a read-only export. A writer between two requests keeps its slot: it is a guest, and idle.
-- Half-sent payloads of all clients together have a bound; beyond it those that are silent go.
+- When all slots for TCP are taken, a new client gets the slot of the one that has been negotiating for longest.
+- When all slots are taken, a new client gets the slot of the one that has been silent for longest (at least `PATIENCE`
+  seconds) within a payload or on a read-only export. A writer between two requests keeps its slot: it is an idle guest.
+- The half-sent payloads of all clients together are bounded; beyond that, clients that are silent within one go.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Slot:
         """Bytes that have come of a payload that has not come whole."""
 
     def silent(self, now: float) -> float:
-        """For how long nothing came that was due: 0 where nothing is."""
+        """Return for how many seconds nothing has come that is due: 0 where nothing is due."""
         return max(now - self.heard, 0.0) if self.half or self.reader else 0.0
 
 
@@ -56,12 +56,12 @@ class Slots:
             return len(self._taken)
 
     def all(self) -> list[Slot]:
-        """The clients there are now."""
+        """Return the clients that are connected now."""
         with self._lock:
             return list(self._taken.values())
 
     def enter(self, sock: socket.socket, thread: threading.Thread, *, bounded: bool = True) -> Slot | None:
-        """A slot for a newcomer, or ``None`` when there is none. Somebody else may be dropped for it."""
+        """Return a slot for a new client, or ``None`` when there is none. Another client may be dropped for it."""
         slot = Slot(sock, thread, sock.family in (socket.AF_INET, socket.AF_INET6))
         with self._lock:
             alike = [s for s in self._taken.values() if s.tcp == slot.tcp]
@@ -79,12 +79,12 @@ class Slots:
         return slot
 
     def leave(self, sock: socket.socket) -> None:
-        """Its connection has ended."""
+        """Free the slot of a connection that has ended."""
         with self._lock:
             self._taken.pop(sock, None)
 
     def relieve(self) -> None:
-        """A large payload begins to come: drop who is silent within another, where there is too much of that."""
+        """Drop clients that are silent within a payload, if too much is half-sent: call it before a large payload."""
         held = self.all()
         if sum(slot.half for slot in held) > HALF_SENT:
             now = time.monotonic()
@@ -102,6 +102,6 @@ def _who_gives_way(slots: list[Slot]) -> Slot | None:
 
 
 def _drop(slot: Slot) -> None:
-    """Its thread finds the connection ended."""
+    """End the connection; its thread finds that out."""
     with suppress(OSError):
         slot.sock.shutdown(socket.SHUT_RDWR)

@@ -8,6 +8,7 @@ from typing import Any
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.retention import Decision
+from incbak.report.printable import one_line
 from incbak.units import format_size
 
 
@@ -51,11 +52,12 @@ def disk_line(record: Record, disk: DiskRecord) -> str:
     if disk.base:
         text += f" on {disk.base[:8]}"
     text += f", read {format_size(disk.read)} of {format_size(disk.size)}, stored {format_size(disk.stored)}"
-    return f"{text} [{disk.reason}]" if disk.reason else text
+    return one_line(f"{text} [{disk.reason}]" if disk.reason else text)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns, aligned left, two spaces apart; the first row is the head."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -114,7 +116,7 @@ def details(record: Record, *, pinned: bool = False) -> str:
             lines.append(f"          audited {d.audited} ({format_size(d.audited)})")
     lines += [f"attached  {name} ({format_size(len(text.encode()))})" for name, text in record.attachments.items()]
     lines += [f"note      {note}" for note in record.notes]
-    return "\n".join(lines)
+    return "\n".join(one_line(line) for line in lines)
 
 
 def chosen_table(chosen: Sequence[tuple[str, Record | None]]) -> str:

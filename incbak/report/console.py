@@ -11,7 +11,7 @@ from typing import TextIO
 
 from incbak.events import Event, Fallback, Notice, Progress, Warned
 from incbak.report.meter import Meter
-from incbak.report.printable import printable
+from incbak.report.printable import one_line
 
 _EVERY = 0.2
 
@@ -49,7 +49,7 @@ class Console:
 
     def _line(self, text: str) -> None:
         self._wipe()
-        print(printable(f"incbak: {text}"), file=self._stream, flush=True)
+        print(one_line(f"incbak: {text}"), file=self._stream, flush=True)
 
     def _progress(self, event: Progress) -> None:
         if not self._shows_progress:
@@ -59,7 +59,7 @@ class Console:
         if now < self._drawn + _EVERY:
             return
         self._drawn = now
-        text = self._meter.line()[: self._columns() - 1]
+        text = one_line(self._meter.line())[: self._columns() - 1]
         self._stream.write("\r" + text.ljust(self._width))
         self._stream.flush()
         self._width = len(text)

@@ -66,10 +66,12 @@ def test_what_is_no_file(tmp_path: Path, fifo: Path) -> None:
     sock = tmp_path / "sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(sock))
-    for path in (fifo, sock, tmp_path, Path("/dev/null")):
+    for path in (fifo, sock, Path("/dev/null")):
         with pytest.raises(OSError, match="neither a file nor a block device") as caught:
             open_image(path, os.O_RDONLY)
         assert caught.value.errno == errno.EINVAL
+    with pytest.raises(IsADirectoryError):
+        open_image(tmp_path, os.O_RDONLY)
     with pytest.raises(FileNotFoundError):
         open_image(tmp_path / "nothing", os.O_RDONLY)
 

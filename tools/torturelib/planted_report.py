@@ -20,7 +20,7 @@ FAULTS = (
     Fault(
         "console-control-characters",
         "incbak/report/console.py",
-        'print(printable(f"incbak: {text}"), file',
+        'print(one_line(f"incbak: {text}"), file',
         'print(f"incbak: {text}", file',
         unit("report/test_meter", "test_a_warning_stands_alone_and_does_nothing_to_the_terminal"),
     ),

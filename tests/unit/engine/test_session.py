@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from incbak.engine import qmp_client
-from incbak.engine.session import Address, EngineGone, Session
+from incbak.engine.session import Address, CommandFailed, EngineGone, Session
 from incbak.errors import EngineError
 
 GREETING: dict[str, Any] = {"QMP": {"version": {}, "capabilities": []}}
@@ -95,6 +95,13 @@ def test_what_is_no_message_ends_the_session(tmp_path: Path, message: bytes) -> 
 def test_an_error_of_another_form(tmp_path: Path, error: object) -> None:
     with pytest.raises(EngineError):
         asyncio.run(asked(tmp_path / "q", lambda r: [{"error": error, "id": r["id"]}]))
+
+
+def test_a_reason_is_not_as_long_as_the_engine_likes(tmp_path: Path) -> None:
+    error = {"class": "GenericError", "desc": "x" * 1_000_000}
+    with pytest.raises(CommandFailed, match="query-name: xxx") as caught:
+        asyncio.run(asked(tmp_path / "q", lambda r: [{"error": error, "id": r["id"]}]))
+    assert len(str(caught.value)) < 3000
 
 
 @pytest.mark.parametrize("greeting", [{}, [], {"QMP": 5}, {"QMP": {"version": 1, "capabilities": {}}}, b"{{{{\n"])

@@ -74,6 +74,14 @@ def _negotiated(both: Both, count: int) -> None:
     wait_until(lambda: sum(s.heard < math.inf for s in both.server._slots.all()) == count, f"{count} have negotiated")
 
 
+def _turned_away(raw: Raw) -> bool:
+    """Whether it was dropped, be it before it was greeted."""
+    try:
+        return raw.greet().hung_up()
+    except ConnectionError:
+        return True
+
+
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -102,7 +110,7 @@ def test_strangers_that_say_nothing_give_way_to_who_comes(both: Both) -> None:
     strangers = [both.remote() for _ in range(3 * SLOTS)]
     assert both.remote().go().alive()
     assert held.alive()
-    assert strangers[0].greet().hung_up()
+    assert _turned_away(strangers[0])
 
 
 @pytest.mark.usefixtures("impatient")
@@ -135,13 +143,13 @@ def test_one_that_stops_within_a_payload_gives_way(both: Both, name: str) -> Non
 
 
 def test_within_a_payload_a_client_has_a_deadline(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("incbak.nbd.connection.PAYLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr("incbak.nbd.connection.PAYLOAD_TIMEOUT", 0.5)
     half = both.local().go()
     half.request(p.WRITE, 0, 1000, payload=b"half")
     assert half.hung_up()
     slow = both.local().go()
     assert slow.error(p.WRITE, 0, SIZE, payload=bytes(SIZE)) == 0
-    time.sleep(0.3)  # between requests it has none
+    time.sleep(0.7)  # between requests it has none
     assert slow.alive()
 
 
@@ -261,16 +269,16 @@ def test_a_server_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
         _gone.set()
 
 
-@pytest.mark.usefixtures("brief")
 def test_one_that_is_slow_but_goes_on_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_SLOWEST", 1)
+    monkeypatch.setattr(client_module, "REPLY_SECONDS", 0.5)
 
     def script(raw: Raw) -> None:
         negotiate(raw, contexts=[(1, p.ALLOCATION)])
         _command, cookie, _offset, _length = request(raw)
         answer = p.CHUNK.pack(p.CHUNK_MAGIC, 1, p.CHUNK_DATA, cookie, 8 + 4) + p.U64.pack(0) + b"data"
         for at in range(0, len(answer), 4):
-            time.sleep(0.05)
+            time.sleep(0.1)
             raw.send(answer[at : at + 4])
 
     with hostile(script) as sock:
