@@ -16,13 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from incbak.backup.sources import check_names
-<<<<<<< HEAD
 from incbak.engine.base import DECRYPTED, Description, DiskPlan, EngineDisk, LeftOut, bitmap_name, repository_prefix
 from incbak.errors import FormatError, UsageError
-=======
-from incbak.engine.base import Description, DiskPlan, EngineDisk, LeftOut, bitmap_name, repository_prefix
-from incbak.errors import UsageError
->>>>>>> h/proof
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Record
 
