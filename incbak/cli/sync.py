@@ -42,7 +42,8 @@ def sync_command(target: Path | None, names: tuple[str, ...], last: int | None, 
     options = Options(names, last, parse_duration(lock_wait), memory=here.memory)
     interrupt_on_ending()
     path, passphrase = _target(here, target)
-    source, other = here.open(), here.open_other(path, passphrase)
+    other = here.open_other(path, passphrase)
+    source = here.open()
     console = here.reporter()
     try:
         if dry_run:

@@ -184,7 +184,8 @@ def _packs(repo: Repository, found: Report) -> tuple[dict[str, int], dict[str, p
         except (DamagedError, OSError) as e:
             if _pruned(repo, name):
                 continue
-            found.problems.append(Problem(str(e)))
+            cannot = f"pack {name} cannot be read: {e.strerror}" if isinstance(e, OSError) else str(e)
+            found.problems.append(Problem(cannot))
             found.broken.append(name)
             if len(entries := _indexed(repo, name)):
                 suspects[name] = entries

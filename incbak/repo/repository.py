@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import re
 import socket
@@ -40,6 +41,8 @@ from incbak.repo.storage.base import KINDS, Storage
 from incbak.repo.storage.local import LocalStorage
 from incbak.repo.tree import PAGE, TreeReader, TreeUpdate, clusters_in
 from incbak.repo.writer import Writer
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 DEFAULT_CLUSTER = 65536
@@ -239,7 +242,12 @@ class Repository:
                 raise UsageError(f"several VMs share the repository: {names}", hint="Say which with --name.")
             if not found:
                 what = f" of {vm}" if vm else ""
+                if self.unreadable:
+                    why = "; ".join(self.unreadable.values())
+                    raise DamagedError(f"there is no backup{what} that can be read: {why}", hint="Run: incbak check")
                 raise UsageError(f"there is no backup{what} in the repository", hint="See: incbak list")
+            for why in self.unreadable.values():
+                log.warning("backup %s may not be the latest: %s", found[-1].id[:8], why)
             return found[-1]
         there = ids(self.storage.list("backups")) if re.fullmatch("[0-9a-f]+", text) else {}
         matches = [n for n in there if n.startswith(text)]

@@ -128,8 +128,11 @@ def test_one_that_is_damaged(two: Two) -> None:
     two.incbak.run("check")
     third = two.back_up()
     assert two.incbak.run("sync", two.other).code == 3
-    assert two.incbak.run("sync", two.other).code == 0
+    again = two.incbak.run("sync", two.other)
+    assert (again.code, "not in the repository" in again.err) == (13, True), "it is tried again, and told"
     assert two.restored(third) == two.contents[third]
+    (two.incbak.repo / "backups" / second).unlink()
+    assert two.incbak.run("sync", two.other).code == 0
 
 
 def test_a_vm_that_is_being_backed_up_there(two: Two) -> None:

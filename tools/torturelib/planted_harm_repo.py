@@ -259,6 +259,13 @@ _DAMAGE = (
 
 _OTHERS = (
     Fault(
+        "repo-older-taken-for-the-latest-in-silence",
+        "incbak/repo/repository.py",
+        "            for why in self.unreadable.values():\n                log",
+        "            for why in ():\n                log",
+        _lived("test_what_may_not_be_the_latest_is_told"),
+    ),
+    Fault(
         "repo-stray-record-stops-a-prune",
         _PRUNE,
         'ids(self._storage.list("backups")).keys() - self._needs.counted',

@@ -327,3 +327,16 @@ def test_a_record_that_the_storage_cannot_read_is_one_of_many(
     monkeypatch.setattr(repo.storage, "read", failing)
     assert [r.id for r in repo.backups()] == [good.id]
     assert os.strerror(code) in repo.unreadable[bad.id]
+
+
+def test_what_may_not_be_the_latest_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, newest = back_up(again(path), [1]), back_up(again(path), [2])
+    assert again(path).find("latest").id == newest.id
+    assert not caplog.records
+    spoil(path / "backups" / newest.id)
+    assert again(path).find("latest").id == good.id
+    assert "may not be the latest" in caplog.text
+    assert newest.id in caplog.text
+    spoil(path / "backups" / good.id)
+    with pytest.raises(DamagedError, match="no backup that can be read"):
+        again(path).find("latest")
