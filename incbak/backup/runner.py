@@ -42,7 +42,6 @@ from incbak.errors import (
     UsageError,
 )
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
-from incbak.reasons import Reason
 from incbak.repo.damage import add_note
 from incbak.repo.fitting import fitted
 from incbak.repo.memory import Memory
@@ -336,13 +335,12 @@ class _Attempt:
 
 
 def _disk_record(planned: Planned, sink: DiskSink, root: bytes) -> DiskRecord:
-    reason: Reason | None = planned.plan.reason
     return DiskRecord(
         name=planned.name,
         size=sink.size,
         kind="incremental" if planned.base else "full",
         base=planned.base.id if planned.base else None,
-        reason=reason.value if reason else None,
+        reason=planned.plan.reason.value if planned.plan.reason else None,
         detail=planned.detail,
         read=sink.counts.received,
         changed=sink.changed,
@@ -351,6 +349,7 @@ def _disk_record(planned: Planned, sink: DiskSink, root: bytes) -> DiskRecord:
         bitmap=planned.plan.new_bitmap,
         audited=planned.audited,
         audit_turn=planned.audit_turn,
+        format=planned.plan.disk.format,
     )
 
 

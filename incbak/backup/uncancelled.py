@@ -1,4 +1,4 @@
-"""Steps of a run that are not given up halfway when the run is interrupted."""
+"""Work that a cancellation must not tear: a commit, and what follows it."""
 
 from __future__ import annotations
 

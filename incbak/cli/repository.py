@@ -192,6 +192,9 @@ def check(read_data: bool, read_data_subset: str | None, max_duration: str | Non
             max_duration=duration,
             report=console,
         )
+    except checks.NotNotedError as e:
+        click.echo(printable(f"incbak: warning: {e}"), err=True)
+        found = e.report
     finally:
         console.end()
     found.problems += [checks.Problem(what) for what in here.memory.troubles(repo)]
@@ -200,19 +203,21 @@ def check(read_data: bool, read_data_subset: str | None, max_duration: str | Non
 
 def _tell(here: Settings, found: checks.Report) -> None:
     if here.json:
-        problems = [{"what": p.what, "backups": list(p.backups)} for p in found.problems]
+        problems = [{"what": p.what, "backups": list(p.backups), "healed": p.healed} for p in found.problems]
         here.tell({"problems": problems, "backups": found.backups, "packs": found.packs, "blobs": found.blobs,
                    "bytes_read": found.bytes_read, "packs_read": found.packs_read,
                    "coverage": coverage_json(found.coverage)})  # fmt: skip
     for problem in found.problems:
         click.echo(printable(f"incbak: {problem.what}"), err=True)
-    if found.problems:
+    if found.unhealed:
         if found.packs_read:
             here.say(coverage_text(found.coverage))
         hurt = sorted({b[:8] for p in found.problems for b in p.backups})
         what = f"backups that are not whole: {', '.join(hurt)}" if hurt else "every backup is whole"
-        raise DamagedError(f"{len(found.problems)} problems; {what}", hint="The next backup stores anew what it can.")
+        raise DamagedError(f"{len(found.unhealed)} problems; {what}", hint=found.hint)
     read = f", {format_size(found.bytes_read)} read" if found.bytes_read else ""
+    if found.problems:
+        here.say("what is damaged was stored again; the next prune drops it")
     here.say(f"no problems: {found.backups} backups, {found.packs} packs, {found.blobs} blobs{read}")
     if found.packs_read or found.coverage.read_packs:
         here.say(coverage_text(found.coverage))

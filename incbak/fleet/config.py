@@ -43,6 +43,7 @@ from typing import Any
 
 import msgspec
 
+from incbak.disk.formats import OFFERED
 from incbak.errors import UsageError
 from incbak.host import home
 from incbak.units import parse_duration, parse_retention, parse_share, parse_size
@@ -103,6 +104,8 @@ class Vm(Defaults, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_o
     agent_socket: str = ""
     metrics: str = ""
     watch: str = ""
+    format: str = ""
+    allow_backing: tuple[str, ...] = ()
     serve: dict[str, str] = {}
 
 
@@ -209,6 +212,9 @@ def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
         if vm.quiesce != bool(vm.agent_socket):
             yield f"{key}.quiesce", "goes together with agent-socket", "Give both, or none."
         paths = {"agent-socket": vm.agent_socket, "metrics": vm.metrics}
+        if vm.format and vm.format not in OFFERED:
+            yield f"{key}.format", f"not a format of an image: {vm.format!r}", f"There are: {', '.join(OFFERED)}."
+        paths |= {f"allow-backing[{n}]": path for n, path in enumerate(vm.allow_backing)}
         paths |= {f"attach[{n}]": path for n, path in enumerate(vm.attach)}
         paths |= {f"serve.{disk}": path for disk, path in vm.serve.items()}
         yield from _relative(key, paths)

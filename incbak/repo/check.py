@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from incbak.errors import DamagedError, FormatTooNewError
+from incbak.errors import DamagedError, DurabilityError, FormatTooNewError
 from incbak.events import Reporter, silent
 from incbak.repo import pack
-from incbak.repo.damage import add_note, notes, replace_notes
+from incbak.repo.damage import notes, replace_notes
 from incbak.repo.ids import is_id, new_id
-from incbak.repo.index import IndexFile, encode, mapped
+from incbak.repo.index import REBUILD, IndexFile, encode, mapped
 from incbak.repo.reader import digests_array
 from incbak.repo.reading import PackRead, read_packs, save
 from incbak.repo.record import Record
@@ -28,10 +28,14 @@ _LEAVES = 256
 
 @dataclass(frozen=True)
 class Problem:
-    """``what`` is wrong, in words that name the object; ``backups`` that cannot be restored whole because of it."""
+    """``what`` is wrong, in words that name the object; ``backups`` that cannot be restored whole because of it.
+
+    ``healed``: it was stored again since, so nothing is lost; a prune forgets it.
+    """
 
     what: str
     backups: tuple[str, ...] = ()
+    healed: bool = False
 
 
 @dataclass
@@ -47,6 +51,23 @@ class Report:
     packs_read: int = 0
     damaged: set[bytes] = field(default_factory=set)
     """Digests whose content is not there or wrong."""
+    broken: list[str] = field(default_factory=list)
+    """Packs without a table."""
+    hint: str = "The next backup stores anew what it can."
+
+    @property
+    def unhealed(self) -> list[Problem]:
+        """What is still to be mended."""
+        return [p for p in self.problems if not p.healed]
+
+
+class NotNotedError(DurabilityError):
+    """What a check found cannot be noted in the repository; it is in ``report``."""
+
+    def __init__(self, report: Report, cause: DurabilityError) -> None:
+        what = f"what was found cannot be noted, so the next backup does not know of it: {cause}"
+        super().__init__(what, hint=cause.hint)
+        self.report = report
 
 
 def check(
@@ -63,16 +84,17 @@ def check(
 
     Packs that were never read come first, then those that were read longest ago (`verified`); after ``max_duration``
     seconds of reading data no other pack is begun. What is found damaged is noted in the repository, so that the next
-    backup stores it again. Backups are listed before the index is read, so one that is committed meanwhile does not
-    look damaged.
+    backup stores it again; raises `NotNotedError` where it cannot be. Backups are listed before the index is read, so
+    one that is committed meanwhile does not look damaged.
     """
     verified = Verified(repo.storage, clock)
     found = Report(verified.coverage())
     before, known = notes(repo.storage), repo.damage()
     records = repo.backups()
     repo.index.refresh()
-    for name in repo.index.damaged:
-        found.problems.append(Problem(f"index {name} does not verify; make it anew with: incbak check --rebuild-index"))
+    for name, why in repo.index.why.items():
+        what = f"index {name} does not verify ({why}); make it anew with: incbak check --rebuild-index"
+        found.problems.append(Problem(what))
     for why in repo.index.condemned.unknown.values():
         found.problems.append(Problem(f"{why}; until then backups store everything anew; mend it with: incbak prune"))
     _large_indexes(repo, found)
@@ -90,17 +112,34 @@ def check(
     if read_data and not whole:
         _look_again(repo, known.digests, found)
     affected = _backups(repo, records, found)
+    _doubt(repo, found)
+    for name in found.broken:
+        verified.add(name, clock(), verified.look(name), whole=False)
+    doubtful = set() if whole or not read_data else known.backups & {r.id for r in records}
+    try:
+        replace_notes(repo.storage, found.damaged, affected | doubtful, before if read_data else [])
+    except DurabilityError as e:
+        raise NotNotedError(found, e) from e
     if not read_data:
-        add_note(repo.storage, found.damaged, affected)
+        if found.broken:
+            save(verified, report)
         return found
-    doubtful = set() if whole else known.backups & {r.id for r in records}
-    replace_notes(repo.storage, found.damaged, affected | doubtful, before)
     for each in bad:
         verified.add(each.name, each.at, each.file, whole=False)
-    verified.last = LastCheck(clock(), found.bytes_read, found.packs_read, len(found.problems))
+    verified.last = LastCheck(clock(), found.bytes_read, found.packs_read, len(found.unhealed))
     save(verified, report)
     found.coverage = verified.coverage()
     return found
+
+
+def _doubt(repo: Repository, found: Report) -> None:
+    """Where something is missing that may only not be found, say so."""
+    missing = bool(found.damaged) or any(p.backups for p in found.problems)
+    if missing and repo.index.unnamed:
+        what = f"{len(repo.index.unnamed)} packs are there that no index names"
+        found.problems.append(Problem(f"{what}; bring back what is in them with: incbak check --rebuild-index"))
+    if repo.index.damaged or (missing and repo.index.unnamed):
+        found.hint = REBUILD
 
 
 def _large_indexes(repo: Repository, found: Report) -> None:
@@ -139,6 +178,7 @@ def _packs(repo: Repository, found: Report) -> tuple[dict[str, int], dict[str, p
             if _pruned(repo, name):
                 continue
             found.problems.append(Problem(str(e)))
+            found.broken.append(name)
             if len(entries := _indexed(repo, name)):
                 suspects[name] = entries
     return packs, suspects
@@ -191,7 +231,8 @@ def _judge(repo: Repository, found: Report, reads: Iterator[PackRead]) -> list[P
             continue
         try:
             reader.read(digest)
-            found.problems.append(Problem(f"blob {digest.hex()} in pack {name} is damaged; another copy is whole"))
+            what = f"blob {digest.hex()} in pack {name} is damaged; another copy is whole"
+            found.problems.append(Problem(what, healed=True))
         except DamagedError:
             found.damaged.add(digest)
             found.problems.append(Problem(f"blob {digest.hex()} in pack {name} is damaged"))

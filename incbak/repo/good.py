@@ -8,7 +8,7 @@ import numpy as np
 
 from incbak.errors import DamagedError
 from incbak.repo.blob import ZERO_DIGEST
-from incbak.repo.record import DiskRecord, Record, not_whole
+from incbak.repo.record import DiskRecord, NotWholeError, Record, not_whole
 from incbak.repo.repository import Repository
 from incbak.repo.tree import Page, TreeReader
 
@@ -18,20 +18,20 @@ _ROWS = 1 << 18
 
 def last_good(
     repo: Repository, records: Sequence[Record], noted: Collection[str], going: Sequence[Record]
-) -> tuple[list[str], dict[str, DamagedError]]:
+) -> tuple[list[str], dict[str, NotWholeError]]:
     """The newest of ``records`` that no check has noted as damaged and that is whole beside those that go.
 
     Where that one lacks a disk, the newest with all of them too. Also, by their ids, what is wrong with others that
     were looked at.
     """
     found: list[Record] = []
-    broken: dict[str, DamagedError] = {}
+    broken: dict[str, NotWholeError] = {}
     for record in reversed(records):
         if record.id in noted or (found and record.incomplete):
             continue
         try:
             check_beside(repo, record, going)
-        except DamagedError as e:
+        except NotWholeError as e:
             broken[record.id] = e
             continue
         found.append(record)

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError, FormatTooNewError
 from incbak.repo.condemned import Condemned, read_condemned
+from incbak.repo.mapping import readable
 from incbak.repo.pack import ENTRY, Entries
 from incbak.repo.seal import PLAIN, Seal
 from incbak.repo.spool import let_go
@@ -54,6 +54,9 @@ _SAMPLE = 32
 """Digests by which it is judged, for its square of them or more, which file they are in."""
 SORTED = 1 << 12
 """Digests from which on it pays to look them up in their order."""
+
+REBUILD = "Run: incbak check --rebuild-index"
+"""The way out of all that is wrong with the index: packs have tables of their own."""
 
 Digests = NDArray[np.uint8]
 """Shape (n, 32)."""
@@ -92,15 +95,15 @@ class IndexFile:
         self.name = name
         raw = data[:_HEAD_SIZE].tobytes()
         if len(raw) < _HEAD_SIZE or seal.check(raw[:-_CHECKSUM])[:_CHECKSUM] != raw[-_CHECKSUM:]:
-            raise DamagedError(f"the header of index {name} does not verify", hint="Run: incbak check")
+            raise DamagedError(f"the header of index {name} does not verify", hint=REBUILD)
         magic, version, packs, count, digest = _HEAD.unpack_from(raw)
         if magic != MAGIC or version > VERSION:
             raise FormatTooNewError(f"index {name} is of version {version}", hint="Use a newer incbak.")
         if len(data) != _HEAD_SIZE + packs * PACK.itemsize + count * (8 + PLACE.itemsize):
-            raise DamagedError(f"index {name} has a wrong size", hint="Run: incbak check")
+            raise DamagedError(f"index {name} has a wrong size", hint=REBUILD)
         body = memoryview(data[_HEAD_SIZE:])  # type: ignore[arg-type]
         if (len(data) <= VERIFY_UP_TO if verify is None else verify) and seal.check(body) != digest:
-            raise DamagedError(f"index {name} does not match its digest", hint="Run: incbak check")
+            raise DamagedError(f"index {name} does not match its digest", hint=REBUILD)
         self._data = data
         at = _HEAD_SIZE
         self.packs = data[at : at + packs * PACK.itemsize].view(PACK)
@@ -206,7 +209,10 @@ class Index:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self.files: list[IndexFile] = []
-        self.damaged: list[str] = []
+        self.why: dict[str, str] = {}
+        """Files that were left out, and why: those that are `damaged`."""
+        self._there: dict[str, int] = {}
+        self._unnamed: frozenset[str] | None = None
         self.condemned = Condemned()
         self._looked_up = 0
         self._latest: IndexFile | None = None
@@ -234,6 +240,8 @@ class Index:
         for file in files:
             file.only_packs(packs, condemned)
         self.files, self.condemned = files, condemned
+        self.why = {name: why for name, why in self.why.items() if name in names}
+        self._there, self._unnamed = packs, None
         self._latest = None
 
     def stale(self) -> bool:
@@ -248,6 +256,34 @@ class Index:
         lost = {name for f in self.files for name, there in zip(f.names, f.usable.tolist(), strict=True) if not there}
         return lost <= self.condemned.packs
 
+    def entries_of(self, pack: str) -> Entries:
+        """What the index says of one pack, there or not."""
+        parts = [np.zeros(0, dtype=ENTRY)]
+        for file in self.files:
+            if pack in file.names:
+                parts.append(file.entries()[file.places["pack"] == file.names.index(pack)])
+        return np.concatenate(parts)
+
+    @property
+    def damaged(self) -> list[str]:
+        """Files that do not verify or cannot be read, and are left out."""
+        return list(self.why)
+
+    @property
+    def unnamed(self) -> frozenset[str]:
+        """Packs that are there and that no index file names: a run was killed, or files of the index are lost."""
+        if self._unnamed is None:
+            named = {name for f in self.files for name in f.names}
+            self._unnamed = frozenset(self._there.keys() - named - self.condemned.packs)
+        return self._unnamed
+
+    @property
+    def doubt(self) -> str:
+        """Why content may be there that is not found, in words; empty when there is no reason. See `REBUILD`."""
+        if self.damaged:
+            return next(iter(self.why.values()))
+        return f"{len(self.unnamed)} packs are there that no index names" if self.unnamed else ""
+
     def _open(self, name: str, known: dict[str, IndexFile]) -> IndexFile | None:
         if name in known:
             return known[name]
@@ -255,9 +291,8 @@ class Index:
             return IndexFile(name, mapped(self._storage, name), seal=self._storage.seal)
         except FormatTooNewError:
             raise
-        except DamagedError:
-            if name not in self.damaged:
-                self.damaged.append(name)
+        except DamagedError as e:
+            self.why[name] = str(e)
             return None
 
     def let_go(self) -> None:
@@ -325,10 +360,4 @@ class Index:
 
 def mapped(storage: Storage, name: str) -> NDArray[np.uint8]:
     """The bytes of an index file, mapped where the storage allows. Raises `FileNotFoundError`, `DamagedError`."""
-    path: Path | None = storage.path("index", name)
-    if path is None:
-        return np.frombuffer(storage.read("index", name, 1 << 34), dtype=np.uint8)
-    try:
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    except ValueError as e:
-        raise DamagedError(f"index {name} is empty") from e
+    return readable(storage, "index", name)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -24,6 +23,7 @@ from incbak.errors import DamagedError
 from incbak.repo.counts import Counts, Keys, Numbers
 from incbak.repo.digested import digested, verified_body
 from incbak.repo.ids import is_id, new_id
+from incbak.repo.mapping import readable
 from incbak.repo.spool import let_go
 from incbak.repo.storage.base import Storage
 
@@ -87,10 +87,9 @@ def load(storage: Storage) -> tuple[Manifest, Counts] | None:
 
 
 def _read(storage: Storage, name: str) -> tuple[Manifest, Counts]:
-    path: Path | None = storage.path("needs", name)
-    if path is None or not is_id(name):
+    if not is_id(name):
         raise DamagedError(f"needs {name[:100]!r} cannot be mapped")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    data = readable(storage, "needs", name)
     length, magic = _FOOT.unpack(data[-_FOOT.size :].tobytes())
     end = len(data) - _FOOT.size - length
     if magic != _MAGIC or end < 0:

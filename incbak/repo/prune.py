@@ -2,9 +2,10 @@
 
 The order, which is what makes it safe beside everything else:
 
-1. what the backups that stay need is counted (`needs`), going on from what the last prune kept. Where a record cannot
-   be read, or anything that is counted for the first time, or that one which stays has in the place of what goes,
-   nothing is removed at all: a prune must not turn damage into loss;
+1. what the backups that stay need is counted (`needs`), going on from what the last prune kept. Of a VM of which
+   anything cannot be read that is counted for the first time, or that a backup which stays has in the place of what
+   goes, no backup is removed: a prune must not turn damage into loss. Where that is so, or where a record cannot be
+   read, of which nobody knows what it needs, content stays, too: records of the other VMs go, nothing is condemned;
 2. records go, pinned ones looked at again under ``pins.lock`` (`pins`). Content that only they needed is garbage now;
 3. packs that an earlier prune condemned, longer than the grace ago, are removed: first the packs, which needs no space,
    then what the index says of them, then the condemnation. Killed in between, the condemnation is still there, so all
@@ -14,7 +15,12 @@ The order, which is what makes it safe beside everything else:
    are condemned too;
 6. what was counted is kept for the next prune. Killed before, the next one counts from an older state, or anew.
 
-With a grace of nothing, 3 follows 4 and 5 at once: on a full disk 5 has room only then.
+With a grace of nothing, 3 follows 4 and 5 at once: on a full disk 5 has room only then. Where a full disk has no room
+even for the condemnation, the packs are removed first, while the lock of 4 is held, and condemned when that made room;
+killed in between, they are named and missing, and the next prune condemns them.
+
+Packs in which a check found damage, that lost their table, are cut short or missing, take part in 5 whatever their
+share: when all that is needed of them is whole elsewhere, they go, and with them what was healed is forgotten.
 
 **Why no backup can need a condemned pack.** A run holds ``content.lock`` shared from before it reads a record or the
 index until after its commit. Packs are condemned while a prune holds that lock exclusively: so at a moment when no run
@@ -32,6 +38,7 @@ themselves on; a moment without a backup was thought easier to have than that to
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -44,13 +51,15 @@ from incbak.repo import pack
 from incbak.repo.condemned import condemn, read_condemned
 from incbak.repo.good import last_good
 from incbak.repo.ids import is_id
-from incbak.repo.index import Digests
+from incbak.repo.index import REBUILD, Digests
 from incbak.repo.merge import drop_packs
 from incbak.repo.needs import Needs
 from incbak.repo.pins import pins_held, read_pins
+from incbak.repo.record import NotWholeError, Record
 from incbak.repo.repack import Repacker
 from incbak.repo.repository import CONTENT_LOCK, REPOSITORY_LOCK, Repository
 from incbak.repo.retention import Decision, Policy, plan
+from incbak.repo.verified import Verified
 
 PRUNE_LOCK = "prune.lock"
 
@@ -100,7 +109,7 @@ _ANY = ("",)
 """In the place of good backups, where they do not matter."""
 
 
-def decide(repo: Repository, rules: Rules, vm: str | None, now: float) -> tuple[list[Decision], list[DamagedError]]:
+def decide(repo: Repository, rules: Rules, vm: str | None, now: float) -> tuple[list[Decision], list[NotWholeError]]:
     """What stays of the backups of ``vm``, or of each VM, and why; and what was found wrong with any that stays.
 
     ``now``: seconds since 1970.
@@ -114,7 +123,7 @@ def decide(repo: Repository, rules: Rules, vm: str | None, now: float) -> tuple[
         raise UsageError(f"there is no backup of {vm} in the repository", hint="See: incbak list")
     pins, noted = read_pins(repo.storage), repo.damage().backups
     decisions: list[Decision] = []
-    broken: dict[str, DamagedError] = {}
+    broken: dict[str, NotWholeError] = {}
     for each in dict.fromkeys(r.vm for r in records):
         of_vm = [r for r in records if r.vm == each]
         if policy := rules if isinstance(rules, Policy) else rules.get(each):
@@ -140,7 +149,8 @@ def prune(
     """Prune; see the module's docstring.
 
     Raises `LockedError` beside another prune or a rebuild of the index; `DamagedError` when it cannot be known what the
-    backups that stay need: then nothing was removed. What goes wrong later is `Outcome.trouble`.
+    backups that stay need and no other VM is there: then nothing was removed. What goes wrong later, or with other VMs,
+    is `Outcome.trouble`.
     """
     options = options or Options()
     with ExitStack() as stack:
@@ -153,6 +163,9 @@ class _Prune:
     def __init__(self, repo: Repository, options: Options, report: Reporter) -> None:
         self._repo, self._storage, self._options, self._report = repo, repo.storage, options, report
         self._told: set[str] = set()
+        self._unsure: DamagedError | None = None
+        """Why it is not known what is needed."""
+        self._full: DurabilityError | None = None
 
     def run(self, rules: Rules, vm: str | None) -> Outcome:
         self._storage.sweep()
@@ -160,23 +173,27 @@ class _Prune:
         decisions, broken = decide(self._repo, rules, vm, self._options.clock())
         self._needs = Needs(self._repo, self._report)
         self._repacker = Repacker(self._repo, self._needs)
-        self._count_the_rest({d.record.id for d in decisions if not d.keep}, broken)
+        decisions = self._count_the_rest(decisions, broken)
         durable.crash_point("prune.counted")
         done = Outcome(self._remove_records(decisions))
         durable.crash_point("prune.records-removed")
         try:
             self._expire(done)
+            if self._unsure:
+                raise self._unsure
             self._condemn(done, self._garbage)
             self._expire(done)
-            if chosen := self._mostly_garbage():
+            if chosen := sorted({*self._mostly_garbage(), *self._hurt()}):
                 self._repacker.copy(chosen, self._report)
                 done.repacked = len(chosen)
                 durable.crash_point("prune.repacked")
                 self._condemn(done, lambda: [p for p in chosen if self._repacker.free(p)])
             self._expire(done)
+            done.trouble = self._full
         except IncbakError as e:
             done.trouble = e
-        self._keep()
+        if not self._unsure:
+            self._keep()
         there = self._storage.list("packs")
         done.waiting = sum(there.get(p, 0) for p in read_condemned(self._storage).packs)
         durable.crash_point("prune.done")
@@ -194,24 +211,45 @@ class _Prune:
         except (DurabilityError, OSError) as e:
             self._report(Warned(f"the next prune has to count anew what is needed: {e}"))
 
-    def _count_the_rest(self, going: set[str], broken: list[DamagedError]) -> None:
-        """Raises `DamagedError` where it cannot be known what the backups that stay need."""
+    def _count_the_rest(self, decisions: list[Decision], broken: list[NotWholeError]) -> list[Decision]:
+        """The decisions that can be carried out: nothing goes of a VM of which it cannot be known what stays needs.
+
+        Raises `DamagedError` where that leaves nothing to be done.
+        """
         repo = self._repo
         repo.index.refresh()
         if repo.index.damaged:
             what = f"index {repo.index.damaged[0]} does not verify, so nothing was removed"
-            raise DamagedError(what, hint="Run: incbak check --rebuild-index")
+            raise DamagedError(what, hint=REBUILD)
         records = repo.backups()
+        held = self._count(records, decisions, {e.vm: e for e in broken})
+        others = {d.record.vm for d in decisions} - held.keys()
+        if repo.unreadable and len({r.vm for r in records}) < 2:
+            others = set()
+        nothing = "no content was removed" if others else "nothing was removed"
         if repo.unreadable:
-            what = "; ".join(repo.unreadable.values())
-            hint = "Nobody knows what they need. Run: incbak check; a record given up for good can be moved elsewhere."
-            raise DamagedError(f"{len(repo.unreadable)} records cannot be read, nothing was removed: {what}", hint=hint)
-        try:
-            for error in broken:
-                raise error
-            self._needs.count([r for r in records if r.id not in going])
-        except DamagedError as e:
-            raise DamagedError(f"nothing was removed: {e}", hint=e.hint) from e
+            what = f"{len(repo.unreadable)} records cannot be read, {nothing}: {'; '.join(repo.unreadable.values())}"
+            hint = "Nobody knows what they need. Run: incbak check; one that is given up goes with: incbak remove ID"
+            self._unsure = DamagedError(what, hint=hint)
+        elif held:
+            error = next(iter(held.values()))
+            self._unsure = DamagedError(f"{nothing}: {error}", hint=error.hint)
+        if self._unsure and not others:
+            raise self._unsure
+        return [replace(d, reasons=d.reasons or ("not whole",)) if d.record.vm in held else d for d in decisions]
+
+    def _count(
+        self, records: list[Record], decisions: list[Decision], held: dict[str, NotWholeError]
+    ) -> dict[str, NotWholeError]:
+        """Count what stays; the VMs of which it cannot be known, and why."""
+        going = {d.record.id for d in decisions if not d.keep}
+        while True:
+            try:
+                self._needs.count([r for r in records if r.id not in going and r.vm not in held])
+            except NotWholeError as e:
+                held[e.vm] = e
+            else:
+                return held
 
     def _remove_records(self, decisions: list[Decision]) -> list[Decision]:
         """Those to go, unless they were pinned meanwhile; the decisions as they were carried out."""
@@ -249,13 +287,27 @@ class _Prune:
                 fresh = self._storage.list("backups").keys() - self._needs.counted
                 if not fresh:
                     durable.crash_point("prune.condemning")
-                    condemn(self._storage, packs, self._options.clock())
+                    self._condemned(packs, done)
                     durable.crash_point("prune.condemned")
                     there = self._storage.list("packs")
                     done.condemned += sum(there.get(p, 0) for p in packs)
                     break
             self._needs.count([self._repo.record(name) for name in sorted(self._needs.counted | fresh)])
         self._repo.index.refresh()
+
+    def _condemned(self, packs: list[str], done: Outcome) -> None:
+        try:
+            condemn(self._storage, packs, self._options.clock())
+        except DurabilityError as e:
+            if self._options.grace or not _is_full(e):
+                raise
+            there = self._storage.list("packs")
+            self._storage.remove_all("packs", sorted(there.keys() & set(packs)))
+            done.freed += sum(there.get(p, 0) for p in packs)
+            self._storage.settle()
+            what = f"the disk had no room to say which packs go, so they were removed at once: {e}"
+            self._full = DurabilityError(what, hint="Run it again: it goes on.")
+            condemn(self._storage, packs, self._options.clock())
 
     def _without_backups(self, wait: float) -> ExitStack:
         stack = ExitStack()
@@ -294,6 +346,14 @@ class _Prune:
         frame = pack.HEAD.size + pack.FOOT.size
         return sorted(n for n, w in weights if n not in gone and w < below * (there.get(n, 0) - frame))
 
+    def _hurt(self) -> list[str]:
+        """Those that are not as they were written, if the index names them."""
+        there, index = self._storage.list("packs"), self._repo.index
+        named = {name for file in index.files for name in file.names}
+        lost = {n for file in index.files for n, ok in zip(file.names, file.usable.tolist(), strict=True) if not ok}
+        hurt = {name for name in Verified(self._storage).hurt() if name in there}
+        return sorted(((hurt | lost) & named) - read_condemned(self._storage).packs)
+
     def _free(self, name: str) -> bool:
         """Whether its own table too says that nothing in it is needed."""
         digests = self._table(name)
@@ -307,6 +367,10 @@ class _Prune:
                 self._told.add(name)
                 self._report(Warned(f"pack {name} stays, it cannot be said what it holds: {e}"))
             return None
+
+
+def _is_full(error: DurabilityError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 __all__ = ["Options", "Outcome", "Rules", "decide", "dry_run", "prune"]

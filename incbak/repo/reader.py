@@ -8,7 +8,7 @@ import numpy as np
 
 from incbak.errors import DamagedError
 from incbak.repo import blob
-from incbak.repo.index import Digests, Index, Place
+from incbak.repo.index import REBUILD, Digests, Index, Place
 from incbak.repo.storage.base import Storage
 
 _GAP = 64 << 10
@@ -45,7 +45,7 @@ class BlobReader:
         return place, stored
 
     def _whole(self, digest: bytes, besides: Collection[str] = ()) -> _Found:
-        failure = DamagedError(f"blob {digest.hex()} is not in the repository", hint="Run: incbak check --read-data")
+        failure: DamagedError | None = None
         for place in self._index.places(digest):
             if place.pack in besides:
                 continue
@@ -54,7 +54,13 @@ class BlobReader:
                 return place, self._verified(digest, place, stored), stored
             except DamagedError as e:
                 failure = e
-        raise failure
+        raise failure or self._not_there(digest)
+
+    def _not_there(self, digest: bytes) -> DamagedError:
+        what = f"blob {digest.hex()} is not in the repository"
+        if doubt := self._index.doubt:
+            return DamagedError(f"{what}, as far as the index says; {doubt}", hint=REBUILD)
+        return DamagedError(what, hint="Run: incbak check --read-data")
 
     def _fetch(self, place: Place) -> bytes:
         return self._range(place.pack, place.offset, place.stored)

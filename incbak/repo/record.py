@@ -24,7 +24,7 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ``read`` is what was read of the disk, ``changed`` how much of that differs from the base, ``stored`` what new
     blobs take in the repository. ``reason`` is set when the disk was read whole though an incremental was asked for,
     with ``detail`` where there is more to say. ``audited``: bytes of clean clusters that were compared with the base,
-    in the ``audit_turn``-th slice of the disk.
+    in the ``audit_turn``-th slice of the disk. ``format``: of the image, as its owner or its engine says.
     """
 
     name: str
@@ -40,6 +40,7 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     bitmap: str | None = None
     audited: int = 0
     audit_turn: int | None = None
+    format: str = ""
 
 
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -90,10 +91,18 @@ def order(record: Record) -> tuple[int, int, str, str]:
     return record.seq, record.origin.seq if record.origin else 0, record.started, record.id
 
 
-def not_whole(record: Record, why: str) -> DamagedError:
+class NotWholeError(DamagedError):
+    """Something of a backup of ``vm`` is missing or wrong."""
+
+    def __init__(self, message: str, *, vm: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.vm = vm
+
+
+def not_whole(record: Record, why: str) -> NotWholeError:
     """The error that names a backup of which something is missing or wrong."""
     what = f"backup {record.id[:8]} of {record.vm} is not whole: {why}"
-    return DamagedError(what, hint="Run: incbak check --read-data")
+    return NotWholeError(what, vm=record.vm, hint="Run: incbak check --read-data")
 
 
 def encode(record: Record) -> bytes:

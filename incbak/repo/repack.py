@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from incbak.errors import DamagedError
+from incbak.errors import DamagedError, FormatTooNewError
 from incbak.events import Progress, Reporter, Warned, silent
 from incbak.repo import pack
 from incbak.repo.index import Digests
@@ -21,12 +21,23 @@ class Repacker:
     def __init__(self, repo: Repository, needs: Needs) -> None:
         self._repo, self._needs = repo, needs
         self._copied: dict[str, Digests] = {}
+        self._tables: dict[str, Digests] = {}
 
     def table(self, name: str) -> Digests:
         """The digests in a pack, by its own table. Raises `DamagedError`, `OSError`."""
         size = self._repo.storage.list("packs").get(name, 0)
-        entries = pack.read_table(self._repo.storage, name, size)
-        return np.frombuffer(entries["digest"].tobytes(), dtype=np.uint8).reshape(-1, 32)
+        return _digests(pack.read_table(self._repo.storage, name, size))
+
+    def _told(self, name: str) -> Digests:
+        """As `table`; of a pack that has none any more, what the index says of it."""
+        try:
+            return self.table(name)
+        except FormatTooNewError:
+            raise
+        except (DamagedError, OSError):
+            if not len(entries := self._repo.index.entries_of(name)):
+                raise
+            return _digests(entries)
 
     def copy(self, packs: Collection[str], report: Reporter = silent) -> None:
         """Copy what is needed of ``packs``, unless it is whole in another pack too; all is durable and indexed then.
@@ -42,14 +53,14 @@ class Repacker:
                 try:
                     copied[name] = self._one(writer, name, besides)
                 except (DamagedError, OSError) as e:
-                    report(Warned(f"pack {name} is mostly garbage and stays: {e}"))
+                    report(Warned(f"pack {name} is hurt or mostly garbage, and stays: {e}"))
                 done += sizes.get(name, 0)
                 report(Progress("", done, total, "copying what is needed"))
             writer.finish()
         self._copied |= copied
 
     def _one(self, writer: Writer, name: str, besides: Collection[str]) -> Digests:
-        digests = self.table(name)
+        digests = self._tables[name] = self._told(name)
         needed = digests[self._needs.needed(digests)]
         reader = self._repo.reader()
         for digest in map(np.ndarray.tobytes, needed):
@@ -64,6 +75,10 @@ class Repacker:
         """Whether all that is needed of a pack now was copied."""
         if name not in self._copied:
             return False
-        digests = self.table(name)
+        digests = self._tables[name]
         needed, copied = (d.view("V32").ravel() for d in (digests[self._needs.needed(digests)], self._copied[name]))
         return bool(np.isin(needed, copied).all())
+
+
+def _digests(entries: pack.Entries) -> Digests:
+    return np.frombuffer(entries["digest"].tobytes(), dtype=np.uint8).reshape(-1, 32)

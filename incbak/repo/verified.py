@@ -140,6 +140,10 @@ class Verified:
         """Those first that were never read, then those that were read longest ago."""
         return sorted(packs, key=lambda name: (self.read_at(name), name))
 
+    def hurt(self) -> list[str]:
+        """Packs, as they are now, in which the last reading found damage."""
+        return [name for name in self._marks if (mark := self._valid(name)) and not mark.whole]
+
     def add(self, pack: str, at: float, file: str, *, whole: bool) -> None:
         """A pack has been read; ``file`` is what `look` said before."""
         self._marks[pack] = Mark(at, whole, file)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from incbak.errors import DamagedError, RestoreError
 from incbak.events import Progress, Reporter, Warned, silent
 from incbak.extents import Extent, merge
+from incbak.repo.index import REBUILD
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository
 from incbak.repo.tree import FANOUT, page_of
@@ -53,7 +54,7 @@ def restore_disk(
         job = _Restore(repo, record, disk, target, salvage, report)
         job.run()
         if job.done.damaged and not salvage:
-            raise _damaged(record, job.done)
+            raise _damaged(record, job.done, repo)
         target.finish()
     except OSError as e:
         target.abandon()
@@ -180,10 +181,12 @@ def _gaps(there: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
-def _damaged(record: Record, done: Restored) -> DamagedError:
+def _damaged(record: Record, done: Restored, repo: Repository) -> DamagedError:
     lost = sum(e.length for e in done.damaged)
     where = f"{lost} bytes in {len(done.damaged)} places"
     return DamagedError(
         f"backup {record.id[:8]}, disk {done.disk}: {where} do not verify: {done.why}",
-        hint="Nothing was restored. Take another backup, or get what is whole with --salvage.",
+        hint=f"Nothing was restored. {REBUILD}"
+        if repo.index.doubt
+        else "Nothing was restored. Take another backup, or get what is whole with --salvage.",
     )

@@ -184,4 +184,77 @@ _STORAGE = (
     ),
 )
 
-FAULTS = (*_PLACE, *_FITTING, *_ENCRYPTION, *_SYNC, *_STORAGE)
+_PRUNE, _INDEX, _CHECK = (f"incbak/repo/{name}.py" for name in ("prune", "index", "check"))
+
+
+def _lived(*tests: str) -> tuple[str, ...]:
+    return unit("repo/test_lived_with", *tests)
+
+
+_DAMAGE = (
+    Fault(
+        "repo-content-of-unreadable-records-goes",
+        _PRUNE,
+        "            if self._unsure:\n                raise self._unsure\n",
+        "",
+        _lived("test_an_unreadable_record_keeps_all_content_and_stops_no_other_vm"),
+    ),
+    Fault(
+        "repo-backups-of-a-hurt-vm-go",
+        _PRUNE,
+        'replace(d, reasons=d.reasons or ("not whole",)) if d.record.vm in held else d',
+        "d",
+        _lived("test_damage_in_one_vm_keeps_its_backups_and_stops_no_other"),
+    ),
+    Fault(
+        "repo-healed-never-forgotten",
+        _PRUNE,
+        "{*self._mostly_garbage(), *self._hurt()}",
+        "{*self._mostly_garbage()}",
+        _lived("test_what_was_healed_is_forgotten"),
+    ),
+    Fault(
+        "repo-full-disk-stays-full",
+        _PRUNE,
+        "            if self._options.grace or not _is_full(e):\n",
+        "            if True:\n",
+        _lived("test_a_disk_without_room_for_a_condemnation_is_freed"),
+    ),
+    Fault(
+        "repo-no-grace-on-a-full-disk",
+        _PRUNE,
+        "            if self._options.grace or not _is_full(e):\n",
+        "            if not _is_full(e):\n",
+        _lived("test_with_a_grace_it_waits_for_room"),
+    ),
+    Fault(
+        "repo-lost-index-not-doubted",
+        _INDEX,
+        'return f"{len(self.unnamed)} packs are there that no index names" if self.unnamed else ""',
+        'return ""',
+        _lived("test_a_lost_index_is_called_that_and_made_anew"),
+    ),
+    Fault(
+        "repo-index-damaged-for-ever",
+        _INDEX,
+        "        self.why = {name: why for name, why in self.why.items() if name in names}\n",
+        "",
+        _lived("test_a_lost_index_is_called_that_and_made_anew"),
+    ),
+    Fault(
+        "repo-unreadable-index-mapped",
+        "incbak/repo/mapping.py",
+        "        count = file.readinto(piece) or 0\n",
+        "        return np.memmap(path, dtype=np.uint8, mode='r')\n        count = 0\n",
+        _lived("test_an_index_that_the_storage_cannot_read_is_an_error_and_not_a_signal"),
+    ),
+    Fault(
+        "repo-damage-not-told-where-it-cannot-be-noted",
+        _CHECK,
+        "        raise NotNotedError(found, e) from e\n",
+        "        raise\n",
+        _lived("test_damage_is_in_the_error_where_it_cannot_be_noted"),
+    ),
+)
+
+FAULTS = (*_PLACE, *_FITTING, *_ENCRYPTION, *_SYNC, *_STORAGE, *_DAMAGE)

@@ -157,8 +157,8 @@ _COUNTED = (
     Fault(
         "needs-damage-of-the-newest-passed-over",
         _PRUNE,
-        "            for error in broken:\n                raise error\n",
-        "",
+        "        held = self._count(records, decisions, {e.vm: e for e in broken})\n",
+        "        held = self._count(records, decisions, {})\n",
         _needs("test_what_is_lost_since_is_missed", "test_a_page_that_has_rotted_since_is_missed"),
     ),
     Fault(

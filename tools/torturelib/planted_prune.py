@@ -111,15 +111,15 @@ _DAMAGE = (
     Fault(
         "prune-without-counting",
         _PRUNE,
-        "        self._count_the_rest({d.record.id for d in decisions if not d.keep}, broken)\n",
+        "        decisions = self._count_the_rest(decisions, broken)\n",
         "",
         _prune("test_where_anything_is_damaged_nothing_is_removed"),
     ),
     Fault(
         "prune-unreadable-records-passed-over",
         _PRUNE,
-        "        if repo.unreadable:\n",
-        "        if False:\n",
+        "        if repo.unreadable:\n            what =",
+        "        if False:\n            what =",
         _prune("test_where_anything_is_damaged_nothing_is_removed"),
     ),
     Fault(

@@ -74,6 +74,10 @@ class Storage(ABC):
         """As `remove`, for many at once; needs no space."""
 
     @abstractmethod
+    def settle(self) -> None:
+        """Let what was removed make room, as far as the storage can be told to. Never raises."""
+
+    @abstractmethod
     def lock(self, name: str, *, exclusive: bool, wait: float) -> AbstractContextManager[None]:
         """Hold a lock that dies with this process. Raises `LockedError` after ``wait`` seconds."""
 

@@ -27,7 +27,7 @@ STALE_TEMPORARY = 7 * 86400
 """Seconds after which a temporary file may go of which it cannot be said whether the run that made it is dead."""
 _CONTENT = ("packs", "index", "backups")
 _PLAIN_LOCKS = ("repository.lock", "content.lock", "prune.lock", "pins.lock", "index.lock")
-"""Made with the repository: on a full disk it is too late."""
+"""Made by the first run: on a full disk it is too late."""
 
 
 class LocalStream(Stream):
@@ -93,14 +93,15 @@ class LocalStorage(Storage):
         self._mutex = threading.Lock()
 
     def make_directories(self) -> None:
-        """The folders of a new repository, durable, and the locks that all commands take."""
+        """The folders of a new repository, durable."""
         for kind in KINDS:
             durable.make_dir(self.root / kind)
-        for name in _PLAIN_LOCKS:
-            os.close(_opened_lock(self.root / "locks" / name))
 
     def sweep(self) -> None:
-        """Remove temporary files that dead runs left behind."""
+        """Remove temporary files that dead runs left behind, and have the locks that a prune takes on a full disk."""
+        for name in _PLAIN_LOCKS:
+            with suppress(OSError):
+                os.close(_opened_lock(self.root / "locks" / name))
         limit = time.time() - STALE_TEMPORARY
         for kind in (".", *KINDS):
             for path in (self.root / kind).glob(".*.tmp"):
@@ -212,6 +213,14 @@ class LocalStorage(Storage):
         gone = list(names)
         self._let_go(kind, gone)
         durable.remove_all(self.root / kind, gone)
+
+    def settle(self) -> None:
+        with suppress(OSError, DurabilityError):
+            fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                durable.sync_filesystem(fd, str(self.root))
+            finally:
+                os.close(fd)
 
     def _let_go(self, kind: str, names: Iterable[str]) -> None:
         """A file that is open takes space for as long as it is."""
