@@ -193,7 +193,8 @@ def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
             return Reason.BASE_MISSING
         return Reason.NEW_DISK if known.records else Reason.NO_BASE
     reason = _trouble(disk, newest[1], newest[0], known)
-    older = any(disk.bitmap(known.bitmap(r.id)) for r in known.records)
+    bitmaps = [b for r in known.records if (b := disk.bitmap(known.bitmap(r.id)))]
+    older = any(b.trouble(known.cluster_size) is None for b in bitmaps)
     if reason is Reason.BITMAP_MISSING and older and not stray:
         return Reason.SUPERSEDED
     assert reason
