@@ -15,8 +15,9 @@
     +-- DurabilityError                 a write, sync or rename failed
     +-- StorageError                    a repository's files cannot be read; they may be whole
     +-- DiskError                       an image or device cannot be used
-    |   +-- ImageInUseError             another process holds its lock
+    |   +-- ImageInUseError             another process holds its lock, or has it open
     |   +-- ImageChangedError           another program wrote to it during a backup
+    |   +-- FormatError                 an image is not of the format that it should be, or of none that is supported
     +-- BitmapError                     a bitmap cannot be used; ``reason`` says why
     |   +-- AuditError              5   a bitmap calls clean what has changed
     +-- NbdError                        the peer, or the wire
@@ -144,6 +145,12 @@ class ImageInUseError(DiskError):
 
     code = "image-in-use"
     retry = True
+
+
+class FormatError(DiskError):
+    """An image is not of the format that its owner or its history says, or of one that is not supported."""
+
+    code = "format"
 
 
 class ImageChangedError(DiskError):

@@ -9,6 +9,8 @@ content of a disk is created:
    or anything but a regular file is refused.
 3. Other programs (``qemu-img``, ``qemu-nbd``) get the open file, not its name: `through`.
 4. After the file got its final name, the name must be that of the open file: `names`.
+5. No link of another user is on the way to it: `refuse_foreign_links`. It would make of a new image a file in ``/etc``,
+   or the content of a device. The kernel's ``protected_symlinks`` does not see paths that a program resolves.
 
 No regular file is made below ``/dev``: it would be a mistyped device, in memory, and gone at the next boot. Only
 ``/dev/shm`` is for files.
@@ -24,6 +26,7 @@ from pathlib import Path
 from incbak.errors import ImageInUseError, RestoreError, UsageError
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_LINKS = 40
 _DEVICES, _MEMORY = "/dev", "/dev/shm"
 
 
@@ -97,6 +100,29 @@ def names(path: Path, fd: int) -> bool:
 def through(fd: int) -> str:
     """Return a path of the open file for a child that inherits ``fd``, which no rename leads elsewhere."""
     return f"/proc/self/fd/{fd}"
+
+
+def refuse_foreign_links(path: Path) -> None:
+    """Raise `UsageError` when the way to ``path``, itself included, has a link of another user than root and us."""
+    way, rest, links = Path("/"), list(reversed(Path.cwd().joinpath(path).parts[1:])), 0
+    while rest:
+        part = rest.pop()
+        at = way.parent if part == ".." else way / part
+        try:
+            info = at.lstat()
+        except OSError:
+            return  # nothing is there yet, or what opens it says what is wrong
+        if not stat.S_ISLNK(info.st_mode):
+            way = at
+            continue
+        to, links = Path(os.readlink(at)), links + 1
+        if info.st_uid not in (0, os.geteuid()):
+            what = f"{at} is a link of another user (uid {info.st_uid}) to {to}"
+            raise UsageError(what, hint="If that is where it should go, name that place.")
+        if links > _LINKS:
+            raise UsageError(f"{path}: too many links")
+        way = Path("/") if to.is_absolute() else way
+        rest += reversed(to.parts[1:] if to.is_absolute() else to.parts)
 
 
 def refuse_below_dev(path: Path) -> None:

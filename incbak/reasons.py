@@ -17,6 +17,8 @@ class Reason(StrEnum):
     BITMAP_BUSY = "bitmap-busy"
     BITMAP_DISABLED = "bitmap-disabled"
     GRANULARITY = "granularity"
+    SUPERSEDED = "superseded"
+    BACKING_CHANGED = "backing-changed"
     RESIZED = "resized"
     NEW_DISK = "new-disk"
     HEADER = "header"
@@ -50,6 +52,8 @@ _TEXT = {
     Reason.BITMAP_BUSY: "another job uses the bitmap",
     Reason.BITMAP_DISABLED: "the bitmap was not recording",
     Reason.GRANULARITY: "the bitmap's granularity is not the repository's cluster size",
+    Reason.SUPERSEDED: "the newest backup of the disk was made elsewhere, without this bitmap",
+    Reason.BACKING_CHANGED: "a backing file of the disk was changed since the base",
     Reason.RESIZED: "the disk has another size than in the base",
     Reason.NEW_DISK: "the base does not have this disk",
     Reason.HEADER: "the bitmap's header does not verify",

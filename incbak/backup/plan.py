@@ -2,13 +2,20 @@
 
 The base of a disk is the newest backup in the repository whose bitmap is on the disk and may be believed. Where there
 is none everything is read, for that disk only, and the reason is the one that concerns the newest backup.
+
+The newest backup decides: an older one is a base only where the bitmaps of all newer ones are on the disk too, believed
+or not. Where one is missing, the newer backup was made elsewhere (on another host, or with a state directory that was
+put back since), and what the disk's bitmaps here say of the time since then is not known. What ``incbak sync`` brought
+back from a copy that this host itself has made is no such backup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from incbak.backup.sources import check_names
 from incbak.engine.base import Description, DiskPlan, EngineDisk, LeftOut, bitmap_name, repository_prefix
 from incbak.errors import UsageError
 from incbak.reasons import Reason
@@ -27,6 +34,9 @@ class Known:
     records: Sequence[Record]
     damaged: Collection[str] = frozenset()
     unreadable: Collection[str] = frozenset()
+    host: str = ""
+    backing: Mapping[str, list[Any]] = field(default_factory=dict)
+    """The backing files of the disks as they are now: see `incbak.backup.sources`."""
 
     def bitmap(self, backup: str) -> str:
         """The name of the bitmap of the writes since ``backup``."""
@@ -77,6 +87,7 @@ def distrust(planned: Planned, detail: str) -> None:
 
 def choose(description: Description, include: Sequence[str], exclude: Sequence[str]) -> tuple[EngineDisk, ...]:
     """The disks asked for, by name, device or node. Raises `UsageError` for a name that nothing has, or no disk."""
+    check_names(description)
     disks = description.disks
 
     def named(text: str) -> list[EngineDisk]:
@@ -118,7 +129,7 @@ def _disk(disk: EngineDisk, known: Known, request: Request) -> Planned:
     plan = DiskPlan(disk, known.bitmap(request.backup), known.cluster_size)
     whole = [(r, d) for r in reversed(known.records) if (d := r.disk(disk.name)) and r.id not in known.damaged]
     if request.incremental:
-        for record, before in whole:
+        for record, before in _bases(disk, known):
             if _trouble(disk, before, record, known) is None:
                 plan.base_bitmap = known.bitmap(record.id)
                 return Planned(plan, record, before)
@@ -127,12 +138,24 @@ def _disk(disk: EngineDisk, known: Known, request: Request) -> Planned:
     return Planned(plan, None, same_size)
 
 
+def _bases(disk: EngineDisk, known: Known) -> Iterator[tuple[Record, DiskRecord]]:
+    """The backups that may be the base of ``disk``, newest first."""
+    for record in reversed(known.records):
+        if before := record.disk(disk.name):
+            yield record, before
+            copied = record.origin is not None and record.host == known.host
+            if not copied and disk.bitmap(known.bitmap(record.id)) is None:
+                return
+
+
 def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known) -> Reason | None:
     """Why ``record`` cannot be the base of ``disk``."""
     if record.id in known.damaged:
         return Reason.BASE_DAMAGED
     if before.size != disk.size:
         return Reason.RESIZED
+    if list(record.config.get("backing", {}).get(disk.name, [])) != list(known.backing.get(disk.name, [])):
+        return Reason.BACKING_CHANGED
     bitmap = disk.bitmap(known.bitmap(record.id))
     return bitmap.trouble(known.cluster_size) if bitmap else Reason.BITMAP_MISSING
 
@@ -148,5 +171,8 @@ def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
             return Reason.BASE_MISSING
         return Reason.NEW_DISK if known.records else Reason.NO_BASE
     reason = _trouble(disk, newest[1], newest[0], known)
+    older = any(disk.bitmap(known.bitmap(r.id)) for r in known.records)
+    if reason is Reason.BITMAP_MISSING and older and not stray:
+        return Reason.SUPERSEDED
     assert reason
     return Reason.BASE_MISSING if reason is Reason.BITMAP_MISSING and stray else reason

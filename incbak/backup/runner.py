@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from incbak import __version__, durable
 from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
 from incbak.backup.plan import Known, Planned, Request, choose, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
+from incbak.backup.sources import Sources, check_images
 from incbak.backup.target import SinkServer, SinkTarget
+from incbak.backup.uncancelled import to_the_end
 from incbak.backup.vm import locked, vm_name
 from incbak.engine.base import Description, DiskResult, Engine, RunResult
 from incbak.errors import (
@@ -39,7 +41,6 @@ from incbak.errors import (
     IncbakError,
 )
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
-from incbak.reasons import Reason
 from incbak.repo.damage import add_note
 from incbak.repo.fitting import fitted
 from incbak.repo.memory import Memory
@@ -48,8 +49,6 @@ from incbak.repo.repository import Repository, host_name
 from incbak.repo.writer import Writer
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 durable.declare("runner.planned", "runner.copied", "runner.committed", "runner.done")
 
@@ -135,10 +134,10 @@ class _Attempt:
         distrusted: set[str],
         troubles: Sequence[str],
     ) -> None:
-        self._troubles = troubles
+        self._troubles, self._distrusted = troubles, distrusted
         self._repo, self._engine, self._options, self._report, self._vm = repo, engine, options, report, vm
-        self._distrusted = distrusted
         self._planned: list[Planned] = []
+        self._sources: Sources
         self._started = _now()
         self._id = repo.new_backup_id()
 
@@ -179,6 +178,8 @@ class _Attempt:
         )
         keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
         description = await self._engine.describe()
+        if self._engine.kind == "image" and not self._options.disks:
+            check_images(description, known.records, host_name())
         strays = {
             (d.name, b.name)
             for d in description.disks
@@ -193,7 +194,8 @@ class _Attempt:
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
-        known = Known(known.repository, known.cluster_size, known.records, damaged, known.unreadable)
+        self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
+        known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
             for planned in self._planned:
@@ -240,13 +242,14 @@ class _Attempt:
             for what in lost:
                 self._report(Warned(what))
             await self._engine.confirm()
-            await _to_the_end(asyncio.to_thread(writer.commit, record))
+            await asyncio.to_thread(self._sources.confirm)
+            await to_the_end(asyncio.to_thread(writer.commit, record))
             committed = True
         finally:
             if not committed:
-                await _to_the_end(self._roll_back(plans))
+                await to_the_end(self._roll_back(plans))
         durable.crash_point("runner.committed")
-        await _to_the_end(self._give_up_replaced(set(roots)))
+        await to_the_end(self._give_up_replaced(set(roots)))
         durable.crash_point("runner.done")
         return Outcome(self._vm, self._planned, record, failed, result.left)
 
@@ -316,20 +319,19 @@ class _Attempt:
             host=host_name(),
             program=f"incbak {__version__}",
             tags=tuple(self._options.tags),
-            config=dict(description.config),
+            config=dict(description.config) | self._sources.config(),
             attachments=dict(self._options.attachments or {}),
             notes=tuple(notes),
         )
 
 
 def _disk_record(planned: Planned, sink: DiskSink, root: bytes) -> DiskRecord:
-    reason: Reason | None = planned.plan.reason
     return DiskRecord(
         name=planned.name,
         size=sink.size,
         kind="incremental" if planned.base else "full",
         base=planned.base.id if planned.base else None,
-        reason=reason.value if reason else None,
+        reason=planned.plan.reason.value if planned.plan.reason else None,
         detail=planned.detail,
         read=sink.counts.received,
         changed=sink.changed,
@@ -338,6 +340,7 @@ def _disk_record(planned: Planned, sink: DiskSink, root: bytes) -> DiskRecord:
         bitmap=planned.plan.new_bitmap,
         audited=planned.audited,
         audit_turn=planned.audit_turn,
+        format=planned.plan.disk.format,
     )
 
 
@@ -375,25 +378,6 @@ def _cause(failed: Mapping[str, str], pipeline: Pipeline) -> IncbakError:
 def _root(failure: BaseException) -> IncbakError:
     """What stopped the pipeline: that is what the user has to mend, not the I/O errors that followed from it."""
     return failure if isinstance(failure, IncbakError) else BackupError(f"cannot store the backup: {failure}")
-
-
-async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Do ``work`` whole even if this task is cancelled meanwhile; the cancellation is forgotten only when it worked."""
-    task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise
-            cancelled = True
-        except Exception:  # noqa: BLE001 - raised again below, from the task itself
-            break
-    if cancelled and (current := asyncio.current_task()):
-        with suppress(AttributeError):
-            current.uncancel()
-    return task.result()
 
 
 def _now() -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from incbak.backup.audit import Findings, Slice, audit_disk
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan
+from incbak.backup.sources import backing_of
 from incbak.backup.vm import locked, vm_name
 from incbak.engine.base import DiskPlan, Engine
 from incbak.events import Reporter, silent
-from incbak.repo.repository import Repository
+from incbak.repo.repository import Repository, host_name
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ async def verify(
     vm = await vm_name(engine, wanted.name)
     async with locked(repo, vm, wanted.lock_wait):
         records = [r for r in await asyncio.to_thread(repo.backups) if r.vm == vm]
-        known = Known(repo.id, repo.cluster_size, records, repo.damage().backups, tuple(repo.unreadable))
-        disks = choose(await engine.describe(), wanted.disks, wanted.exclude)
+        description = await engine.describe()
+        backing = await asyncio.to_thread(backing_of, description)
+        damaged, unreadable = repo.damage().backups, tuple(repo.unreadable)
+        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), backing)
+        disks = choose(description, wanted.disks, wanted.exclude)
         verified = []
         for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):
             findings = await asyncio.to_thread(audit_disk, repo, planned, wanted.part, report)

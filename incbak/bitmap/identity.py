@@ -11,10 +11,11 @@ from incbak import durable
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """``image``: where it was last opened."""
+    """``image``: where it was last opened. ``format``: see `incbak.disk.formats`; empty: raw."""
 
     uuid: str
     image: str = ""
+    format: str = ""
 
 
 def read_identity(path: Path) -> Identity | None:

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from incbak.backup.recorded import recorded_format
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
@@ -19,6 +21,7 @@ from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, settings
 from incbak.cli.signals import ending
 from incbak.cli.surroundings import Surroundings
+from incbak.disk.formats import OFFERED
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
 from incbak.errors import BackupError, IncbakError, IncompleteError, LockedError, UsageError
@@ -45,6 +48,19 @@ _ENGINE_OPTIONS = (
         metavar="SIZE",
         help="Of QEMU: how much may wait there for each disk; more breaks the backup, never the guest.  "
         "[default: half of the free space]",
+    ),
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(OFFERED),
+        help="Of an image: its format, where neither its name nor an earlier backup says it.",
+    ),
+    click.option(
+        "--allow-backing",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Of a qcow2 image: a backing or data file elsewhere, or a directory of them; may be repeated.",
     ),
     click.option("--quiesce", is_flag=True, help="Of QEMU: freeze the guest's file systems at the point in time."),
     click.option(
@@ -233,6 +249,8 @@ def engine_settings(
     quiesce: bool,
     agent_socket: Path | None,
     monitor_wait: str,
+    form: str | None = None,
+    allow_backing: tuple[Path, ...] = (),
 ) -> dict[str, Any]:
     """What the options say of how an engine is driven, as fields of `Source`."""
     if quiesce != (agent_socket is not None):
@@ -242,6 +260,8 @@ def engine_settings(
         "scratch_dir": scratch_dir,
         "scratch_limit": None if scratch_limit is None else parse_size(scratch_limit),
         "agent": agent_socket,
+        "format": form or "",
+        "allow_backing": allow_backing,
         "monitor_wait": max(parse_duration(monitor_wait), 0.5),
     }
 
@@ -249,7 +269,8 @@ def engine_settings(
 async def _run(repo: Repository, source: Source, options: Options, console: Console, longest: float) -> Outcome:
     try:
         async with limited(longest):
-            engine = await open_waiting(source, options.lock_wait)
+            known = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
+            engine = await open_waiting(known, options.lock_wait)
             try:
                 return await run(repo, engine, options, console)
             finally:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 
 import click
 
 from incbak.backup.audit import Slice
+from incbak.backup.recorded import recorded_format
 from incbak.backup.verify import Verified, Wanted, verify
 from incbak.bitmap.format import REGION, TOUCHED, Flag, layout
 from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, view, views
@@ -236,6 +239,7 @@ def verify_bitmap(
 
 async def _verify(here: Settings, source: Source, wanted: Wanted) -> tuple[str, list[Verified]]:
     repo = here.open()
+    source = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
     engine = await open_waiting(source, wanted.lock_wait)
     console = here.reporter()
     try:

@@ -22,7 +22,13 @@ from incbak.cli.signals import ending, interrupt_on_ending
 from incbak.errors import IncbakError, IncompleteError, UsageError
 from incbak.fleet.config import Vm
 
-_LISTS = {"disks": "--disk", "exclude": "--exclude", "tags": "--tag", "attach": "--attach"}
+_LISTS = {
+    "disks": "--disk",
+    "exclude": "--exclude",
+    "tags": "--tag",
+    "attach": "--attach",
+    "allow_backing": "--allow-backing",
+}
 _TEXTS = {
     "lock_wait": "--lock-wait",
     "max_duration": "--max-duration",
@@ -32,6 +38,7 @@ _TEXTS = {
     "scratch_limit": "--scratch-limit",
     "audit": "--audit",
     "agent_socket": "--agent-socket",
+    "format": "--format",
 }
 
 

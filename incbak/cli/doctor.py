@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -52,6 +53,8 @@ def doctor(source: str | None, name: str | None, scratch_dir: Path | None, monit
         wanted = Source(
             source_of(here, source), here.state_dir, name, scratch_dir=scratch_dir, monitor_wait=wait, look=True
         )
+        if here.vm:
+            wanted = replace(wanted, format=here.vm.format, allow_backing=[Path(p) for p in here.vm.allow_backing])
         found += interruptible(look_at_source(wanted))
     _print(here, found)
     faults = sum(f.level is Level.FAULT for f in found)

@@ -1,10 +1,12 @@
-"""Ctrl-C before, during and after a command: at once, as an exception, and not at all."""
+"""Ctrl-C before, during and after a command: at once, as an exception, and not at all.
+
+The modules that this one imports are loaded by the interpreter itself; others would take a while, unprotected.
+"""
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found,unused-ignore]  # without the imports of signal
 import os
-import signal
-from typing import Any
 
 INTERRUPTED = 130
 
@@ -15,7 +17,7 @@ def until_begun() -> None:
         signal.signal(signal.SIGINT, _quit)
 
 
-def _quit(_number: int, _frame: Any) -> None:
+def _quit(_number: int, _frame: object) -> None:
     os.write(2, b"incbak: error: interrupted\n")
     os._exit(INTERRUPTED)
 

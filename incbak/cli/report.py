@@ -49,11 +49,15 @@ def report(file: Path) -> None:
 
 
 def _replaceable(file: Path) -> int:
-    """The mode of the new file. Raises `UsageError` when there is something else than a report."""
+    """The mode of the new file: what another user has put there does not open it to others.
+
+    Raises `UsageError` when there is something else than a report.
+    """
     try:
         with file.open("rb") as f:
-            mode = os.fstat(f.fileno()).st_mode
-            if stat.S_ISREG(mode) and f.read(len(MARK)) in (b"", MARK.encode()):
+            info = os.fstat(f.fileno())
+            mode = info.st_mode if info.st_uid == os.geteuid() else 0o600
+            if stat.S_ISREG(info.st_mode) and f.read(len(MARK)) in (b"", MARK.encode()):
                 return mode & 0o666
     except FileNotFoundError:
         return 0o600

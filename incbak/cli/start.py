@@ -7,14 +7,12 @@ script imports this module.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 from incbak.cli.interrupts import until_begun
 
 until_begun()
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line. Always raises `SystemExit`."""
     from incbak.cli.main import main as run
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import click
 
 from incbak.backup.plan import Planned
+from incbak.backup.recorded import recorded_format
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.backup import interruptible, open_waiting
 from incbak.cli.configured import Configured, judge, run_all, source_of
@@ -72,7 +76,9 @@ def status(
         judge(results, "is well")
         return
     wait = max(parse_duration(monitor_wait), 0.5)
+    form, allowed = here.vm.format if here.vm else "", [Path(p) for p in here.vm.allow_backing] if here.vm else ()
     wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
+    wanted = replace(wanted, format=form, allow_backing=allowed)
     rows = _rows(here, wanted, tolerant=limit is not None)
     _print(here, rows, several=False)
     if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):
@@ -118,6 +124,7 @@ def _print(here: Settings, rows: Sequence[Mapping[str, Any]], *, several: bool) 
 
 async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Record], dict[str, Any]]:
     """The plan of an incremental, the newest backup of each disk, and what proves that the backups are good."""
+    source = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
     engine = await open_waiting(source, 0)
     try:
         options = Options(incremental=True, name=source.name, disks=source.disks, dry_run=True)

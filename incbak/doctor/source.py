@@ -8,6 +8,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from incbak.backup.sources import check_names
 from incbak.backup.vm import vm_name
 from incbak.bitmap.store import BitmapStore
 from incbak.doctor import places
@@ -37,6 +38,10 @@ async def look_at_source(source: Source) -> list[Finding]:
         return [*found, fault(what, str(e), e.hint)]
     finally:
         await engine.close()
+    try:
+        check_names(description)
+    except IncbakError as e:
+        found.append(fault(what, str(e), e.hint))
     found.append(ok(what, f"{description.engine or engine.kind}, disks: {len(description.disks)}"))
     found.append(called)
     if isinstance(engine, QemuEngine):

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from incbak.disk.file import probe_format
+from incbak.bitmap.remembered import remembered_format
+from incbak.disk.chain import Allowed
+from incbak.disk.formats import Before, decide
 from incbak.engine.base import Engine
 from incbak.engine.headway import STALL_SECONDS
 from incbak.engine.image import ImageEngine
@@ -18,8 +20,6 @@ from incbak.engine.session import GREETING_SECONDS, Address, Session
 from incbak.engine.storage_daemon import StorageDaemonEngine
 from incbak.errors import EngineError, UsageError
 
-_AS_IS = {"raw", "luks"}  # an encrypted image is backed up as it is, without its key
-
 
 @dataclass(frozen=True)
 class Source:
@@ -27,7 +27,8 @@ class Source:
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
     ``look``: nothing is to be changed or owned.
-    ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`.
+    ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`. Of an image:
+    ``format`` as the user gave it, ``allow_backing`` as in `incbak.disk.chain`, ``recorded`` what the repository says.
     """
 
     text: str
@@ -40,6 +41,9 @@ class Source:
     stall: float = STALL_SECONDS
     monitor_wait: float = GREETING_SECONDS
     agent: Path | None = None
+    format: str = ""
+    allow_backing: Sequence[Path] = ()
+    recorded: Before | None = None
     look: bool = False
 
     def qemu_options(self) -> QemuOptions:
@@ -63,12 +67,23 @@ async def open_engine(source: Source) -> Engine:
         raise UsageError(f"{path} is a socket, not an image", hint=f"If it is a VM's monitor, write qmp:{path}")
     if len(source.disks) > 1:
         raise UsageError("an image is one disk", hint="Give one --disk at most.")
-    form = probe_format(path)
-    if form not in _AS_IS:
-        image = Image(path, form, source.name or path.stem, source.disks[0] if source.disks else DEFAULT_DISK)
-        return await OfflineEngine.open(image, source.speed)
-    disk = source.disks[0] if source.disks else None
-    return ImageEngine(path, source.state_dir, source.name or path.stem, disk, source.speed, look=source.look)
+    return await _image(source, path, source.disks[0] if source.disks else None)
+
+
+async def _image(source: Source, path: Path, disk: str | None) -> Engine:
+    vm = source.name or path.stem
+    decision = decide(path, source.format, _before(source, vm, disk, path))
+    if decision.format == "raw":
+        return ImageEngine(path, source.state_dir, vm, disk, source.speed, decision.note, look=source.look)
+    allowed = Allowed(source.allow_backing, beside=not decision.guessed)
+    image = Image(path, decision.format, vm, disk or DEFAULT_DISK, allowed, decision.note)
+    return await OfflineEngine.open(image, source.state_dir, source.speed)
+
+
+def _before(source: Source, vm: str, disk: str | None, path: Path) -> Before:
+    """The state directory and the repository have seen the disk; a sure word counts more than one that is not."""
+    said = [Before(*remembered_format(source.state_dir, vm, disk, path, DEFAULT_DISK)), source.recorded or Before()]
+    return next((b for b in sorted(said, key=lambda b: not b.same) if b.format), Before())
 
 
 async def _over_qmp(session: Session, source: Source) -> Engine:

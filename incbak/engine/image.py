@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -49,10 +50,18 @@ class ImageEngine(Engine):
     kind = "image"
 
     def __init__(
-        self, path: Path, state_dir: Path, vm: str, disk: str | None, speed: int = 0, *, look: bool = False
+        self,
+        path: Path,
+        state_dir: Path,
+        vm: str,
+        disk: str | None,
+        speed: int = 0,
+        note: str = "",
+        *,
+        look: bool = False,
     ) -> None:
         self._look = look
-        self._path, self._vm, self._speed = path, vm, speed
+        self._path, self._vm, self._speed, self._note = path, vm, speed, note
         self._disk: FileDisk = open_disk(path, read_only=True)
         self._bitmaps: dict[str, Bitmap] = {}
         self._bad: dict[str, Reason] = {}
@@ -80,8 +89,10 @@ class ImageEngine(Engine):
         if self._look:
             infos = [_looked(v) for v in await asyncio.to_thread(views_in, self._store.directory, self._found)]
         extra = {"path": str(self._path)}
+        notes = (self._note,) if self._note else ()
         disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos), extra=extra)
-        return Description(self._vm, (disk,), "image", {"images": {self._name: str(self._path)}})
+        images = {"images": {self._name: os.path.abspath(self._path)}}
+        return Description(self._vm, (disk,), "image", images, (), notes)
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         gone = [name for name in (*self._bitmaps, *self._bad) if name.startswith(prefix) and name not in keep]

@@ -12,13 +12,15 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
+from incbak.bitmap.remembered import remember_format
 from incbak.engine.base import Description, DiskPlan
 from incbak.engine.private_daemon import NODE, PROGRAM, Daemon, Image, Writable
 from incbak.engine.qemu_disks import layout
 from incbak.engine.session import Session
 from incbak.engine.storage_daemon import StorageDaemonEngine, backup_of, disk_of
-from incbak.errors import EngineError
+from incbak.errors import EngineError, FormatError
 
 
 class OfflineEngine(StorageDaemonEngine):
@@ -26,17 +28,17 @@ class OfflineEngine(StorageDaemonEngine):
 
     kind = "image"
 
-    def __init__(self, session: Session, daemon: Daemon, image: Image, speed: int = 0) -> None:
+    def __init__(self, session: Session, daemon: Daemon, image: Image, state_dir: Path, speed: int = 0) -> None:
         super().__init__(session, speed)
-        self._daemon, self._image = daemon, image
+        self._daemon, self._image, self._state_dir = daemon, image, state_dir
 
     @classmethod
-    async def open(cls, image: Image, speed: int = 0) -> OfflineEngine:
+    async def open(cls, image: Image, state_dir: Path, speed: int = 0) -> OfflineEngine:
         """Start the daemon. Raises `DiskError`, `ImageInUseError` or `EngineError`."""
         await asyncio.to_thread(image.check)
         daemon = Daemon(image)
         try:
-            return cls(await daemon.connect(), daemon, image, speed)
+            return cls(await daemon.connect(), daemon, image, state_dir, speed)
         except BaseException:
             daemon.close()
             raise
@@ -49,10 +51,19 @@ class OfflineEngine(StorageDaemonEngine):
         if disk.can_persist and (why := await asyncio.to_thread(self._image.unwritable)):
             disk = replace(disk, can_persist=False)
             notes = (f"no bitmap is stored in image {self._image.path}: {why}",)
+        self._check_alone(node["image"].get("backing-filename", ""))
+        notes = (*notes, *((self._image.note,) if self._image.note else ()))
         version = (await self._session.execute("query-version"))["qemu"]
         engine = f"{PROGRAM} {version['major']}.{version['minor']}.{version['micro']}"
         config = {"images": {disk.name: str(self._image.path)}, "format": self._image.format, "blocks": layout(graph)}
         return Description(self._image.vm, (disk,), engine, config, (), notes)
+
+    def _check_alone(self, backing: str) -> None:
+        """The chains of other formats than qcow2 are not followed, so half of the disk would be missing."""
+        image = self._image
+        if backing and image.format != "qcow2":
+            hint = f"Convert it: qemu-img convert -O qcow2 {image.path} NEW"
+            raise FormatError(f"{image.path} is a {image.format} image with a backing file: {backing}", hint=hint)
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         (disk,) = (await self.describe()).disks
@@ -71,6 +82,8 @@ class OfflineEngine(StorageDaemonEngine):
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         (plan,) = plans
+        image = self._image
+        await asyncio.to_thread(remember_format, self._state_dir, image.vm, image.disk, image.path, image.format)
         if not plan.disk.can_persist:
             return
         async with self._writable():

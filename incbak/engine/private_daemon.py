@@ -18,25 +18,35 @@ from typing import Any
 
 from incbak import host
 from incbak.disk import qcow2
+from incbak.disk.chain import Allowed, Layer, read_chain
 from incbak.disk.users import find_users, refuse_writers
-from incbak.engine.qemu_graph import Graph
 from incbak.engine.qemu_guard import GuardChannel
 from incbak.engine.session import Address, Session
 from incbak.errors import DiskError, EngineError, ImageInUseError
 from incbak.private import PrivateDirectory
 
 PROGRAM = "qemu-storage-daemon"
-NODE, FILE = "disk", "file"
+NODE, FILE, _DATA = "disk", "file", "data"
+_WITH_BACKING = ("qcow2", "qed", "vmdk")
 DEFAULT_DISK = "disk0"
 _START_SECONDS = 30.0
 _STORE_SECONDS = 120.0
 
 
 class Image:
-    """An image file, and what it is called in the repository."""
+    """An image, its name in the repository, and what is below it. ``note``: of how its format is known."""
 
-    def __init__(self, path: Path, form: str, vm: str, disk: str = DEFAULT_DISK) -> None:
-        self.path, self.format, self.vm, self.disk = path, form, vm, disk
+    def __init__(
+        self,
+        path: Path,
+        form: str,
+        vm: str,
+        disk: str = DEFAULT_DISK,
+        allowed: Allowed | None = None,
+        note: str = "",
+    ) -> None:
+        self.path, self.format, self.vm, self.disk, self.note = path, form, vm, disk, note
+        self._layers = read_chain(path, allowed or Allowed()) if form == "qcow2" else [Layer(path, form)]
         self._seen, self._daemon = "", -1
 
     def started(self, daemon: int) -> None:
@@ -45,7 +55,9 @@ class Image:
 
     def check(self) -> None:
         """Raise `DiskError` where the image must not even be read, `ImageInUseError` where another may write it."""
-        refuse_writers(self.path, (self._daemon,))
+        for layer in self._layers:
+            for path in (layer.path, *((layer.data,) if layer.data else ())):
+                refuse_writers(path, (self._daemon,))
         if self.format == "qcow2" and qcow2.Feature.CORRUPT & (header := qcow2.read_header(self.path)).features:
             raise DiskError(f"image {self.path} is damaged: {header.unwritable()}", hint=qcow2.repair_hint(self.path))
 
@@ -68,9 +80,37 @@ class Image:
         times = f"{found.st_mtime_ns}:{found.st_ctime_ns}" if not self.path.is_block_device() else ""
         return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{times}:{host.device_writes(self.path)}"
 
+    def nodes(self) -> list[dict[str, Any]]:
+        """Every node of the image when it is opened for reading, the lowest first; nothing is left to be guessed."""
+        found = []
+        for n, layer in reversed(list(enumerate(self._layers))):
+            found.append(_file_node(layer.path, _name(FILE, n), read_only=n > 0))
+            if layer.data:
+                found.append(_file_node(layer.data, _name(_DATA, n), read_only=n > 0))
+            found.append(self._format_node(n, read_only=True))
+        return found
+
     def node(self, read_only: bool) -> dict[str, Any]:
-        """The format node."""
-        return {"driver": self.format, "node-name": NODE, "read-only": read_only, "file": FILE}
+        """The uppermost node, above those that stay as they are."""
+        return self._format_node(0, read_only)
+
+    def _format_node(self, n: int, read_only: bool) -> dict[str, Any]:
+        layer = self._layers[n]
+        node = {"driver": layer.format, "node-name": _name(NODE, n), "read-only": read_only, "file": _name(FILE, n)}
+        if layer.format in _WITH_BACKING:
+            node["backing"] = _name(NODE, n + 1) if n + 1 < len(self._layers) else None
+        return node | ({"data-file": _name(_DATA, n)} if layer.data else {})
+
+
+def _name(kind: str, n: int) -> str:
+    return f"{kind}{n}" if n else kind
+
+
+def _file_node(path: Path, name: str, *, read_only: bool) -> dict[str, Any]:
+    """``read_only``: else it becomes writable when the node above it is."""
+    driver = "host_device" if path.is_block_device() else "file"
+    mode = "read-only" if read_only else "auto-read-only"
+    return {"driver": driver, "node-name": name, "filename": os.path.abspath(path), mode: True}
 
 
 class Writable:
@@ -97,19 +137,12 @@ class Writable:
 
     async def __aexit__(self, *_: object) -> None:
         """Store the bitmaps: unlike the removal of a node, this says whether it worked."""
-        options = self._image.node(read_only=True) | await self._children()
+        options = self._image.node(read_only=True)
         await self._session.execute("blockdev-reopen", {"options": [options]}, timeout=_STORE_SECONDS)
         self._image.look()
 
     async def _add(self, *, read_only: bool) -> None:
         await self._session.execute("blockdev-add", self._image.node(read_only), timeout=_STORE_SECONDS)
-
-    async def _children(self) -> dict[str, str]:
-        """The nodes below the image's, which stay as they are."""
-        graph = await self._session.execute("x-debug-query-block-graph")
-        nodes = await self._session.execute("query-named-block-nodes", {"flat": True})
-        edges = Graph.of(nodes, graph).edges
-        return {edge: child for edge in ("backing", "data-file") if (child := edges.get((NODE, edge)))}
 
 
 class Daemon:
@@ -125,11 +158,9 @@ class Daemon:
         self._private = PrivateDirectory()
         self._directory = self._private.path
         try:
-            driver = "host_device" if image.path.is_block_device() else "file"
-            file = {"driver": driver, "node-name": FILE, "filename": str(image.path), "auto-read-only": True}
             chardev = f"socket,id=qmp,server=on,wait=off,path={self._directory}/qmp"
             command = [PROGRAM, "--chardev", chardev, "--monitor", "chardev=qmp"]
-            for node in (file, image.node(read_only=True)):
+            for node in image.nodes():
                 command += ["--blockdev", json.dumps(node)]
             with (self._directory / "log").open("wb") as errors:
                 self._channel = GuardChannel("child", command, errors=errors)

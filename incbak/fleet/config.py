@@ -43,6 +43,7 @@ from typing import Any
 
 import msgspec
 
+from incbak.disk.formats import OFFERED
 from incbak.errors import UsageError
 from incbak.host import home
 from incbak.units import parse_duration, parse_retention, parse_share, parse_size
@@ -103,6 +104,8 @@ class Vm(Defaults, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_o
     agent_socket: str = ""
     metrics: str = ""
     watch: str = ""
+    format: str = ""
+    allow_backing: tuple[str, ...] = ()
     serve: dict[str, str] = {}
 
 
@@ -196,6 +199,7 @@ def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
     yield from _relative("sync", {"target": config.sync.target})
     if config.sync != Sync() and not config.sync.target:
         yield "sync.target", "missing", "Write the path of the other repository."
+    yield from _one_source(config)
     for name, vm in config.vms.items():
         key = f"vms.{name}"
         if not _NAME.fullmatch(name):
@@ -208,9 +212,23 @@ def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
         if vm.quiesce != bool(vm.agent_socket):
             yield f"{key}.quiesce", "goes together with agent-socket", "Give both, or none."
         paths = {"agent-socket": vm.agent_socket, "metrics": vm.metrics}
+        if vm.format and vm.format not in OFFERED:
+            yield f"{key}.format", f"not a format of an image: {vm.format!r}", f"There are: {', '.join(OFFERED)}."
+        paths |= {f"allow-backing[{n}]": path for n, path in enumerate(vm.allow_backing)}
         paths |= {f"attach[{n}]": path for n, path in enumerate(vm.attach)}
         paths |= {f"serve.{disk}": path for disk, path in vm.serve.items()}
         yield from _relative(key, paths)
+
+
+def _one_source(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Two VMs are not one: unless each of them has disks of its own."""
+    seen: dict[str, list[str]] = {}
+    for name, vm in config.vms.items():
+        for other in seen.setdefault(os.path.normpath(vm.source), []):
+            theirs = config.vms[other].disks
+            if not (vm.disks and theirs) or set(vm.disks) & set(theirs):
+                yield f"vms.{name}.source", f"it is also the source of {other}", "Give each VM its own, or name disks."
+        seen[os.path.normpath(vm.source)].append(name)
 
 
 def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:

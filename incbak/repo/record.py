@@ -24,7 +24,7 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ``read`` is what was read of the disk, ``changed`` how much of that differs from the base, ``stored`` what new
     blobs take in the repository. ``reason`` is set when the disk was read whole though an incremental was asked for,
     with ``detail`` where there is more to say. ``audited``: bytes of clean clusters that were compared with the base,
-    in the ``audit_turn``-th slice of the disk.
+    in the ``audit_turn``-th slice of the disk. ``format``: of the image, as its owner or its engine says.
     """
 
     name: str
@@ -40,6 +40,7 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     bitmap: str | None = None
     audited: int = 0
     audit_turn: int | None = None
+    format: str = ""
 
 
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

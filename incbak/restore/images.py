@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from incbak import durable
+from incbak import durable, newfile
 from incbak.disk.claims import claims
-from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.formats import named_format, recognise
 from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, ImageInUseError, RestoreError
 from incbak.nbd.uri import NbdUri
@@ -116,6 +117,7 @@ class InPlaceTarget(Target):
         self.name, self.changed = str(path), 0
         self._lock = threading.Lock()
         self._device: DeviceTarget | None = None
+        newfile.refuse_foreign_links(path)
         if not path.exists():
             raise RestoreError(f"{path} is not there", hint="Restore without --in-place.")
         if path.is_block_device():
@@ -123,7 +125,7 @@ class InPlaceTarget(Target):
             self._disk: FileDisk = self._device.disk
             self.larger = self._device.larger
             return
-        if (form := probe_format(path)) != "raw":
+        if (form := named_format(path)) not in ("", "raw") and form == recognise(path):
             raise RestoreError(f"{path} is a {form} image", hint="Only raw images can be restored in place.")
         if used := claims(path):
             raise ImageInUseError(f"{path} is {', '.join(used)}", hint="Unmount and detach it first.")

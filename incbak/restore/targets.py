@@ -66,6 +66,7 @@ class FileTarget(Target):
     blank = True
 
     def __init__(self, path: Path, size: int, *, force: bool) -> None:
+        newfile.refuse_foreign_links(path)
         self.path = Path(os.path.realpath(path))
         self.name, self._force = str(path), force
         self.temporary = self.path.with_name(self.path.name + INCOMPLETE)
@@ -229,6 +230,7 @@ def open_target(text: str, size: int, *, force: bool = False) -> Target:
     if text.startswith(("nbd:", "nbd+unix:", "nbds:", "nbds+unix:")):
         return NbdTarget(text, size)
     path = Path(text)
+    newfile.refuse_foreign_links(path)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -21,6 +21,7 @@ class FileTarget:
     def __init__(self, path: Path, size: int, *, existing: bool) -> None:
         """Open ``path`` and take its lock; unless ``existing``, make it if need be. Raises `QmpError`, `DiskError`."""
         self.name, self.path, self._existing = str(path), path, existing
+        _refuse_foreign_links(path)
         self._made = False if existing else _make(path)
         try:
             if not existing and not self._made:
@@ -104,6 +105,13 @@ def _make(path: Path) -> bool:
     except (OSError, UsageError) as e:
         raise QmpError(f"Could not create '{path}': {e.strerror if isinstance(e, OSError) else e}") from e
     return True
+
+
+def _refuse_foreign_links(path: Path) -> None:
+    try:
+        newfile.refuse_foreign_links(path)
+    except UsageError as e:
+        raise QmpError(f"Could not open '{path}': {e}") from e
 
 
 def _refuse_anothers(path: Path) -> None:

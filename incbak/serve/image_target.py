@@ -44,6 +44,10 @@ class ImageTarget(OwnTarget):
         for tool in ("qemu-img", "qemu-nbd"):
             if shutil.which(tool) is None:
                 raise QmpError(f"{tool} is not installed, which writes qcow2 images")
+        try:
+            newfile.refuse_foreign_links(path)
+        except UsageError as e:
+            raise QmpError(f"Could not open '{path}': {e}") from e
         self.path = Path(os.path.realpath(path))
         self._temporary: Path | None = None
         self._fd = -1

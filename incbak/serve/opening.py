@@ -13,9 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from incbak.bitmap.file import Bitmap, State
+from incbak.bitmap.remembered import remembered_format
 from incbak.bitmap.store import BitmapStore
-from incbak.disk.file import open_disk, probe_format
-from incbak.errors import DiskError, IncbakError
+from incbak.disk.file import open_disk
+from incbak.disk.formats import named_format, recognise
+from incbak.errors import FormatError, IncbakError
 from incbak.serve.gate import DrainTimeoutError
 from incbak.serve.tracker import TrackedDisk
 from incbak.serve.vm import Vm
@@ -27,13 +29,11 @@ HEARTBEAT = 0.1
 
 
 def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: bool = False) -> TrackedDisk:
-    """Open an image with its bitmaps and enter it into ``vm``. Raises `DiskError`, `ImageInUseError`, `LockedError`.
+    """Open an image with its bitmaps and enter it into ``vm``. Raises `DiskError`, `LockedError`.
 
     A bitmap that is not believed is durably so before the guest can write: nothing would be recorded in it.
     """
-    if (found := probe_format(path)) != "raw":
-        hint = f"incbak serve takes raw images: convert it, or serve it with: qemu-nbd -f {found}"
-        raise DiskError(f"{path} is a {found} image", hint=hint)
+    _check_raw(vm, name, path, state_dir)
     disk = open_disk(path, read_only=read_only)
     store = BitmapStore(state_dir, vm.name, name)
     try:
@@ -55,6 +55,20 @@ def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: b
     tracked.refresh()
     vm.add_disk(tracked)
     return tracked
+
+
+def _check_raw(vm: Vm, name: str, path: Path, state_dir: Path) -> None:
+    """What is served is raw, whatever its guest has written to it; what its name or its history says is not content."""
+    content, named = recognise(path), named_format(path)
+    before, where, same = remembered_format(state_dir, vm.name, name, path, name)
+    if same and before != "raw":
+        hint = "Serve it under another name, or serve it with: qemu-nbd -f " + before
+        raise FormatError(f"{path} was a {before} image in {where}, and only raw ones are served", hint=hint)
+    if content not in ("raw", "luks") and named == content and not same:
+        hint = f"incbak serve takes raw images: convert it, or serve it with: qemu-nbd -f {named}"
+        raise FormatError(f"{path} is a {named} image", hint=hint)
+    if content not in ("raw", "luks"):
+        log.warning("disk %s: %s looks like a %s image, and is served as the raw disk that it is", name, path, content)
 
 
 def close_tracked(tracked: TrackedDisk, timeout: float) -> bool:

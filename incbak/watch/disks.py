@@ -19,7 +19,7 @@ from incbak.disk.file import open_disk
 from incbak.disk.locks import writer_present
 from incbak.engine.base import EngineDisk, LeftOut
 from incbak.engine.qemu_disks import find_disks
-from incbak.engine.qemu_graph import Graph, read_graph
+from incbak.engine.qemu_graph import Graph, read_graph, shareable
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint
@@ -84,7 +84,8 @@ class Watched:
 async def find_watched(session: Session, state_dir: Path, vm: str) -> tuple[list[Watched], list[LeftOut]]:
     """The disks to watch, their stores not yet locked; and why the others are not."""
     graph = await read_graph(session)
-    disks, left_out = find_disks(await session.execute("query-block"), graph)
+    devices = await session.execute("query-block")
+    disks, left_out = find_disks(devices, graph, await shareable(session, devices))
     found: list[Watched] = []
     for disk in disks:
         image = _image_of(disk, graph)

@@ -13,6 +13,7 @@ from typing import Any
 from tests.kit import records
 from tests.kit.cli import Content, Incbak, content, differing
 from tests.kit.guest import Guest, Target
+from tests.kit.qmp import Qmp
 
 
 def qcow2_image(path: Path, size: int) -> Path:
@@ -95,6 +96,30 @@ def eventually(condition: Callable[[], Any], timeout: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
         time.sleep(0.02)
+
+
+def device_write(qmp: Qmp, device: str, where: tuple[Path, str], fill: int, offset: int, length: int) -> None:
+    """Write as the guest's device would, without a guest, into the image ``where``; fails if the write has failed."""
+    unproven_write(qmp, device, fill, offset, length)
+    assert_written(where, fill, offset, length)
+
+
+def unproven_write(qmp: Qmp, device: str, fill: int, offset: int, length: int) -> None:
+    """The same, to be followed by `assert_written`: QEMU's answer is empty either way.
+
+    What ``qemu-io`` says of a failure goes to QEMU's stdout.
+    """
+    path = f"/machine/peripheral/{device}/virtio-backend"
+    for command in (f"write -P {fill} {offset} {length}", "flush"):
+        qmp("human-monitor-command", 20, command_line=f'qemu-io -d {path} "{command}"')
+
+
+def assert_written(where: tuple[Path, str], fill: int, offset: int, length: int) -> None:
+    """The image, a path and its format, has these bytes."""
+    image, form = where
+    look = ["qemu-io", "-U", "-r", "-f", form, "-c", f"read -P {fill} {offset} {length}", str(image)]
+    seen = subprocess.run(look, capture_output=True, text=True, timeout=20, check=False)
+    assert (seen.returncode, "failed" in seen.stdout) == (0, False), f"a write failed: {seen.stdout}{seen.stderr}"
 
 
 def running(guest: Guest) -> bool:

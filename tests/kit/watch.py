@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.kit.cli import Incbak, differing
 from tests.kit.guest import Guest, GuestDisk
-from tests.kit.live import content_of, eventually
+from tests.kit.live import content_of, device_write, eventually
 from tests.kit.qmp import Qmp
 from tests.kit.serve import raw_image
 
@@ -185,13 +185,8 @@ class WatchedVm:
         """Write them as the guest's device would, without a guest. QEMU has answered when it returns."""
         for cluster in clusters:
             fill = self.dice.randrange(1, 255)
-            where = f"/machine/peripheral/{disk}-dev/virtio-backend"
-            command = f"write -P {fill} {cluster * CLUSTER} {CLUSTER}"
-            self.qmp("human-monitor-command", command_line=f'qemu-io -d {where} "{command}"')
-            if disk not in self.formats:
-                with self.images[disk].open("rb") as f:
-                    f.seek(cluster * CLUSTER)
-                    assert f.read(CLUSTER) == bytes([fill]) * CLUSTER
+            where = self.images[disk], self.formats.get(disk, "raw")
+            device_write(self.qmp, f"{disk}-dev", where, fill, cluster * CLUSTER, CLUSTER)
 
     # -- backups --------------------------------------------------------------------------------------------------
 

@@ -194,9 +194,9 @@ _BACKUP = (
     Fault(
         "runner-base-given-up-before-commit",
         _RUNNER,
-        "            await _to_the_end(asyncio.to_thread(writer.commit, record))\n",
+        "            await to_the_end(asyncio.to_thread(writer.commit, record))\n",
         "            await self._engine.commit(plans)\n"
-        "            await _to_the_end(asyncio.to_thread(writer.commit, record))\n",
+        "            await to_the_end(asyncio.to_thread(writer.commit, record))\n",
         _runner("test_the_backup_is_listed_before_its_base_is_given_up"),
     ),
     Fault(
@@ -216,7 +216,7 @@ _BACKUP = (
     Fault(
         "runner-new-bitmap-left-behind",
         _RUNNER,
-        "            if not committed:\n                await _to_the_end(self._roll_back(plans))\n",
+        "            if not committed:\n                await to_the_end(self._roll_back(plans))\n",
         "            pass\n",
         _runner("test_an_interrupt_during_the_copy_takes_the_new_bitmap_with_it"),
     ),
@@ -264,7 +264,7 @@ _BACKUP = (
     ),
     Fault(
         "runner-interrupt-cuts-the-commit",
-        _RUNNER,
+        "incbak/backup/uncancelled.py",
         "            await asyncio.shield(task)\n",
         "            await task\n",
         _runner("test_an_interrupt_during_the_commit_comes_too_late"),

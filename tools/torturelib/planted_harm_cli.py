@@ -41,6 +41,27 @@ _CREATING = (
         _file("test_nothing_else_is_made_below_dev_either"),
     ),
     Fault(
+        "newfile-through-anothers-link",
+        _NEWFILE,
+        "        if info.st_uid not in (0, os.geteuid()):\n",
+        "        if False:\n",
+        _file("test_a_link_of_another_user_is_not_followed"),
+    ),
+    Fault(
+        "restore-through-anothers-link-to-a-device",
+        "incbak/restore/targets.py",
+        "    newfile.refuse_foreign_links(path)\n    try:\n",
+        "    try:\n",
+        _file("test_nor_is_one_to_a_device"),
+    ),
+    Fault(
+        "drive-backup-through-anothers-link",
+        "incbak/serve/file_target.py",
+        "        _refuse_foreign_links(path)\n",
+        "",
+        unit("serve/test_drive_backup", "test_a_link_that_another_user_planted_is_not_followed"),
+    ),
+    Fault(
         "restore-name-for-another-file",
         _DURABLE,
         "                _must_name(temporary, fd)\n                _name(temporary, path, replace=replace)\n",

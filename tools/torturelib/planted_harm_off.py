@@ -5,7 +5,7 @@ from __future__ import annotations
 from torturelib.planted import Fault, unit
 
 _DAEMON, _OFFLINE, _IMAGE = (f"incbak/engine/{name}.py" for name in ("private_daemon", "offline", "image"))
-_QCOW2, _USERS = "incbak/disk/qcow2.py", "incbak/disk/users.py"
+_QCOW2, _USERS, _FORMATS, _CHAIN = (f"incbak/disk/{name}.py" for name in ("qcow2", "users", "formats", "chain"))
 
 
 def _off(*tests: str) -> tuple[str, ...]:
@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "off-users-not-looked-for",
         _DAEMON,
-        "        refuse_writers(self.path, (self._daemon,))\n",
-        "",
+        "                refuse_writers(path, (self._daemon,))\n",
+        "                pass\n",
         _off("test_an_image_that_a_qemu_without_locks_writes_is_refused"),
     ),
     Fault(
@@ -135,5 +135,75 @@ FAULTS = (
         "            refuse_users(path)\n",
         "            pass\n",
         unit("restore/test_images", "test_in_place_refuses_an_image_that_is_open_without_locks"),
+    ),
+    Fault(
+        "formats-history-does-not-count",
+        _FORMATS,
+        "    if before.format and (before.same or not (asked or named_format(path))):\n",
+        "    if False:\n",
+        unit("disk/test_formats", "test_a_raw_disk_stays_raw_whatever_its_guest_wrote"),
+    ),
+    Fault(
+        "formats-device-is-guessed",
+        _FORMATS,
+        "    if path.is_block_device():\n",
+        "    if False:\n",
+        unit("disk/test_formats", "test_a_block_device_is_raw_unless_it_is_said"),
+    ),
+    Fault(
+        "formats-another-than-before",
+        _FORMATS,
+        "    if content != before.format:\n",
+        "    if False:\n",
+        unit("disk/test_formats", "test_a_contradiction_names_both"),
+    ),
+    Fault(
+        "formats-records-not-asked",
+        "incbak/cli/backup.py",
+        "            known = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))\n",
+        "            known = source\n",
+        ("tests/interop/test_offline_formats.py::test_a_guest_that_writes_a_header_changes_nothing",),
+    ),
+    Fault(
+        "formats-guessed-image-reads-its-neighbours",
+        "incbak/engine/detect.py",
+        "beside=not decision.guessed",
+        "beside=True",
+        ("tests/interop/test_offline_formats.py::test_a_first_backup_of_such_a_disk_reads_no_other_file",),
+    ),
+    Fault(
+        "chain-any-file",
+        _CHAIN,
+        "    if not allowed.has(found, image):\n",
+        "    if False:\n",
+        unit("disk/test_chain", "test_a_file_elsewhere_is_read_only_if_it_is_allowed"),
+    ),
+    Fault(
+        "chain-by-a-link",
+        _CHAIN,
+        "        real = Path(os.path.realpath(path))\n",
+        "        real = Path(os.path.abspath(path))\n",
+        unit("disk/test_chain", "test_a_file_elsewhere_is_read_only_if_it_is_allowed"),
+    ),
+    Fault(
+        "chain-protocols",
+        _CHAIN,
+        "    if _PROTOCOL.match(name):\n",
+        "    if False:\n",
+        unit("disk/test_chain", "test_no_protocol_is_followed"),
+    ),
+    Fault(
+        "chain-in-a-circle",
+        _CHAIN,
+        "    if (info.st_dev, info.st_ino) in seen:\n",
+        "    if False:\n",
+        unit("disk/test_chain", "test_loops_and_what_is_no_file"),
+    ),
+    Fault(
+        "serve-another-format",
+        "incbak/serve/opening.py",
+        '    if same and before != "raw":\n',
+        "    if False:\n",
+        unit("serve/test_opening", "test_an_image_of_another_format_is_not_served"),
     ),
 )

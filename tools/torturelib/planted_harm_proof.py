@@ -19,6 +19,10 @@ def _look(test: str) -> tuple[str, ...]:
     return unit("bitmap/test_look", test)
 
 
+def _sources(test: str) -> tuple[str, ...]:
+    return unit("backup/test_sources", test)
+
+
 def _image(test: str) -> tuple[str, ...]:
     return unit("backup/test_image", test)
 
@@ -136,6 +140,48 @@ FAULTS = (
         "nullcontext() if options.dry_run else locked(",
         "locked(",
         unit("backup/test_runner", "test_a_dry_run_needs_no_lock"),
+    ),
+    Fault(
+        "plan-older-base-behind-a-newer-backup",
+        "incbak/backup/plan.py",
+        "            if not copied and disk.bitmap(known.bitmap(record.id)) is None:\n                return\n",
+        "            pass\n",
+        _sources("test_the_newest_backup_decides"),
+    ),
+    Fault(
+        "plan-backing-files-not-compared",
+        "incbak/backup/plan.py",
+        '    if list(record.config.get("backing", {}).get(disk.name, [])) != list(known.backing.get(disk.name, [])):\n',
+        "    if False:\n",
+        _sources("test_a_backing_file_that_was_changed"),
+    ),
+    Fault(
+        "plan-two-disks-of-one-name",
+        "incbak/backup/plan.py",
+        "    check_names(description)\n",
+        "",
+        _sources("test_two_disks_of_one_name"),
+    ),
+    Fault(
+        "sources-two-images-of-one-name",
+        "incbak/backup/sources.py",
+        "        return not os.path.samestat(before.stat(), now.stat())\n",
+        "        return False\n",
+        _sources("test_two_images_of_one_name"),
+    ),
+    Fault(
+        "sources-files-not-compared",
+        "incbak/backup/sources.py",
+        "            if before != now[name]:\n",
+        "            if False:\n",
+        _sources("test_what_tells_a_change"),
+    ),
+    Fault(
+        "config-two-vms-one-source",
+        "incbak/fleet/config.py",
+        "    yield from _one_source(config)\n",
+        "",
+        _sources("test_two_vms_with_one_source"),
     ),
     Fault(
         "runner-does-not-look-again",

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from incbak.events import Event, Progress, Warned
 from incbak.extents import Extent
 from incbak.repo.tree import FANOUT
 from incbak.restore import flushing
+from incbak.restore.images import InPlaceTarget
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import FileTarget, open_target
 from tests.kit.cli import Incbak, content, differing
@@ -164,6 +166,61 @@ def test_a_planted_file_of_another_user_is_refused_and_stays(made: Made, out: Pa
     with pytest.raises(RestoreError, match=r"of another user \(uid 65534\)"):
         _restore(made, out)
     assert (planted.stat().st_uid, planted.stat().st_size) == (65534, 0)
+
+
+def _plant(link: Path, to: str | Path) -> None:
+    """A link that another user has made."""
+    need_root()
+    link.symlink_to(to)
+    os.lchown(link, 65534, 65534)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("what", ["there", "missing", "directory", "behind our own link"])
+def test_a_link_of_another_user_is_not_followed(made: Made, out: Path, tmp_path: Path, what: str) -> None:
+    """Not to a file that would be replaced, nor to a name that a file would get: that of a job of cron, say."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "disk.raw").write_bytes(b"mine")
+    where = out
+    if what in ("there", "missing"):
+        _plant(out, victim / ("disk.raw" if what == "there" else "new"))
+    else:
+        _plant(out.parent / "sub", victim)
+        where = out.parent / "sub" / "disk.raw"
+        if what != "directory":
+            (tmp_path / "ours").symlink_to(out.parent / "sub")
+            where = tmp_path / "ours" / "disk.raw"
+    with pytest.raises(UsageError, match=r"link of another user \(uid 65534\)"):
+        _restore(made, where, force=True)
+    with pytest.raises(UsageError, match="link of another user"):
+        FileTarget(where, SIZE, force=True)
+    with pytest.raises(UsageError, match="link of another user"):
+        InPlaceTarget(where, SIZE)
+    assert [p.name for p in victim.iterdir()] == ["disk.raw"]
+    assert (victim / "disk.raw").read_bytes() == b"mine"
+
+
+def test_links_are_followed_within_bounds(tmp_path: Path) -> None:
+    """Ours, upwards too; a loop ends."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "up").symlink_to("../b/c")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c").symlink_to(tmp_path / "a")
+    newfile.refuse_foreign_links(tmp_path / "a" / "up" / ".." / "a" / "new")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="too many links"):
+        newfile.refuse_foreign_links(tmp_path / "loop" / "new")
+
+
+@pytest.mark.root
+def test_nor_is_one_to_a_device(made: Made, out: Path, loop: Callable[[int], Path]) -> None:
+    device = loop(SIZE)
+    _plant(out, device)
+    with pytest.raises(UsageError, match="link of another user"):
+        _restore(made, out)
+    with device.open("rb") as f:
+        assert set(f.read(65536)) == {0xEE}
 
 
 def test_whoever_has_a_leftover_open_sees_nothing_of_the_disk(made: Made, out: Path) -> None:

@@ -130,6 +130,7 @@ def test_in_place_refuses_what_it_cannot_do_and_changes_nothing(tmp_path: Path) 
     qcow2 = raw_image(tmp_path / "disk.qcow2", SIZE, b"QFI\xfb")
     with pytest.raises(RestoreError, match="qcow2"):
         InPlaceTarget(qcow2, SIZE)
+    InPlaceTarget(raw_image(tmp_path / "inner.img", SIZE, b"QFI\xfb"), SIZE).abandon()  # the guest's own
     with pytest.raises(RestoreError, match="not there"):
         InPlaceTarget(tmp_path / "missing.raw", SIZE)
     held = raw_image(tmp_path / "held.raw", SIZE)

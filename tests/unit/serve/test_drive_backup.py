@@ -171,6 +171,21 @@ def test_a_file_that_another_user_planted_is_not_filled(tmp_path: Path) -> None:
         assert "error" not in run(machine, planted, mode="existing", format="raw")
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+@pytest.mark.parametrize("mode", ["absolute-paths", "existing"])
+def test_a_link_that_another_user_planted_is_not_followed(tmp_path: Path, form: str, mode: str) -> None:
+    need_root()
+    victim, link = tmp_path / "victim", tmp_path / "out"
+    victim.write_bytes(b"mine" + bytes(SIZE - 4))
+    link.symlink_to(victim)
+    os.lchown(link, 65534, 65534)
+    with machine_of(tmp_path) as machine:
+        with pytest.raises(QmpError, match="link of another user"):
+            machine("drive-backup", device="vda", target=str(link), sync="full", format=form, mode=mode)
+        assert victim.read_bytes() == b"mine" + bytes(SIZE - 4)
+
+
 @pytest.mark.parametrize("mode", ["always", "on-success"])
 def test_a_file_that_cannot_be_written(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job fails with the file's error, at the target; no bit is lost of what is not there."""

@@ -13,8 +13,9 @@ from incbak.bitmap import judge
 from incbak.bitmap import store as module
 from incbak.bitmap.disown import disown
 from incbak.bitmap.file import Found
+from incbak.bitmap.remembered import remember_format
 from incbak.disk import file
-from incbak.errors import BitmapError
+from incbak.errors import BitmapError, FormatError
 from incbak.fingerprint import take
 from incbak.reasons import Reason
 from incbak.serve.opening import close_tracked, open_tracked
@@ -101,3 +102,20 @@ def test_without_that_the_disk_is_not_served(image: Path, monkeypatch: pytest.Mo
         with pytest.raises(BitmapError, match="no"):
             open_tracked(Vm("web1", image.parent), "vda", image, image.parent / "state")
     assert _found(image) is Found.CLEAN
+
+
+@pytest.mark.parametrize("magic", [b"LUKS\xba\xbe", b"QFI\xfb\0\0\0\3", b"conectix"])
+def test_what_a_guest_has_written_to_its_raw_disk_is_its_own_business(tmp_path: Path, magic: bytes) -> None:
+    made = raw_image(tmp_path / "vda.img", SIZE, magic)
+    with _session(made) as vm:
+        assert vm.disks["vda"].disk.size == SIZE
+
+
+def test_an_image_of_another_format_is_not_served(tmp_path: Path) -> None:
+    made = raw_image(tmp_path / "vda.img", SIZE, b"QFI\xfb\0\0\0\3")
+    remember_format(tmp_path / "state", "web1", "vda", made, "qcow2")
+    with pytest.raises(FormatError, match=r"vda\.img was a qcow2 image in .*, and only raw ones are served"):
+        open_tracked(Vm("web1", tmp_path), "vda", made, tmp_path / "state")
+    named = raw_image(tmp_path / "vdb.qcow2", SIZE, b"QFI\xfb\0\0\0\3")
+    with pytest.raises(FormatError, match=r"vdb\.qcow2 is a qcow2 image"):
+        open_tracked(Vm("web1", tmp_path), "vdb", named, tmp_path / "state")

@@ -1,0 +1,168 @@
+"""Which image a disk is: names, two images, backing files, and a run that looks again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from incbak.backup.plan import Known, Request, choose, make_plan
+from incbak.backup.sources import Sources, backing_of, check_images
+from incbak.engine.base import BitmapInfo, Description, EngineDisk, bitmap_name
+from incbak.errors import ImageChangedError, UsageError
+from incbak.fleet.config import load
+from incbak.reasons import Reason
+from incbak.repo.record import DiskRecord, Origin, Record
+
+CLUSTER, SIZE = 65536, 1 << 20
+REPOSITORY = "a" * 32
+OLD, NEW, NEXT = ("1" * 32, "2" * 32, "3" * 32)
+
+
+def _record(ident: str, seq: int, **more: Any) -> Record:
+    disk = DiskRecord(name="vda", size=SIZE, kind="full", base=None, reason=None, read=0, stored=0, root="0" * 64)
+    return Record(
+        id=ident, seq=seq, vm="vm", kind="full", base=None, started="", finished="", cluster_size=CLUSTER,
+        disks=(disk,), engine="", **{"host": "here", **more},
+    )  # fmt: skip
+
+
+def _bitmap(ident: str, **more: Any) -> BitmapInfo:
+    return BitmapInfo(bitmap_name(REPOSITORY[:8], ident[:8]), CLUSTER, 0, **more)
+
+
+def _planned(known: Known, *bitmaps: BitmapInfo) -> tuple[str | None, Reason | None]:
+    disk = EngineDisk("vda", SIZE, "vda", bitmaps=bitmaps)
+    (planned,) = make_plan([disk], known, Request(incremental=True, backup=NEXT))
+    return planned.base.id if planned.base else None, planned.plan.reason
+
+
+@pytest.mark.parametrize(
+    ("newest", "bitmaps", "base", "reason"),
+    [
+        ({}, (_bitmap(OLD), _bitmap(NEW)), NEW, None),
+        ({}, (_bitmap(OLD), _bitmap(NEW, inconsistent=True)), OLD, None),
+        ({}, (_bitmap(OLD),), None, Reason.SUPERSEDED),
+        ({"host": "there"}, (_bitmap(OLD),), None, Reason.SUPERSEDED),
+        ({"origin": Origin("b" * 32, 7)}, (_bitmap(OLD),), OLD, None),
+        ({"origin": Origin("b" * 32, 7), "host": "there"}, (_bitmap(OLD),), None, Reason.SUPERSEDED),
+        ({}, (), None, Reason.BITMAP_MISSING),
+    ],
+)
+def test_the_newest_backup_decides(
+    newest: dict[str, Any], bitmaps: tuple[BitmapInfo, ...], base: str | None, reason: Reason | None
+) -> None:
+    """A state directory that was put back, a VM that came home; a copy of our own backup says nothing of that."""
+    known = Known(REPOSITORY, CLUSTER, [_record(OLD, 1), _record(NEW, 2, **newest)], host="here")
+    assert _planned(known, *bitmaps) == (base, reason)
+
+
+BACKING = [["/base", 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "reason"),
+    [
+        ({"backing": {"vda": BACKING}}, {"vda": BACKING}, None),
+        ({"backing": {"vda": BACKING}}, {"vda": [["/base", 5, 6, 8]]}, Reason.BACKING_CHANGED),
+        ({"backing": {"vda": BACKING}}, {"vda": [*BACKING, *BACKING]}, Reason.BACKING_CHANGED),
+        ({"backing": {"vda": BACKING}}, {}, Reason.BACKING_CHANGED),
+        ({}, {"vda": BACKING}, Reason.BACKING_CHANGED),
+        ({"backing": {"vdb": BACKING}}, {}, None),
+    ],
+)
+def test_a_backing_file_that_was_changed(then: dict[str, Any], now: dict[str, Any], reason: Reason | None) -> None:
+    """No bitmap marks it; a base that does not say what its backing files were shows nothing."""
+    known = Known(REPOSITORY, CLUSTER, [_record(OLD, 1, config=then)], backing=now)
+    assert _planned(known, _bitmap(OLD)) == (None if reason else OLD, reason)
+
+
+def _chain(directory: Path) -> Description:
+    """An overlay on a base, below a filter."""
+    for name in ("overlay", "base"):
+        (directory / name).write_bytes(name.encode() * 1000)
+    blocks = [
+        {"node": "throttle", "file": str(directory / "overlay"), "children": {"file": "top"}},
+        {"node": "top", "file": str(directory / "overlay"), "children": {"file": "f", "backing": "low"}},
+        {"node": "f", "file": str(directory / "overlay"), "children": {}},
+        {"node": "low", "file": str(directory / "base"), "children": {"file": "g"}},
+        {"node": "g", "file": str(directory / "base"), "children": {}},
+    ]
+    return Description("vm", (EngineDisk("vda", SIZE, "throttle"),), config={"blocks": blocks})
+
+
+def _write(path: Path) -> None:
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def _replace(path: Path) -> None:
+    path.with_name("other").write_bytes(path.read_bytes())
+    path.with_name("other").rename(path)
+
+
+def _older(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("how", [_write, _replace, _older, Path.unlink])
+@pytest.mark.parametrize("which", ["overlay", "base"])
+def test_what_tells_a_change(tmp_path: Path, how: Callable[[Path], None], which: str) -> None:
+    """Of a backing file between two runs; of all files during a run of an image that is off."""
+    description = _chain(tmp_path)
+    before, run = backing_of(description), Sources(description, off=True)
+    assert [entry[0] for entry in before["vda"]] == [str(tmp_path / "base")]
+    run.confirm()
+    how(tmp_path / which)
+    assert (backing_of(description) == before) is (which == "overlay")
+    with pytest.raises(ImageChangedError, match=which):
+        run.confirm()
+    Sources(_chain(tmp_path), off=False).confirm()
+
+
+def test_two_disks_of_one_name() -> None:
+    """One of them would be backed up, and nothing would say so."""
+    disks = EngineDisk("disk1", SIZE, "a"), EngineDisk("disk1", SIZE, "b")
+    with pytest.raises(UsageError, match="two disks are called 'disk1': nodes a and b"):
+        choose(Description("vm", disks), (), ())
+
+
+@pytest.mark.parametrize("how", ["other", "link", "moved", "other host", "never backed up"])
+def test_two_images_of_one_name(tmp_path: Path, how: str) -> None:
+    """The first one is still there: then the second is not the same disk, unless somebody says so."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"1")
+    if how == "link":
+        second.hardlink_to(first)
+    else:
+        second.write_bytes(b"2")
+    if how == "moved":
+        first.unlink()
+    record = _record(OLD, 1, config={"images": {"vda": str(first)}}, host="there" if how == "other host" else "here")
+    now = Description("vm", (EngineDisk("vda", SIZE, "vda"),), config={"images": {"vda": str(second)}})
+    records = [] if how == "never backed up" else [record]
+    if how == "other":
+        with pytest.raises(UsageError, match="is another image") as raised:
+            check_images(now, records, "here")
+        assert "--name" in raised.value.hint
+    else:
+        check_images(now, records, "here")
+    check_images(replace(now, config={"images": {"vda": str(first)}}), records, "here")
+
+
+@pytest.mark.parametrize(("disks", "fine"), [(("", ""), False), (("a", "b"), True), (("a", "a"), False)])
+def test_two_vms_with_one_source(tmp_path: Path, disks: tuple[str, str], fine: bool) -> None:
+    text = ""
+    for name, disk in zip(("one", "two"), disks, strict=True):
+        text += f'[vms.{name}]\nsource = "qmp:/run/x.qmp"\n' + (f'disks = ["{disk}"]\n' if disk else "")
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    path.chmod(0o600)
+    if fine:
+        load(path)
+    else:
+        with pytest.raises(UsageError, match="also the source of one"):
+            load(path)
