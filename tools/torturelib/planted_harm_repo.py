@@ -204,7 +204,7 @@ _DAMAGE = (
         _PRUNE,
         'replace(d, reasons=d.reasons or ("not whole",)) if d.record.vm in held else d',
         "d",
-        _lived("test_damage_in_one_vm_keeps_its_backups_and_stops_no_other"),
+        _lived("test_an_older_backup_stays_beside_one_that_is_hurt"),
     ),
     Fault(
         "repo-healed-never-forgotten",

@@ -106,6 +106,21 @@ def test_damage_in_one_vm_keeps_its_backups_and_stops_no_other(path: Path) -> No
     assert restore(again(path), newest) == [cluster(n) for n in (1, 3, 6)]
 
 
+def test_an_older_backup_stays_beside_one_that_is_hurt(path: Path) -> None:
+    """The newest is good, but what is kept before it is not: what would go may be wanted in its place."""
+    old, (_, (pack,)) = of(path, "web1", [2]), packs_of(path, lambda: of(path, "web1", [1, 3]))
+    of(path, "web1", [6])
+    gone = of(path, "web2", [4])
+    for _ in range(2):
+        of(path, "web2", [4])
+    pack.unlink()
+    done = prune(again(path), Policy(last=2), None, AT_ONCE)
+    assert done.trouble
+    assert {d.record.id for d in done.decisions if not d.keep} == {gone.id}
+    assert old.id in ids(path)
+    assert gone.id not in ids(path)
+
+
 def test_where_there_is_no_other_vm_nothing_is_removed(path: Path) -> None:
     bad, first, second = of(path, "web1", [1]), of(path, "web1", [2]), of(path, "web1", [4])
     spoil(path / "backups" / bad.id)
@@ -295,7 +310,7 @@ def test_damage_is_in_the_error_where_it_cannot_be_noted(path: Path, monkeypatch
 
 
 def test_stray_files_stop_nothing_and_stay(path: Path) -> None:
-    old, kept = back_up(again(path), [1, 3]), back_up(again(path), [3])
+    old, kept = back_up(again(path), [1, 6]), back_up(again(path), [3])
     strays = [path / kind / name for kind in ("packs", "index", "backups") for name in ("README", f"{kept.id}.bak")]
     for stray in strays:
         stray.write_bytes(b"x")
