@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from incbak.cli.settings import Settings, common, one_line, printable, settings
+from incbak.cli.settings import Settings, common, printable, settings
 from incbak.errors import DamagedError, DurabilityError, UsageError
 from incbak.repo import check as checks
 from incbak.repo.pins import read_pins
@@ -205,7 +205,7 @@ def _tell(here: Settings, found: checks.Report) -> None:
                    "bytes_read": found.bytes_read, "packs_read": found.packs_read,
                    "coverage": coverage_json(found.coverage)})  # fmt: skip
     for problem in found.problems:
-        click.echo(one_line(f"incbak: {problem.what}"), err=True)
+        click.echo(printable(f"incbak: {problem.what}"), err=True)
     if found.problems:
         if found.packs_read:
             here.say(coverage_text(found.coverage))
