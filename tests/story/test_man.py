@@ -70,7 +70,9 @@ def test_every_command_has_an_example() -> None:
 def test_exit_codes_and_environment(roff: Path) -> None:
     text = roff.read_text()
     codes = re.findall(r"^\\fB(\d+)\\fR$", text, flags=re.MULTILINE)
-    assert codes == ["0", "1", "2", "3", "4", "5", "10", "11", "12", "13", "130"]
+    assert codes == ["0", "1", "2", "3", "4", "5", "6", "10", "11", "12", "13", "14", "130"]
+    rows = re.findall(r"^\| (\d+) \|", (Path(__file__).parents[2] / "README.md").read_text(), flags=re.MULTILINE)
+    assert [row for row in rows if row in codes] == codes, "the table of the README"
     assert "\\fBINCBAK_REPOSITORY\\fR" in text
 
 
