@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from incbak import host
 from incbak.cli.passphrase import Passphrase
 from incbak.errors import DurabilityError, UsageError, WrongPassphraseError
-from incbak.fleet.config import Config, Vm, default_path, load
+from incbak.fleet.config import Config, Defaults, Vm, default_path, load
 from incbak.repo.memory import Memory
 from incbak.repo.repository import Repository
 from incbak.report.console import Console
@@ -75,8 +75,15 @@ class Settings:
 
     @cached_property
     def passphrase(self) -> Passphrase:
-        """Of the repository: the environment says where it is, or the configuration."""
-        said = self.vm or self.configuration().defaults
+        """Of the repository: the environment says where it is, or the configuration.
+
+        A configuration that cannot be read is a warning: it must not keep anybody from a restore.
+        """
+        try:
+            said = self.vm or self.configuration().defaults
+        except UsageError as e:
+            click.echo(one_line(f"incbak: whether it names a passphrase is not known: {e}"), err=True)
+            said = Defaults()
         return Passphrase(said.password_file, said.password_command)
 
     def open(self) -> Repository:

@@ -324,8 +324,8 @@ def test_hooks_run_around_a_backup_and_are_told_how_it_went(fleet: Fleet) -> Non
     told = json.loads((fleet.root / "json").read_text())
     assert (told["record"], told["kind"]) == (made, "full")
     (fleet.repo / "config").rename(fleet.root / "away")
-    assert fleet.run("full", "web1").code == 10
-    assert (fleet.root / "log").read_text().splitlines()[3:] == ["failed 10"]
+    assert fleet.run("full", "web1").code == 14
+    assert (fleet.root / "log").read_text().splitlines()[3:] == ["failed 14"]
     (fleet.root / "away").rename(fleet.repo / "config")
     fleet.script("before", "exit 7")
     ran = fleet.run("full", "web1")
