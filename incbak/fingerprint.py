@@ -75,6 +75,12 @@ def take(fd: int, size: int) -> Fingerprint:
     return Fingerprint(size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known)
 
 
+def of_content(image: Fingerprint, size: int) -> Fingerprint:
+    """Return the fingerprint of a disk of ``size`` bytes that an image of another format than raw holds."""
+    sample = blake3(image.sample + image.size.to_bytes(8, "little")).digest(length=16)
+    return image._replace(size=size, sample=sample)
+
+
 def _read(fd: int, offset: int, length: int) -> bytes:
     found = b""
     while len(found) < length:

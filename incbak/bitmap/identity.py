@@ -9,6 +9,9 @@ import msgspec
 
 from incbak import durable
 
+RAW = "raw"
+"""The format of an image that is the disk itself."""
+
 
 class Identity(msgspec.Struct, frozen=True):
     """``image``: where it was last opened. ``format``: see `incbak.disk.formats`; empty: raw."""

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
 from incbak.bitmap.format import REGION, REGION_SHIFT, TOUCHED, Flag, Slot
-from incbak.bitmap.identity import read_identity
+from incbak.bitmap.identity import RAW, Identity, read_identity
 from incbak.bitmap.judge import Found, Header, judge, judge_body, read_body, read_header, said_invalid
 from incbak.bitmap.names import ABOUT, BURIED, SUFFIX, component, name_of, names_in
 from incbak.errors import BitmapError
 from incbak.extents import Extent
-from incbak.fingerprint import Fingerprint, take_path
+from incbak.fingerprint import Fingerprint, of_content, take_path
 from incbak.opening import open_regular
 from incbak.reasons import Reason
 
@@ -147,7 +147,7 @@ def _of_nobody(header: Header, path: Path, name: str, image: Fingerprint | None)
     if identity is None:
         return said_invalid(header.slot) or Reason.WRONG_DISK
     if image is None and not said_invalid(header.slot):
-        image = _image(identity.image)
+        image = _image(identity, header.slot.size)
     found = judge(header, name, uuid.UUID(identity.uuid).bytes, image)
     if isinstance(found, Reason):
         return found
@@ -157,11 +157,13 @@ def _of_nobody(header: Header, path: Path, name: str, image: Fingerprint | None)
         return Reason.HEADER
 
 
-def _image(path: str) -> Fingerprint | None:
+def _image(identity: Identity, size: int) -> Fingerprint | None:
+    """What the image is now; of a watched image of another format, with the size of the disk, as `watch` takes it."""
     try:
-        return take_path(Path(path)) if path else None
+        found = take_path(Path(identity.image)) if identity.image else None
     except OSError:
         return None
+    return found if found is None or identity.format in ("", RAW) else of_content(found, size)
 
 
 def views(state_dir: Path, vm: str | None = None) -> list[BitmapView]:

@@ -11,10 +11,8 @@ from urllib.parse import unquote
 import msgspec
 
 from incbak import durable
-from incbak.bitmap.identity import Identity, read_identity, write_identity
+from incbak.bitmap.identity import RAW, Identity, read_identity, write_identity
 from incbak.bitmap.store import component
-
-_RAW = "raw"  # of a disk whose state says nothing: only raw disks had any
 
 
 def remembered_format(state_dir: Path, vm: str, disk: str | None, image: Path, default: str) -> tuple[str, str, bool]:
@@ -30,10 +28,10 @@ def remembered_format(state_dir: Path, vm: str, disk: str | None, image: Path, d
         sure = here or ([known[default]] if default in known else [])
     for place in sure:
         if found := read_identity(place):
-            return found.format or _RAW, str(place), True
+            return found.format or RAW, str(place), True
     for place in (*(known.values() if len(known) == 1 and disk is None else ()), *_elsewhere(state_dir, image)):
         if found := read_identity(place):
-            return found.format or _RAW, str(place), False
+            return found.format or RAW, str(place), False
     return "", "", False
 
 

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from incbak import durable
 from incbak.bitmap import format as fmt
 from incbak.bitmap.create import create_file, new_slot
@@ -76,16 +78,16 @@ class BitmapStore:
     def _about(self) -> Path:
         return self.directory / ABOUT
 
-    def note_image(self, image: Path) -> None:
+    def note_image(self, image: Path, form: str = "") -> None:
         """Remember where the image is, so that `disown` finds the bitmaps of an image that is overwritten.
 
-        Call it before anything is opened.
+        ``form``: its format, if it is known; else what is remembered stays. Call it before anything is opened.
         """
-        found, where = read_identity(self._about), os.path.abspath(image)
-        if not found:
+        if not (found := read_identity(self._about)):
             return
-        if found.image != where:
-            write_identity(self._about, Identity(found.uuid, where))
+        now = msgspec.structs.replace(found, image=os.path.abspath(image), format=form or found.format)
+        if now != found:
+            write_identity(self._about, now)
 
     def path(self, name: str) -> Path:
         """Where the bitmap ``name`` is."""

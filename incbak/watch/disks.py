@@ -10,10 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from blake3 import blake3
-
 from incbak import host
 from incbak.bitmap.continuity import may_repeat
+from incbak.bitmap.identity import RAW
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.disk.locks import writer_present
@@ -22,7 +21,7 @@ from incbak.engine.qemu_disks import find_disks
 from incbak.engine.qemu_graph import Graph, read_graph, shareable
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Fingerprint, of_content
 from incbak.opening import open_image
 
 LOCK_SECONDS = 15.0
@@ -33,14 +32,19 @@ _SETTLE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Watched:
-    """A disk whose bitmaps are in QEMU's memory only. ``raw``: what the image holds is what the guest sees."""
+    """A disk whose bitmaps are in QEMU's memory only. ``format``: of its image."""
 
     name: str
     node: str
     size: int
     image: Path
-    raw: bool
+    format: str
     store: BitmapStore
+
+    @property
+    def raw(self) -> bool:
+        """Whether what the image holds is what the guest sees."""
+        return self.format == RAW
 
     def fingerprint(self) -> Fingerprint:
         """Of the image, which may be open elsewhere; with the size of the *disk*. Raises `DiskError` or `OSError`."""
@@ -53,8 +57,7 @@ class Watched:
         found = found._replace(ctime_ns=0, attributes=bytes(8))
         if self.raw:
             return found
-        sample = blake3(found.sample + found.size.to_bytes(8, "little")).digest(length=16)
-        return found._replace(size=self.size, sample=sample)
+        return of_content(found, self.size)
 
     def settled(self) -> Fingerprint:
         """The same, taken when any later write must show in it: the clock has gone past the image's time of change.
@@ -92,8 +95,8 @@ async def find_watched(session: Session, state_dir: Path, vm: str) -> tuple[list
         if isinstance(image, str):
             left_out.append(LeftOut(disk.name, image))
             continue
-        raw = disk.format in ("raw", *_PROTOCOLS)
-        watched = Watched(disk.name, disk.node, disk.size, image, raw, BitmapStore(state_dir, vm, disk.name))
+        form = RAW if disk.format in _PROTOCOLS else disk.format
+        watched = Watched(disk.name, disk.node, disk.size, image, form, BitmapStore(state_dir, vm, disk.name))
         if why := await asyncio.to_thread(_unusable, watched, session.peer_pid()):
             left_out.append(LeftOut(disk.name, why))
             continue
@@ -142,7 +145,7 @@ async def lock_store(disk: Watched) -> None:
             if time.monotonic() > deadline:
                 raise
         await asyncio.sleep(0.1)
-    disk.store.note_image(disk.image)
+    disk.store.note_image(disk.image, disk.format)
 
 
 def unlock_stores(disks: Iterable[Watched]) -> None:

@@ -22,7 +22,7 @@ from incbak.cli.main import main
 DEADLINE = 60.0
 
 for _module in pkgutil.walk_packages(incbak.__path__, "incbak."):
-    if not _module.name.endswith("__main__"):
+    if not _module.name.endswith(("__main__", ".start")):  # these are for a process of their own
         importlib.import_module(_module.name)  # commands import their parts late: here they are paid for once
 
 
@@ -86,7 +86,7 @@ def _become(child: Child, prepare: Callable[[], None]) -> NoReturn:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), fd)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.closerange(3, 1024)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         sys.argv = ["incbak", *child.argv]
         prepare()
         main()

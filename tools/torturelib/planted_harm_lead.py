@@ -94,4 +94,11 @@ FAULTS = [
         "turns = 1",
         ("tests/story/test_fleet.py::test_systemd_ends_no_backup_before_its_own_limit_does",),
     ),
+    Fault(
+        "state-forgets-the-format",
+        "incbak/bitmap/store.py",
+        "format=form or found.format)",
+        "format=form)",
+        unit("bitmap/test_look", "test_the_format_of_a_disk_stays_when_its_image_moves"),
+    ),
 ]

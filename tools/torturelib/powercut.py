@@ -98,7 +98,7 @@ def examine(root: Path, recorded: Recorded, position: int) -> None:
         _run(root, "-q", "check", "--read-data")
     image = root / "disk.raw"
     image.write_bytes(b"after the cut" * 20_000)
-    _run(root, "-q", "full", "--name", "vm", str(image))
+    _run(root, "-q", "full", "--name", "vm", "--disk", "disk0", str(image))
     _restores(root, "latest", read_state(image))
 
 

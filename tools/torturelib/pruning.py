@@ -52,7 +52,7 @@ def prune_round(world: World) -> None:
 
 def _rules(rng: Random) -> list[str]:
     rules = ["--keep-last", str(rng.choice((1, 1, 2, 3)))]
-    rules += rng.choice(([], ["--keep-hourly", "2"], ["--keep-within", "1s"]))
+    rules += rng.choice(([], ["--keep-hourly", "2"], ["--keep-within", "1h"]))
     return [
         *rules,
         "--grace",

@@ -13,12 +13,13 @@ from click.testing import CliRunner
 from incbak.bitmap import format as fmt
 from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import REGION
+from incbak.bitmap.identity import read_identity
 from incbak.bitmap.store import get_dirty_blocks, invalidate, view
 from incbak.cli.main import cli
 from incbak.engine.base import EngineDisk
 from incbak.engine.image import ImageEngine
 from incbak.errors import BitmapError
-from incbak.fingerprint import Beat
+from incbak.fingerprint import Beat, of_content, take_path
 from incbak.reasons import Reason
 from tests.unit.bitmap.scene import CLUSTER, NAME, SIZE, Scene
 
@@ -172,3 +173,25 @@ def test_an_engine_that_looks_changes_nothing(
         assert (bitmap.trouble(CLUSTER), bitmap.found) == (None, expected.value)
         assert bitmap.count >= 2 * CLUSTER
     scene.store.lock()
+
+
+def test_the_format_of_a_disk_stays_when_its_image_moves(scene: Scene) -> None:
+    scene.store.note_image(scene.image, "qcow2")
+    scene.store.note_image(scene.image.with_name("moved.img"))
+    about = read_identity(scene.store.directory / "disk.json")
+    assert about
+    assert (about.image, about.format) == (str(scene.image.with_name("moved.img")), "qcow2")
+
+
+@pytest.mark.parametrize(("form", "reason"), [("vmdk", None), ("", Reason.RESIZED)])
+def test_of_an_image_of_another_format_the_disks_own_size_counts(
+    scene: Scene, form: str, reason: Reason | None
+) -> None:
+    """As `watch` leaves it: the size is the disk's, and not that of the file."""
+    with scene.image.open("ab") as f:
+        f.write(b"x" * 512)
+    found = of_content(take_path(scene.image), SIZE)
+    scene.store.create(NAME, SIZE, CLUSTER, found).close(found)
+    scene.store.note_image(scene.image, form)
+    scene.store.unlock()
+    assert view(scene.state, "vm", "disk", NAME).reason is reason

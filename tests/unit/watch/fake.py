@@ -165,4 +165,4 @@ def a_disk(directory: Path, *, raw: bool = True) -> Watched:
     os.utime(image, ns=(1, 1_600_000_000_123_456_789))
     store = BitmapStore(directory / "state", "vm", "vda")
     store.lock()
-    return Watched("vda", "vda", SIZE, image, raw, store)
+    return Watched("vda", "vda", SIZE, image, "raw" if raw else "qcow2", store)
