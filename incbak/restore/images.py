@@ -13,7 +13,7 @@ from incbak import durable, newfile
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.formats import named_format, recognise
 from incbak.disk.users import refuse_users
-from incbak.errors import DurabilityError, RestoreError
+from incbak.errors import DurabilityError, NbdError, RestoreError
 from incbak.nbd.uri import NbdUri
 from incbak.private import PrivateDirectory
 from incbak.restore.targets import DeviceTarget, FileTarget, NbdTarget, Target
@@ -66,11 +66,16 @@ class Qcow2Target(Target):
                 command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True, pass_fds=[fd]
             )
         deadline = time.monotonic() + _START_SECONDS
-        while not sock.exists():
+        while True:
             if self._server.poll() is not None or time.monotonic() > deadline:
                 raise RestoreError(f"cannot write {self.name}: {self._said() or 'qemu-nbd did not start'}")
+            if sock.exists():
+                try:
+                    return NbdTarget(str(NbdUri("", path=str(sock))), size)
+                except NbdError as e:
+                    if not isinstance(e.__cause__, ConnectionRefusedError):  # bound, and not listening yet
+                        raise
             time.sleep(0.01)
-        return NbdTarget(str(NbdUri("", path=str(sock))), size)
 
     def _said(self) -> str:
         return (self._directory / "log").read_text(errors="replace").strip()

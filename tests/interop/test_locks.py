@@ -12,7 +12,7 @@ import pytest
 from incbak.disk.file import FileDisk, open_disk
 from incbak.errors import ImageInUseError
 from tests.kit.need import need
-from tests.kit.serve import Qmp, wait_until
+from tests.kit.serve import Qmp, listens, wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -69,7 +69,7 @@ def _held_by_a_vm(image: Path, directory: Path, *, read_only: bool = False) -> I
     command += ["-device", "virtio-blk-pci,drive=d"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
-        wait_until(lambda: monitor.exists() or process.poll() is not None, "QEMU's monitor")
+        wait_until(lambda: listens(monitor) or process.poll() is not None, "QEMU's monitor")
         qmp = Qmp(monitor)
         yield qmp
         qmp.close()

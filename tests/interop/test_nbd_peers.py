@@ -18,7 +18,7 @@ from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
 from tests.kit.need import missing, need
-from tests.kit.serve import Serve, serving, wait_until
+from tests.kit.serve import Serve, listens, serving, wait_until
 
 MIB = 1 << 20
 SIZE = 8 * MIB + 512
@@ -302,7 +302,7 @@ def started(socket: Path, *command: str | Path) -> Iterator[NbdUri]:
     need(str(command[0]))
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE)
     try:
-        wait_until(lambda: socket.exists() or process.poll() is not None, "the server's socket")
+        wait_until(lambda: listens(socket) or process.poll() is not None, "the server's socket")
         yield NbdUri("", path=str(socket))
     finally:
         process.terminate()
@@ -432,7 +432,7 @@ def test_our_client_notices_that_a_server_was_killed(tmp_path: Path) -> None:
     need("nbdkit")
     socket = tmp_path / "s"
     process = subprocess.Popen(["nbdkit", "-f", "-U", str(socket), "memory", "64M"])
-    wait_until(socket.exists, "the server's socket")
+    wait_until(lambda: listens(socket), "the server's socket")
     client = NbdClient.connect(NbdUri("", path=str(socket)))
     client.write(b"x", 0)
     process.kill()

@@ -42,6 +42,12 @@ def wait_until(what: Callable[[], object], why: str, deadline: float = DEADLINE)
         time.sleep(0.01)
 
 
+def listens(path: Path) -> bool:
+    """Whether a process listens on the Unix socket; its name is there a moment earlier. Connects to nothing."""
+    rows = (line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    return any(len(row) == 8 and row[7] == str(path) and int(row[3], 16) & 0x10000 for row in rows)
+
+
 class Qmp:
     """A blocking QMP client, on `qemu.qmp.QMPClient` in a thread of its own. Events are kept in `events`."""
 

@@ -101,4 +101,11 @@ FAULTS = [
         "format=form)",
         unit("bitmap/test_look", "test_the_format_of_a_disk_stays_when_its_image_moves"),
     ),
+    Fault(
+        "restore-qcow2-server-not-waited-for",
+        "incbak/restore/images.py",
+        "if not isinstance(e.__cause__, ConnectionRefusedError):",
+        "if True:",
+        unit("restore/test_images", "test_a_server_whose_socket_is_bound_and_does_not_listen_yet_is_waited_for"),
+    ),
 ]

@@ -29,7 +29,7 @@ from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import DeviceTarget, open_target
 from tests.kit.cli import Content, Incbak, content, differing
 from tests.kit.need import missing, need
-from tests.kit.serve import Peer, wait_until
+from tests.kit.serve import Peer, listens, wait_until
 from tests.unit.backup.scene import Disk, FakeEngine, back_up
 from tests.unit.backup.scene import made as record_of
 from tests.unit.repo.scene import new
@@ -339,7 +339,7 @@ def _server(socket: Path, *command: str | Path) -> Iterator[str]:
     need(str(command[0]))
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: socket.exists() or process.poll() is not None, "the server's socket")
+        wait_until(lambda: listens(socket) or process.poll() is not None, "the server's socket")
         yield f"nbd+unix:///?socket={socket}"
     finally:
         process.terminate()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from incbak.disk.file import FileDisk, open_disk
-from incbak.errors import DamagedError, DurabilityError, ImageInUseError, IncbakError, RestoreError
+from incbak.errors import DamagedError, DurabilityError, ImageInUseError, IncbakError, NbdError, RestoreError
+from incbak.restore import images
 from incbak.restore.images import InPlaceTarget, Qcow2Target
 from incbak.restore.restore import Restored, restore_disk
-from incbak.restore.targets import Target
+from incbak.restore.targets import NbdTarget, Target
 from tests.kit.cli import Content, Incbak, content, differing
 from tests.kit.need import need
 from tests.kit.serve import raw_image, serving
@@ -177,3 +178,20 @@ def test_an_image_restored_in_place_loses_its_bitmaps(tmp_path: Path) -> None:
     assert after["disks"][0]["reason"] == "disk-changed"
     assert after["disks"][0]["root"] == incbak.list()[0]["disks"][0]["root"]
     assert incbak.run("restore", first, image, "--in-place", "--format", "qcow2").code == 2
+
+
+@pytest.mark.qemu
+def test_a_server_whose_socket_is_bound_and_does_not_listen_yet_is_waited_for(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def late(uri: str, size: int) -> NbdTarget:
+        tried.append(uri)
+        if len(tried) < 3:
+            raise NbdError("cannot connect") from ConnectionRefusedError()
+        return NbdTarget(uri, size)
+
+    monkeypatch.setattr(images, "NbdTarget", late)
+    Qcow2Target(image, SIZE, force=False).abandon()
+    assert len(tried) == 3
