@@ -105,20 +105,25 @@ def contradictions(vm: str, description: Description, records: Sequence[Record])
     return found
 
 
-def check_images(description: Description, records: Sequence[Record], host: str) -> None:
-    """Raise `UsageError` where the newest backup of a disk is of another image, which is still there.
+def other_images(description: Description, records: Sequence[Record], host: str, *, claimed: bool = False) -> list[str]:
+    """Return what speaks against an image being the disk of the newest backup: that is another one, and still there.
 
     An image that was moved is not there any more; a chain of a running VM has a new top after each snapshot: this is
-    for images that are off.
+    for images that are off. Raises `UsageError` instead unless it is ``claimed``: a full backup, which builds on
+    nothing, under a name that somebody gave.
     """
     images: Mapping[str, Any] = description.config.get("images", {})
+    found = []
     for disk in description.disks:
         record = next((r for r in reversed(records) if r.disk(disk.name)), None)
         before, now = _image(record, disk.name) if record else "", str(images.get(disk.name, ""))
         if record and record.host == host and before.startswith("/") and _are_two(Path(before), Path(now)):
             what = f"disk {disk.name} of {record.vm} is {before} in the newest backup, and {now} is another image"
             hint = "Name its VM with --name, or the disk with --disk (also if it takes the other one's place)."
-            raise UsageError(what, hint=hint)
+            if not claimed:
+                raise UsageError(what, hint=hint)
+            found.append(f"{what}; if both are disks of the VM, name them with --disk")
+    return found
 
 
 def _image(record: Record, disk: str) -> str:

@@ -137,3 +137,20 @@ def test_the_shell_completes_commands_and_options(incbak: Incbak) -> None:
 
     assert completed("incbak in") == ["init", "incremental"]
     assert completed("incbak full --qui") == ["--quiesce", "--quiet"]
+
+
+def test_two_images_are_not_taken_for_one_disk(incbak: Incbak) -> None:
+    """A name that somebody gave makes a full of the other one, with a warning and a note; never an incremental."""
+    for name in "ab":
+        (incbak.root / name).mkdir()
+    first, second = (raw_image(incbak.root / name / "disk.raw", SIZE, name.encode()) for name in "ab")
+    incbak("full", first)
+    for argv in (("full", second), ("incremental", second), ("incremental", second, "--name", "disk")):
+        ran = incbak.run(*argv)
+        assert (ran.code, "is another image" in ran.err, "--disk" in ran.err) == (2, True, True), argv
+    ran = incbak("full", second, "--name", "disk")
+    assert "is another image" in ran.err
+    assert "is another image" in str(incbak("--json", "show", "latest", "--name", "disk").objects()[0]["notes"])
+    assert incbak.run("full", first, "--name", "disk", "--strict").code == 2
+    incbak("incremental", first, "--name", "disk", "--disk", "first")
+    assert len(incbak.list()) == 3

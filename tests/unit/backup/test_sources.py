@@ -13,7 +13,7 @@ import pytest
 
 from incbak.backup.plan import Known, Request, choose, make_plan
 from incbak.backup.runner import Options, run
-from incbak.backup.sources import Sources, backing_of, check_images, contradictions
+from incbak.backup.sources import Sources, backing_of, contradictions, other_images
 from incbak.engine.base import BitmapInfo, Description, EngineDisk, bitmap_name
 from incbak.errors import ImageChangedError, UsageError
 from incbak.events import Event, Warned
@@ -151,11 +151,13 @@ def test_two_images_of_one_name(tmp_path: Path, how: str) -> None:
     records = [] if how == "never backed up" else [record]
     if how == "other":
         with pytest.raises(UsageError, match="is another image") as raised:
-            check_images(now, records, "here")
+            other_images(now, records, "here")
         assert "--name" in raised.value.hint
+        (what,) = other_images(now, records, "here", claimed=True)
+        assert "is another image; if both are disks of the VM, name them with --disk" in what
     else:
-        check_images(now, records, "here")
-    check_images(replace(now, config={"images": {"vda": str(first)}}), records, "here")
+        assert other_images(now, records, "here") == []
+    assert other_images(replace(now, config={"images": {"vda": str(first)}}), records, "here") == []
 
 
 @pytest.mark.parametrize(("disks", "fine"), [(("", ""), False), (("a", "b"), True), (("a", "a"), False)])
