@@ -1,4 +1,4 @@
-"""Incremental backups of virtual machine disks that a crash does not spoil.
+"""Incremental backups of virtual machine disks that survive crashes.
 
 Threat model
 ============
@@ -45,8 +45,8 @@ back.
 
 **Other local users** see nothing: files and directories that incbak makes are the user's alone under any umask,
 except a metrics file and what is restored into a directory of theirs. Sockets are private before anybody can connect,
-and a monitor that belongs to somebody else is not spoken to. Configuration that names commands must not be writable
-by others. Not promised: that they cannot guess from the load that a backup runs.
+and unless incbak runs as root, a monitor of another user is not used. Configuration that names commands
+must not be writable by others. Not promised: that they cannot guess from the load that a backup runs.
 
 **Other hosts** that share storage or a repository. Locks of a repository hold on one host only. A disk that another
 host writes to cannot be told from here; what is known of it (its time of change, its counters) is compared, and

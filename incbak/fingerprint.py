@@ -19,6 +19,7 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from incbak import host
+from incbak.opening import open_image
 
 NO_WRITES = bytes(32)
 _SAMPLES, _SAMPLE = 16, 4096
@@ -101,14 +102,11 @@ def writes_of(fd: int) -> bytes:
 
 
 def take_path(path: Path) -> Fingerprint:
-    """The fingerprint of a file or block device, whoever has it open. Raises `OSError`."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Return the fingerprint of a file or block device, whoever has it open. Raises `OSError`."""
+    fd = open_image(path, os.O_RDONLY)  # an engine may have named it
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISBLK(mode):
+        if stat.S_ISBLK(os.fstat(fd).st_mode):
             os.fdatasync(fd)
-        elif not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, f"{path} is neither a file nor a block device")
         return take(fd, os.lseek(fd, 0, os.SEEK_END))
     finally:
         os.close(fd)

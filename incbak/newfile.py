@@ -53,12 +53,7 @@ def create_locked(path: Path, mode: int = 0o600) -> int:
             left = _leftover(path)
             os.unlink(path)
             fd = create(path, mode)
-        try:
-            _lock(fd, path)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        return _locked(fd, path)
     finally:
         if left >= 0:
             os.close(left)
@@ -71,22 +66,22 @@ def _leftover(path: Path) -> int:
         what = "no regular file" if not stat.S_ISREG(info.st_mode) else f"of another user (uid {info.st_uid})"
         hint = f"See whose it is: ls -l {path}. Remove it, or choose a directory that only you can write to."
         raise RestoreError(f"{path} is there already, and is {what}", hint=hint)
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        _lock(fd, path)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return _locked(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), path)
 
 
-def _lock(fd: int, path: Path) -> None:
+def _locked(fd: int, path: Path) -> int:
+    """Lock the open file and return it. Raises `ImageInUseError`, and closes it then."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ImageInUseError(f"another restore is writing to {path}", hint="Wait until it has ended.") from None
-    if not names(path, fd):
+        if names(path, fd):
+            return fd
         raise ImageInUseError(f"another restore has begun to write to {path}", hint="Wait until it has ended.")
+    except BaseException as e:
+        os.close(fd)
+        if isinstance(e, BlockingIOError):
+            hint = "Wait until it has ended."
+            raise ImageInUseError(f"another restore is writing to {path}", hint=hint) from None
+        raise
 
 
 def names(path: Path, fd: int) -> bool:

@@ -110,7 +110,7 @@ def other_images(description: Description, records: Sequence[Record], host: str,
 
     An image that was moved is not there any more; a chain of a running VM has a new top after each snapshot: this is
     for images that are off. Raises `UsageError` instead unless it is ``claimed``: a full backup, which builds on
-    nothing, under a name that somebody gave.
+    nothing, under a name given with ``--name``.
     """
     images: Mapping[str, Any] = description.config.get("images", {})
     found = []

@@ -98,7 +98,8 @@ def _with_regions(bits: kernels.Bits, slot: Slot, coarse: kernels.Bits) -> kerne
     return marked
 
 
-def _in_use(directory: Path) -> bool:
+def owned(directory: Path) -> bool:
+    """Return whether a process holds the bitmaps of the disk with this directory. Raises `OSError`."""
     try:
         fd = open_regular(directory / "lock", os.O_RDONLY)
     except FileNotFoundError:
@@ -121,7 +122,7 @@ def view_file(path: Path, image: Fingerprint | None = None) -> BitmapView:
     """As `view`, of the file at its place in a state directory; ``image``: what the disk's image is now, if known."""
     directory = path.parent
     vm, disk, name = (unquote(part) for part in (directory.parent.name, directory.name, path.name.removesuffix(SUFFIX)))
-    in_use = _in_use(directory)
+    in_use = owned(directory)
     if not path.exists():
         buried = path.with_name(path.name + BURIED)
         if buried.exists():

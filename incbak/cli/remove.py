@@ -95,7 +95,7 @@ def _report(here: Settings, chosen: Sequence[Chosen], done: Removal) -> None:
     waiting = f", {format_size(done.waiting)} will be after the grace period" if done.waiting else ""
     here.say(f"removed {_count(chosen)}; {format_size(done.freed)} freed{waiting}")
     if done.trouble:
-        done.trouble.args = (f"the backups are removed, but not yet their content; prune reports: {done.trouble}",)
+        click.echo("incbak: the backups are removed, their content is not; the next prune tries it again", err=True)
         raise done.trouble
 
 

@@ -77,12 +77,12 @@ class Settings:
     def passphrase(self) -> Passphrase:
         """Of the repository: the environment says where it is, or the configuration.
 
-        A configuration that cannot be read is a warning: it must not keep anybody from a restore.
+        A configuration that cannot be read is a warning: it must not prevent a restore.
         """
         try:
             said = self.vm or self.configuration().defaults
         except UsageError as e:
-            click.echo(one_line(f"incbak: whether it names a passphrase is not known: {e}"), err=True)
+            click.echo(one_line(f"incbak: cannot look up a passphrase in the configuration: {e}"), err=True)
             said = Defaults()
         return Passphrase(said.password_file, said.password_command)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from incbak.backup.sources import check_names
 from incbak.backup.vm import vm_name
+from incbak.bitmap.look import owned
 from incbak.bitmap.store import BitmapStore
 from incbak.doctor import places
 from incbak.doctor.finding import Finding, Level, fault, ok, warning
@@ -96,16 +95,9 @@ def _room(where: Path, disks: Sequence[EngineDisk]) -> list[Finding]:
 def _held(state_dir: Path, vm: str, disk: EngineDisk) -> bool:
     """Whether another process holds the disk's bitmaps in the state directory: of a VM in QEMU that is incbak watch."""
     try:
-        fd = os.open(BitmapStore(state_dir, vm, disk.name).directory / "lock", os.O_RDONLY | os.O_NOFOLLOW)
+        return owned(BitmapStore(state_dir, vm, disk.name).directory)
     except (OSError, UsageError):
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def _disk(kind: str, disk: EngineDisk, *, watched: bool) -> Finding:

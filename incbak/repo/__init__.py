@@ -36,9 +36,10 @@ first write that fails is final for its run: a writer that failed once commits n
 than what refers to it, so a reader finds all that it was told of. Every blob is checked against its digest when it is
 read, and every copy is tried before it is called damaged. Sizes, counts and names are held to limits first.
 
-**Removing** (`prune`, `retention`) is the one thing that takes away. A backup is gone when its record is. The packs of
-which nothing listed needs anything are condemned, at a moment without a backup, and removed when the grace is over:
-packs, then what the index says of them, then the condemnation. What is condemned is read from, and never built on.
+**Removing** is what `prune` does by the rules of `retention`, and `remove` by name, under the same locks; nothing else
+takes away. A backup is gone when its record is. The packs of which nothing listed needs anything are condemned, at a
+moment without a backup, and removed when the grace is over: packs, then what the index says of them, then the
+condemnation. What is condemned is read from, and never built on.
 
 **Encrypted repositories** have the same files in the same order. How content is named and stored is the *seal*'s
 business (`seal`, `cipher`); every place that hashes or encodes asks it. What a host remembers of a repository, to

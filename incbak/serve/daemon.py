@@ -66,6 +66,7 @@ class Daemon:
         self._server = NbdServer(lambda: self._exports, max_connections=options.max_connections, tls=options.tls)
         self._places: list[str] = []
         self._signals = 0
+        self._caught: tuple[signal.Signals, ...] = ()
         self._monitor_path: Path | None = None
 
     def run(self) -> int:
@@ -157,14 +158,15 @@ class Daemon:
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # as under nohup
-        for number in (signal.SIGTERM, signal.SIGINT, *hangup):
+        self._caught = (signal.SIGTERM, signal.SIGINT, *hangup)
+        for number in self._caught:
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 loop.add_signal_handler(number, self._on_signal)
 
     def _ignore_signals(self) -> None:
         """Keep the exit code: a signal between the clean end and that of the process would kill it as a failure."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._caught:
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 if loop.remove_signal_handler(number):
                     signal.signal(number, signal.SIG_IGN)

@@ -17,6 +17,7 @@ from incbak.disk.file import open_disk, probe_format
 from incbak.disk.locks import writer_present
 from incbak.engine.qemu import _sync_files
 from incbak.errors import DiskError
+from incbak.fingerprint import take_path
 from incbak.opening import open_image, open_regular
 
 _IN_OPEN = 0x20
@@ -82,6 +83,7 @@ USERS: dict[str, Callable[[Path], object]] = {
     "lock": lambda path: writer_present(str(path)),
     "sync": lambda path: _sync_files([str(path)]),
     "bitmap": view_file,
+    "fingerprint": take_path,
 }
 
 

@@ -197,7 +197,7 @@ _TOLD = (
     ),
     Fault(
         "doctor-does-not-see-a-watch",
-        "incbak/doctor/source.py",
+        "incbak/bitmap/look.py",
         "        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)\n",
         "        pass\n",
         unit(_SMALL, "test_doctor_knows_a_watch_that_runs"),

@@ -98,7 +98,7 @@ FAULTS = [
         "incbak/backup/runner.py",
         "            await self._engine.confirm()\n",
         "",
-        unit("backup/test_runner", "test_what_the_engine_says_before_the_commit_counts"),
+        unit("backup/test_runner", "test_the_engine_looks_again_before_the_commit"),
     ),
     Fault(
         "live: a target can be dialled again while its runner lives",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,6 @@ from tests.unit.repo.scene import CLUSTER, cluster, new, record_of, restore, sto
 NOW = 4_000_000_000.0
 GRACE = 100.0
 LAST = Policy(last=1)
-
-
-@pytest.fixture(autouse=True)
-def _disarm() -> Iterator[None]:
-    yield
-    durable.arm()
 
 
 @pytest.fixture

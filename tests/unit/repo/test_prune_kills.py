@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,12 +51,6 @@ CRASHES = [
     *(("durable.unlinked", count) for count in range(1, 9)),
     *(("repo." + step, 1) for step in ("append", "pack-full", "packs-durable", "index-durable")),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _disarm() -> Iterator[None]:
-    yield
-    durable.arm()
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from incbak import durable
 from incbak.errors import DamagedError, LockedError, UsageError
 from incbak.repo import pins
 from incbak.repo.prune import PRUNE_LOCK, Options
@@ -28,12 +26,6 @@ from incbak.repo.remove import remove
 from incbak.repo.repository import Repository
 remove(Repository.open(Path(sys.argv[1])), [sys.argv[2]], Options(grace=0.0))
 """
-
-
-@pytest.fixture(autouse=True)
-def _disarm() -> Iterator[None]:
-    yield
-    durable.arm()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,12 +39,6 @@ from tests.unit.repo.scene import back_up
 pack.TARGET = 8000
 back_up(Repository.open(Path(sys.argv[1])), [int(n) for n in sys.argv[2].split(",")])
 """
-
-
-@pytest.fixture(autouse=True)
-def _disarm() -> Iterator[None]:
-    yield
-    durable.arm()
 
 
 def _whole(path: Path) -> list[list[bytes]]:

@@ -188,6 +188,29 @@ def test_sigterm_ends_with_clients_connected_and_a_job_running(tmp_path: Path, i
     assert _found(tmp_path, image)["x-incbak-found"] == "clean"
 
 
+@pytest.mark.parametrize("late", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_after_the_clean_end_does_not_make_it_a_failure(tmp_path: Path, late: signal.Signals) -> None:
+    """A service manager, or a terminal that is closed, may send one while the process is on its way out."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "import incbak.serve.daemon as d\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "directory = Path(sys.argv[1])\n"
+        "options = d.ServeOptions('vm', [('vda', directory / 'a.raw')], directory / 'state', "
+        "directory / 'n.sock', directory / 'q.sock')\n"
+        "status = d.Daemon(options).run()\n"
+        f"os.kill(os.getpid(), {int(late)})\n"
+        "sys.exit(status)\n"
+    )
+    raw_image(tmp_path / "a.raw", SIZE)
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline().startswith(b"ready: ")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
 def test_quit_ends_as_sigterm_does(tmp_path: Path, image: Path) -> None:
     with serving(tmp_path, {"vda": image}) as serve:
         qmp = serve.qmp()
