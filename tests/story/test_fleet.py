@@ -189,6 +189,16 @@ def test_a_backup_prunes_by_the_rules_of_its_vm(fleet: Fleet) -> None:
     assert len(fleet("--json", "-r", fleet.repo, "list").objects()) == 6
 
 
+def test_a_damaged_configuration_does_not_prevent_a_restore(fleet: Fleet) -> None:
+    fleet.write(TWO)
+    fleet("full", "web1")
+    fleet.write("[defaults\n")
+    out = fleet.root / "out.raw"
+    ran = fleet("-r", fleet.repo, "restore", "latest", out)
+    assert "cannot look up a passphrase in the configuration" in ran.err
+    assert differing(content(out), content(fleet.root / "web1.raw")) == []
+
+
 def test_a_signal_ends_all_of_them(fleet: Fleet) -> None:
     fleet.write(TWO)
     process = fleet.popen("full", "--all", "--speed-limit", "10k")  # which would take minutes

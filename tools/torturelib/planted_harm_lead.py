@@ -133,8 +133,8 @@ FAULTS = [
         "broken-configuration-stops-a-restore",
         "incbak/cli/settings.py",
         "            said = Defaults()\n",
-        "            raise\n",
-        ("tests/story/test_fleet.py::test_what_is_wrong_is_named_and_nothing_is_done",),
+        "            if self.config and self.config.exists():\n                raise\n            said = Defaults()\n",
+        ("tests/story/test_fleet.py::test_a_damaged_configuration_does_not_prevent_a_restore",),
     ),
     Fault(
         "two-images-claimed-by-an-incremental",
