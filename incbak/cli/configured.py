@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import click
 from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
 from incbak.cli.passphrase import Passphrase
 from incbak.cli.settings import Settings, one_line
-from incbak.cli.signals import ending, interrupt_on_ending
+from incbak.cli.signals import LOOK_SECONDS, ending, interrupt_on_ending
 from incbak.errors import IncbakError, IncompleteError, UsageError
 from incbak.fleet.config import Vm
 
@@ -150,8 +150,11 @@ def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> I
         try:
             for name in names:
                 work.append(pool.submit(one, name))
-            for each in as_completed(work):
-                yield each.result()
+            waiting = set(work)
+            while waiting:
+                done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
+                for each in done:
+                    yield each.result()
         except BaseException:
             for each in work:
                 each.cancel()

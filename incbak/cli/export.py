@@ -10,7 +10,7 @@ import click
 from incbak.cli.encodable import refuse_unencodable_path
 from incbak.cli.serve import parse_tcp
 from incbak.cli.settings import common, settings
-from incbak.cli.signals import on_ending
+from incbak.cli.signals import LOOK_SECONDS, on_ending
 from incbak.cli.tls import serves_tls, tcp_uri, tls_of
 from incbak.errors import UsageError
 from incbak.export.image import BackupImage
@@ -82,7 +82,8 @@ def export(
             else:
                 click.echo("ready: " + " ".join(uris))
             notify("READY=1")
-            wanted.wait()
+            while not wanted.wait(LOOK_SECONDS):
+                pass
         finally:
             server.stop()
             repo.close()

@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 Number = signal.Signals
 
+LOOK_SECONDS = 0.2
+"""How long a main thread may wait before it looks whether a signal came. Its handler runs in that thread only, and a
+signal that another thread takes, or that comes just before the wait, does not wake it."""
+
 
 def ending() -> tuple[Number, ...]:
     """Return SIGINT, SIGTERM, and SIGHUP unless it is ignored: ``nohup`` means that the terminal may go."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,3 +91,17 @@ def content(path: Path, step: int = 65536) -> Content:
 def differing(a: Content, b: Content) -> list[int]:
     """Offsets of the pieces that differ, -1 for the size: short to print, whatever the disk's size."""
     return sorted(at for at in a.keys() | b.keys() if a.get(at) != b.get(at))
+
+
+def signal_another_thread(pid: int, number: int) -> None:
+    """Send a signal to a thread of the process that is not the main one, once that one waits for a lock or an event.
+
+    Python's handler runs in the main thread only.
+    """
+    deadline = time.monotonic() + DEADLINE
+    while "futex" not in Path(f"/proc/{pid}/task/{pid}/wchan").read_text():
+        assert time.monotonic() < deadline, "the main thread does not wait"
+        time.sleep(0.01)
+    other = next(int(task) for task in os.listdir(f"/proc/{pid}/task") if int(task) != pid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.tgkill(pid, other, number) == 0, os.strerror(ctypes.get_errno())

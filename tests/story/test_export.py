@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.cli import content, differing
+from tests.kit.cli import content, differing, signal_another_thread
 from tests.kit.need import need
 from tests.story.test_story import CLUSTER, REGION, SIZE, Story
 
@@ -40,6 +40,16 @@ def exported(story: Story, *argv: str | Path) -> Iterator[str]:
         process.send_signal(signal.SIGTERM)
         _out, err = process.communicate(timeout=30)
         assert (process.returncode, err) == (0, "")
+
+
+def test_a_signal_that_another_thread_takes_ends_it(story: Story) -> None:
+    """Such a one does not wake the main thread, nor does one that comes just before that waits."""
+    process = story.incbak.popen("export", "latest")
+    assert process.stdout
+    assert process.stdout.readline().startswith("ready: ")
+    signal_another_thread(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
 
 
 def _qemu_img(*argv: str | Path) -> str:

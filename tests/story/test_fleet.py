@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from incbak.cli.configured import _Children
-from tests.kit.cli import Incbak, content, differing
+from tests.kit.cli import Incbak, content, differing, signal_another_thread
 from tests.kit.live import eventually
 from tests.kit.need import need
 from tests.kit.serve import raw_image, serving
@@ -209,6 +209,16 @@ def test_a_signal_ends_all_of_them(fleet: Fleet) -> None:
     assert process.returncode == 130
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     fleet("full", "--all")
+
+
+def test_a_signal_that_another_thread_takes_ends_all_of_them(fleet: Fleet) -> None:
+    """It wakes no main thread that waits, and neither does one that comes just before it waits."""
+    fleet.write(TWO)
+    process = fleet.popen("full", "--all", "--speed-limit", "10k")
+    eventually(lambda: len(_children(process.pid)) == 2, 60, "two runs")
+    signal_another_thread(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
 
 
 def test_a_signal_while_they_are_started_ends_all_of_them(fleet: Fleet) -> None:

@@ -150,4 +150,18 @@ FAULTS = [
         "not self._options.incremental",
         ("tests/story/test_options.py::test_two_images_are_not_taken_for_one_disk",),
     ),
+    Fault(
+        "all-waits-deaf-to-signals",
+        "incbak/cli/configured.py",
+        "wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)",
+        "wait(waiting, None, FIRST_COMPLETED)",
+        ("tests/story/test_fleet.py::test_a_signal_that_another_thread_takes_ends_all_of_them",),
+    ),
+    Fault(
+        "export-waits-deaf-to-signals",
+        "incbak/cli/export.py",
+        "            while not wanted.wait(LOOK_SECONDS):\n                pass\n",
+        "            wanted.wait()\n",
+        ("tests/story/test_export.py::test_a_signal_that_another_thread_takes_ends_it",),
+    ),
 ]
