@@ -1,0 +1,87 @@
+"""Planted faults: who else uses an image, what lies below and beside it, sizes and targets of raw disks."""
+
+from torturelib.planted import Fault, unit
+
+_STACKING, _USERS = "incbak/disk/stacking.py", "incbak/disk/users.py"
+
+
+def _users(test: str) -> tuple[str, ...]:
+    return unit("disk/test_users", test)
+
+
+def _stacking(test: str) -> tuple[str, ...]:
+    return unit("disk/test_stacking", test)
+
+
+FAULTS = [
+    Fault(
+        "stack-file-behind-a-loop-device",
+        _STACKING,
+        "            if loop.key == key:\n",
+        "            if False:\n",
+        _users("test_a_writer_of_the_file_behind_a_loop_device"),
+    ),
+    Fault(
+        "stack-disk-of-a-partition",
+        _STACKING,
+        '        if (place / "partition").exists() and (disk',
+        "        if False and (disk",
+        _users("test_a_partition_and_its_disk_and_not_its_neighbour"),
+    ),
+    Fault(
+        "stack-slaves",
+        _STACKING,
+        '        for slave in place.glob("slaves/*/dev"):\n',
+        "        for slave in ():\n",
+        _users("test_what_writes_below_a_device_mapper_device"),
+    ),
+    Fault(
+        "stack-not-sideways",
+        _STACKING,
+        "    known = {k: part for k, part in below.items() if part}\n",
+        "    known = {}\n",
+        _users("test_two_loop_devices_of_one_file_where_they_overlap"),
+    ),
+    Fault(
+        "stack-neighbours-are-the-image",
+        _STACKING,
+        "    return (start - shown[0], end - shown[0]) if start < end else None\n",
+        "    return (start - shown[0], end - shown[0])\n",
+        _users("test_a_partition_and_its_disk_and_not_its_neighbour"),
+    ),
+    Fault(
+        "stack-neighbours-on-a-physical-volume",
+        _STACKING,
+        "                yield lower, None\n",
+        "                yield lower, _WHOLE\n",
+        _stacking("test_a_logical_volume_is_not_its_neighbours"),
+    ),
+    Fault(
+        "stack-held-by-another-partition",
+        _STACKING,
+        "        if _covers(part, key):\n",
+        "        if True:\n",
+        _stacking("test_partitions_that_overlap"),
+    ),
+    Fault(
+        "stack-cut-off-is-complete",
+        _STACKING,
+        "        self.complete = False\n        return found\n\n    def _above",
+        "        return found\n\n    def _above",
+        _stacking("test_a_walk_has_bounds"),
+    ),
+    Fault(
+        "users-readers-below",
+        _USERS,
+        "    return writes or key in stack.image\n",
+        "    return True\n",
+        _users("test_a_writer_of_the_file_behind_a_loop_device"),
+    ),
+    Fault(
+        "users-managers-of-arrays",
+        _USERS,
+        "    if not uses or (_name(pid) in _MANAGERS",
+        "    if not uses or (False",
+        _users("test_what_writes_below_a_device_mapper_device"),
+    ),
+]
