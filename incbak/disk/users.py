@@ -50,10 +50,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class User:
-    """``what``: a process with its program, a device or a mount, in words."""
+    """``what``: a process with its program, a device or a mount, in words. ``process``: it is no more than one."""
 
     what: str
     writes: bool
+    process: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,12 @@ def refuse_writers(path: Path, ours: Collection[int] = (), *, hint: str = READS)
 
 
 def refuse_users(path: Path) -> None:
-    """As `refuse_writers`, of whoever only reads too: for what is about to be overwritten."""
-    if found := find_users(path).found:
+    """As `refuse_writers`, of whoever only reads too: for what is about to be overwritten.
+
+    Of a device a process may read: there are daemons that keep all of them open.
+    """
+    device = path.is_block_device()
+    if found := [user for user in find_users(path).found if user.writes or not (device and user.process)]:
         raise ImageInUseError(f"{path} is in use: {_several(found)}", hint=WRITES)
 
 
@@ -162,7 +167,7 @@ def _process(pid: int, stack: Stack) -> User | None:
     uses = [(key, writes) for key, writes in uses if _matters(stack, key, writes)]
     if not uses or (_name(pid) in _MANAGERS and not any(key in stack.image for key, _writes in uses)):
         return None
-    return User(_program(pid), any(writes for _key, writes in uses))
+    return User(_program(pid), any(writes for _key, writes in uses), process=True)
 
 
 def _matters(stack: Stack, key: Key | None, writes: bool) -> bool:

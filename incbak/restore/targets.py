@@ -13,7 +13,7 @@ from pathlib import Path
 from incbak import durable, newfile
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.holders import holders
-from incbak.disk.users import WRITES, find_users, refuse_users, refuse_writers
+from incbak.disk.users import find_users, refuse_users
 from incbak.errors import DiskError, DurabilityError, IncbakError, NbdError, RestoreError
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
@@ -145,7 +145,7 @@ class DeviceTarget(Target):
         try:
             self.disk: FileDisk = open_disk(path)
             try:
-                refuse_writers(path, hint=WRITES)
+                refuse_users(path)
                 if self.disk.size < size:
                     raise _too_small(self.name, self.disk.size, size)
             except BaseException:
