@@ -175,7 +175,7 @@ def test_the_format_of_an_existing_file_is_not_its_content(tmp_path: Path, magic
             machine.guest["vda"].write(memoryview(b"new"), number * GRAIN)
             given = {"sync": "incremental", "bitmap": "b", "mode": "existing", "job_id": "j"}
             if name == "out":
-                with pytest.raises(QmpError, match="'format' is missing: .* is not guessed by its content"):
+                with pytest.raises(QmpError, match=r"'format' is missing: .* is not guessed by its content"):
                     machine("drive-backup", device="vda", target=str(out), **given)
                 given["format"] = "raw"
             assert "error" not in run(machine, out, **given)

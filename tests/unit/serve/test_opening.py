@@ -107,7 +107,7 @@ def test_without_that_the_disk_is_not_served(image: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.root
 def test_an_image_that_another_process_writes_is_not_served(image: Path) -> None:
-    """Without locks: what it writes would be in no bitmap. Nothing is taken, so it can be served when that has ended."""
+    """Without locks: what it writes would be in no bitmap. Nothing is taken: it can be served afterwards."""
     need_root()
     with holding(image, "r+b") as pid:
         with pytest.raises(ImageInUseError, match=f"process {pid} ") as caught:
