@@ -50,8 +50,7 @@ class FileTarget:
 
         def anew() -> None:
             os.ftruncate(self._disk.fd, 0)
-            os.ftruncate(self._disk.fd, self.size)
-            self._disk.size = self.size
+            self._disk.resize(self.size)
             durable.sync_dir(self.path.absolute().parent)
 
         if self._anew:
