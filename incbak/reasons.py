@@ -33,7 +33,6 @@ class Reason(StrEnum):
     TRACKING_FAILED = "tracking-failed"
     UNSAVED = "unsaved"
     UNWATCHED = "unwatched"
-    IN_USE = "in-use"
     AUDIT = "audit"
 
     @property
@@ -69,5 +68,4 @@ _TEXT = {
     Reason.UNSAVED: "the VM did not end cleanly while incbak watch was there to save the bitmap",
     Reason.UNWATCHED: "the VM ran without incbak watch",
     Reason.AUDIT: "a cluster that the bitmap calls clean was found changed",
-    Reason.IN_USE: "another process has the bitmap open",
 }

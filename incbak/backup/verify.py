@@ -10,8 +10,9 @@ from incbak.backup.audit import Findings, Slice, audit_disk
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan
 from incbak.backup.sources import backing_of
 from incbak.backup.vm import locked, vm_name
-from incbak.engine.base import DiskPlan, Engine
+from incbak.engine.base import Engine
 from incbak.events import Reporter, silent
+from incbak.reasons import Reason
 from incbak.repo.repository import Repository, host_name
 
 
@@ -37,7 +38,9 @@ class Verified:
 async def verify(
     repo: Repository, engine: Engine, wanted: Wanted, report: Reporter = silent
 ) -> tuple[str, list[Verified]]:
-    """The VM's name, and each disk. A bitmap that lied is removed: the next incremental reads that disk whole.
+    """Return the VM's name, and each disk.
+
+    A bitmap that is found wrong becomes invalid and keeps that reason: the next incremental reads the disk whole.
 
     Raises `BitmapError` where the engine keeps its bitmaps to itself, `DamagedError` when the base cannot be read.
     """
@@ -53,6 +56,6 @@ async def verify(
         for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):
             findings = await asyncio.to_thread(audit_disk, repo, planned, wanted.part, report)
             if findings and findings.wrong and (name := planned.plan.base_bitmap):
-                await engine.rollback([DiskPlan(planned.plan.disk, name, repo.cluster_size)])
+                await engine.invalidate(planned.plan.disk, name, Reason.AUDIT)
             verified.append(Verified(planned, findings))
         return vm, verified

@@ -214,8 +214,8 @@ def verify_bitmap(
 ) -> None:
     """Read what was not written since the last backup of SOURCE, and compare it with that backup.
 
-    The guest goes on meanwhile. A bitmap that lied is removed, so that the next incremental reads the whole disk; the
-    exit code is 5 then.
+    The guest goes on meanwhile. A bitmap that is wrong becomes invalid, so that the next incremental reads the whole
+    disk; the exit code is 5 then.
 
     \b
     Example:
@@ -232,7 +232,7 @@ def verify_bitmap(
     if wrong:
         names = ", ".join(v.planned.name for v in wrong)
         raise AuditError(
-            f"the bitmap does not tell the truth about {names} of {vm}; it is removed",
+            f"the bitmap does not tell the truth about {names} of {vm}; it is invalid now",
             hint="The next incremental reads the whole disk. Find out who wrote to the image behind incbak's back.",
         )
 

@@ -209,5 +209,12 @@ class Engine(ABC):
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         """There is no backup: the new bitmaps go, as far as the engine still answers."""
 
+    async def invalidate(self, disk: EngineDisk, name: str, reason: Reason) -> None:
+        """Make it durable that the bitmap ``name`` of ``disk`` is wrong. It stays, so that the next run tells the reason.
+
+        Raises `EngineError` or `BitmapError` where that fails. An engine that cannot keep a reason removes the bitmap.
+        """
+        await self.rollback([DiskPlan(disk, name, 0)])
+
     async def close(self) -> None:  # noqa: B027
         """Let go of the engine. May be called at any time, more than once."""

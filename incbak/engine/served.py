@@ -84,6 +84,15 @@ class ServedEngine(Engine):
         for plan in plans:
             await self.cleanup(plan.new_bitmap, ())
 
+    async def invalidate(self, disk: EngineDisk, name: str, reason: Reason) -> None:
+        arguments = {"node": disk.node, "name": name, "reason": str(reason)}
+        try:
+            await self._session.execute("x-incbak-bitmap-invalidate", arguments)
+        except CommandFailed as e:
+            if e.error_class != "CommandNotFound":
+                raise
+            await self._remove(disk.node, name)
+
     async def _remove(self, node: str, name: str) -> None:
         try:
             await self._session.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
