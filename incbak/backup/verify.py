@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from incbak.backup.audit import Findings, Slice, audit_disk
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan
 from incbak.backup.sources import backing_of
 from incbak.backup.vm import locked, vm_name
+from incbak.bitmap.lost import lost_bitmaps
 from incbak.engine.base import Engine
 from incbak.events import Reporter, silent
 from incbak.reasons import Reason
@@ -25,6 +27,7 @@ class Wanted:
     exclude: Sequence[str] = ()
     lock_wait: float = 0.0
     part: Slice = field(default_factory=Slice)
+    state_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,10 @@ async def verify(
         description = await engine.describe()
         backing = await asyncio.to_thread(backing_of, description)
         damaged, unreadable = repo.damage().backups, tuple(repo.unreadable)
-        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), backing)
+        lost = await asyncio.to_thread(
+            lost_bitmaps, wanted.state_dir, vm, [d.name for d in description.disks], in_qemu=engine.kind == "qemu"
+        )
+        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), backing, lost)
         disks = choose(description, wanted.disks, wanted.exclude)
         verified = []
         for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):

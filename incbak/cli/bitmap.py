@@ -224,7 +224,7 @@ def verify_bitmap(
     here = settings()
     slices = max(parse_share(sample), 1)
     part = Slice(slices, random.randrange(slices))
-    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part)
+    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part, here.state_dir)
     vm, verified = interruptible(_verify(here, Source(source, here.state_dir, name, disks), wanted))
     wrong = [v for v in verified if v.findings and v.findings.wrong]
     for each in verified:

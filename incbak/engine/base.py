@@ -210,7 +210,7 @@ class Engine(ABC):
         """There is no backup: the new bitmaps go, as far as the engine still answers."""
 
     async def invalidate(self, disk: EngineDisk, name: str, reason: Reason) -> None:
-        """Make it durable that the bitmap ``name`` of ``disk`` is wrong. It stays, so that the next run tells the reason.
+        """Make it durable that the bitmap ``name`` of ``disk`` is wrong. It stays, to tell the reason.
 
         Raises `EngineError` or `BitmapError` where that fails. An engine that cannot keep a reason removes the bitmap.
         """

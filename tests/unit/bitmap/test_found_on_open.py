@@ -315,9 +315,7 @@ def test_a_buried_bitmap_is_known_to_be_lost(scene: Scene) -> None:
     assert scene.opened().found is Found.RECOVERED
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"INCBAKBM" + bytes(5000), Reason.HEADER), (b"hello", Reason.FORMAT)]
-)
+@pytest.mark.parametrize(("content", "reason"), [(b"INCBAKBM" + bytes(5000), Reason.HEADER), (b"hello", Reason.FORMAT)])
 def test_a_damaged_file_that_was_put_aside_keeps_its_reason(scene: Scene, content: bytes, reason: Reason) -> None:
     """A served disk puts aside what it cannot mark as invalid: the next look still says what was wrong."""
     scene.clean(*BEFORE)
