@@ -167,6 +167,10 @@ class ImageEngine(Engine):
         for plan in plans:
             self._remove(plan.new_bitmap)
 
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        for _disk, name in bitmaps:
+            self._remove(name)
+
     async def invalidate(self, disk: EngineDisk, name: str, reason: Reason) -> None:
         await asyncio.to_thread(self._invalidate, name, reason)
 

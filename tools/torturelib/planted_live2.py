@@ -5,6 +5,7 @@ from __future__ import annotations
 from torturelib.planted import Fault, unit
 
 _AUDIT = "tests/story/test_audit.py::"
+_OWN = "tests/interop/test_own_bitmaps.py::"
 
 FAULTS = [
     Fault(
@@ -77,5 +78,47 @@ FAULTS = [
         "said_invalid(header.slot) or Reason.UNWATCHED",
         "said_invalid(header.slot) or Reason.UNSAVED",
         unit("bitmap/test_lost", "test_the_file_that_a_bitmap_was_loaded_from_says_why"),
+    ),
+    Fault(
+        "own bitmaps: another program's bitmap is removed by name",
+        "incbak/engine/own_bitmaps.py",
+        "    return (found[1], found[2]) if found else None",
+        '    return (found[1], found[2]) if found else ("0" * 8, "0" * 8)',
+        (f"{_OWN}test_a_running_qemu",),
+    ),
+    Fault(
+        "own bitmaps: one that a job uses is chosen",
+        "incbak/engine/own_bitmaps.py",
+        "for b in chosen if b.info.busy]:",
+        "for b in chosen if not b]:",
+        (f"{_OWN}test_none_is_removed_beside_a_backup_or_while_a_job_uses_it",),
+    ),
+    Fault(
+        "own bitmaps: removed beside a backup",
+        "incbak/engine/qemu.py",
+        "        await refuse_beside_backup(self._session)\n",
+        "",
+        (f"{_OWN}test_none_is_removed_beside_a_backup_or_while_a_job_uses_it",),
+    ),
+    Fault(
+        "own bitmaps: an image that is dirty is opened to write",
+        "incbak/engine/offline.py",
+        "        if why := await asyncio.to_thread(self._image.unwritable):\n            raise",
+        "        if why := '':\n            raise",
+        (f"{_OWN}test_a_qcow2_that_is_not_to_be_written",),
+    ),
+    Fault(
+        "own bitmaps: written into an image whose format is guessed",
+        "incbak/engine/detect.py",
+        "if source.certain and decision.guessed:",
+        "if False:",
+        (f"{_OWN}test_a_qcow2_that_is_not_to_be_written",),
+    ),
+    Fault(
+        "own bitmaps: one of a repository at hand goes without a word",
+        "incbak/cli/own_bitmaps.py",
+        "for b in chosen if b.repository in known}):",
+        "for b in chosen if b.repository in ()}):",
+        (f"{_OWN}test_a_bitmap_of_the_repository_at_hand_goes_with_a_warning",),
     ),
 ]
