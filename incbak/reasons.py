@@ -33,7 +33,6 @@ class Reason(StrEnum):
     TRACKING_FAILED = "tracking-failed"
     UNSAVED = "unsaved"
     UNWATCHED = "unwatched"
-    IN_USE = "in-use"
     AUDIT = "audit"
 
     @property
@@ -66,8 +65,7 @@ _TEXT = {
     Reason.UNCLEAN_SHUTDOWN: "the host went down without a clean shutdown",
     Reason.INVALIDATED: "the bitmap was invalidated by hand",
     Reason.TRACKING_FAILED: "a write could not be recorded in the bitmap",
-    Reason.UNSAVED: "the VM did not end cleanly while incbak watch was there to save the bitmap",
+    Reason.UNSAVED: "incbak watch could not save the bitmap when QEMU ended, or load it at the next start",
     Reason.UNWATCHED: "the VM ran without incbak watch",
     Reason.AUDIT: "a cluster that the bitmap calls clean was found changed",
-    Reason.IN_USE: "another process has the bitmap open",
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from incbak.backup.sources import check_names
+from incbak.bitmap.lost import Lost
 from incbak.engine.base import DECRYPTED, Description, DiskPlan, EngineDisk, LeftOut, bitmap_name, repository_prefix
 from incbak.errors import FormatError, UsageError
 from incbak.reasons import Reason
@@ -37,6 +38,8 @@ class Known:
     host: str = ""
     backing: Mapping[str, list[Any]] = field(default_factory=dict)
     """The backing files of the disks as they are now: see `incbak.backup.sources`."""
+    lost: Mapping[str, Lost] = field(default_factory=dict)
+    """Per disk, why bitmaps that are not there are lost."""
 
     def bitmap(self, backup: str) -> str:
         """The name of the bitmap of the writes since ``backup``."""
@@ -195,7 +198,14 @@ def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
     reason = _trouble(disk, newest[1], newest[0], known)
     bitmaps = [b for r in known.records if (b := disk.bitmap(known.bitmap(r.id)))]
     older = any(b.trouble(known.cluster_size) is None for b in bitmaps)
-    if reason is Reason.BITMAP_MISSING and older and not stray:
-        return Reason.SUPERSEDED
     assert reason
-    return Reason.BASE_MISSING if reason is Reason.BITMAP_MISSING and stray else reason
+    if reason is not Reason.BITMAP_MISSING:
+        return reason
+    if stray or older:
+        return Reason.BASE_MISSING if stray else Reason.SUPERSEDED
+    return _why_lost(disk, newest[0], known) or reason
+
+
+def _why_lost(disk: EngineDisk, record: Record, known: Known) -> Reason | None:
+    lost, here = known.lost.get(disk.name), record.origin is None and record.host == known.host
+    return lost.why(known.bitmap(record.id), record.finished, here=here) if lost else None

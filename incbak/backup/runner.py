@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from incbak import __version__, durable
@@ -30,6 +31,7 @@ from incbak.backup.sources import Sources, contradictions, other_images
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.uncancelled import to_the_end
 from incbak.backup.vm import locked, vm_name
+from incbak.bitmap.lost import lost_bitmaps
 from incbak.engine.base import Description, DiskResult, Engine, RunResult
 from incbak.errors import (
     BackupError,
@@ -76,6 +78,8 @@ class Options:
     attachments: Mapping[str, str] | None = None
     memory: Memory | None = None
     """What this host remembers of the repository, to be compared and brought up to date."""
+    state_dir: Path | None = None
+    """Where `incbak.bitmap.lost` finds why a bitmap is not there."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,9 @@ class _Attempt:
             self._report(Warned(note))
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
         self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
-        known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing)
+        names, in_qemu = [d.name for d in disks], self._engine.kind == "qemu"
+        lost = await asyncio.to_thread(lost_bitmaps, self._options.state_dir, self._vm, names, in_qemu=in_qemu)
+        known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing, lost=lost)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
             for planned in self._planned:

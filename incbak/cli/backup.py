@@ -213,6 +213,7 @@ def _back_up_one(
         tags=tags,
         attachments=read_attachments(attach),
         memory=here.memory,
+        state_dir=here.state_dir,
     )
     console = here.reporter()
     wanted = Source(source, here.state_dir, name, disks, look=dry_run, **engine_settings(**engine))

@@ -127,7 +127,9 @@ async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Re
     source = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
     engine = await open_waiting(source, 0)
     try:
-        options = Options(incremental=True, name=source.name, disks=source.disks, dry_run=True)
+        options = Options(
+            incremental=True, name=source.name, disks=source.disks, dry_run=True, state_dir=source.state_dir
+        )
         outcome = await run(repo, engine, options)
         last = {d.name: record for record in repo.backups(outcome.vm) for d in record.disks}
         return outcome, last, _proof(repo, outcome.vm)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from incbak.errors import EngineError
 from incbak.reasons import Reason
 
 PREFIX = "incbak"
@@ -208,6 +209,21 @@ class Engine(ABC):
     @abstractmethod
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         """There is no backup: the new bitmaps go, as far as the engine still answers."""
+
+    async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
+        """Return all bitmaps, also those on nodes that no backup reads. Changes nothing."""
+        return [(disk, bitmap) for disk in (await self.describe()).disks for bitmap in disk.bitmaps]
+
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        """Remove bitmaps by name, beside no job of a backup. Raises `EngineError` or `DiskError`."""
+        raise EngineError(f"bitmaps of {self.kind} are not removed by name")
+
+    async def invalidate(self, disk: EngineDisk, name: str, reason: Reason) -> None:
+        """Make it durable that the bitmap ``name`` of ``disk`` is wrong. It stays, to tell the reason.
+
+        Raises `EngineError` or `BitmapError` where that fails. An engine that cannot keep a reason removes the bitmap.
+        """
+        await self.rollback([DiskPlan(disk, name, 0)])
 
     async def close(self) -> None:  # noqa: B027
         """Let go of the engine. May be called at any time, more than once."""

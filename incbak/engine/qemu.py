@@ -14,18 +14,20 @@ from typing import Any, TypeVar
 from incbak.durable import crash_point, declare
 from incbak.engine.agent import Agent, Frozen, connected, frozen_inside
 from incbak.engine.base import (
+    BitmapInfo,
     Description,
     DiskPlan,
     DiskResult,
     Engine,
+    EngineDisk,
     ProgressCallback,
     RunResult,
     Target,
     superseded,
 )
 from incbak.engine.headway import STALL_SECONDS, Headway
-from incbak.engine.jobs import cancel_jobs, without_padding
-from incbak.engine.qemu_disks import find_disks, layout
+from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, without_padding
+from incbak.engine.qemu_disks import bitmaps_by_node, find_disks, layout
 from incbak.engine.qemu_filter import DiskFilter
 from incbak.engine.qemu_graph import qom_path, read_graph, shareable
 from incbak.engine.qemu_guard import Guard
@@ -113,6 +115,14 @@ class QemuEngine(Engine):
         ]
         disks = [{"block": qom_path(b), "drive": str(b.get("device", ""))} for b in blocks if b.get("qdev")]
         return named + disks
+
+    async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
+        return bitmaps_by_node(await self._session.execute("query-block"), await read_graph(self._session))
+
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        await refuse_beside_backup(self._session)
+        for disk, name in bitmaps:
+            await self._remove_bitmap(disk.node, name)
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         return await remove_leftovers(self._session, prefix, keep)

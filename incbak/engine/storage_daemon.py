@@ -9,6 +9,7 @@ from typing import Any
 
 from incbak.engine.base import (
     DECRYPTED,
+    BitmapInfo,
     Description,
     DiskPlan,
     Engine,
@@ -19,9 +20,9 @@ from incbak.engine.base import (
     Target,
     superseded,
 )
-from incbak.engine.jobs import cancel_jobs, wait_for_jobs, without_padding
+from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, wait_for_jobs, without_padding
 from incbak.engine.private_daemon import PROGRAM
-from incbak.engine.qemu_disks import holds_bitmaps, layout
+from incbak.engine.qemu_disks import bitmaps_by_node, holds_bitmaps, layout
 from incbak.engine.qemu_graph import Graph
 from incbak.engine.served import bitmap_info
 from incbak.engine.session import CommandFailed, Session
@@ -61,6 +62,14 @@ class StorageDaemonEngine(Engine):
     async def _graph(self) -> Graph:
         nodes = await self._session.execute("query-named-block-nodes", {"flat": True})
         return Graph.of(nodes, await self._session.execute("x-debug-query-block-graph"))
+
+    async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
+        return bitmaps_by_node((), await self._graph())
+
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        await refuse_beside_backup(self._session)
+        for disk, name in bitmaps:
+            await self._remove(disk.node, name)
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         done = await cancel_jobs(self._session, prefix)
