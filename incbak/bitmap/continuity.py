@@ -3,11 +3,12 @@
 The rule: a bitmap is believed where that is shown, and what is unknown shows nothing. Pure; `now` is a parameter.
 
 - After a clean end: the file has the inode, the time of change and the ``ctime`` that it had then, to the nanosecond. A
-  program that puts ``mtime`` back (``touch -r``, ``cp -p``) cannot put back ``ctime``. An owner, mode or number of links
-  that is another now moves ``ctime`` too, and does not show that nothing else did: a ctime that moved proves nothing,
-  whatever else moved. So ``chown``, ``chmod``, ``ln``, ``mv`` and new labels cost one reading of the whole disk. Where a
-  manager of VMs does that at each start and end, only the owner of the images can know that nothing else moves it: told
-  so (``--ignore-ctime``), who records the fingerprint leaves the ctime out of it (`without_ctime`), for all that judge.
+  program that puts ``mtime`` back (``touch -r``, ``cp -p``) cannot put back ``ctime``. An owner, mode or number of
+  links that is another now moves ``ctime`` too, and does not show that nothing else did: a ctime that moved proves
+  nothing, whatever else moved. So ``chown``, ``chmod``, ``ln``, ``mv`` and new labels cost one reading of the whole
+  disk. Where a manager of VMs does that at each start and end, only the owner of the images can know that nothing else
+  moves it: told so (``--ignore-ctime``), who records the fingerprint leaves the ctime out of it (`without_ctime`), for
+  all that judge.
 - After a kill: both times are those that the owner saw at its last sign of life, or lie within the short time after it
   in which it may have written. Older ones mean that the file was put back or the clock was set back; later ones mean
   another program. A clock that is behind the last sign of life proves nothing.

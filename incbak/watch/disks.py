@@ -64,7 +64,7 @@ class Watched:
         return without_ctime(self.seen()) if self.ignore_ctime else self.seen()
 
     def settled(self) -> Fingerprint:
-        """Return the same, taken when any later write must show in it: the clock has gone past the image's time of change.
+        """Return the same, when any later write must show in it: the clock has gone past the image's time of change.
 
         File systems take that time from a clock that ticks every few milliseconds; some keep whole seconds, or pairs
         of them. Raises `DiskError` when somebody goes on writing.

@@ -32,8 +32,8 @@ Tell = Callable[[str, str, Mapping[str, Any]], None]
 @dataclass(frozen=True)
 class WatchOptions:
     """``start``: give ``cont`` when the bitmaps are loaded. ``once``: end with the VM. ``backup_wait``: seconds for
-    which a VM that has shut down is kept for a backup that runs. ``keep_panicked``: a guest's panic is not the end. ``ignore_ctime``: see
-    `incbak.bitmap.continuity`."""
+    which a VM that has shut down is kept for a backup that runs.
+    ``keep_panicked``: a guest's panic is not the end. ``ignore_ctime``: see `incbak.bitmap.continuity`."""
 
     address: Address
     name: str | None

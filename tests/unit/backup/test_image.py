@@ -134,7 +134,7 @@ def test_what_was_written_meanwhile_is_not_taken_for_seen(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("ignored", [True, False])
 def test_a_mode_that_was_changed_since(tmp_path: Path, ignored: bool) -> None:
-    """It moves the ctime, as a write that was dated back does; the owner of the image may say that nothing else does."""
+    """It moves the ctime, as a write that was dated back does; the owner may say that nothing else does."""
     image = raw_image(tmp_path / "disk.raw", SIZE, b"x")
 
     async def run() -> None:
