@@ -63,7 +63,9 @@ another disk size                                    resized                    
 a file size that is not what the header asks for     cut, or grown                            invalid: header
 flag set, but only one slot verifies                 rot: both were durable at the end        invalid: header
 flag set, another fingerprint (time, inode, sample,  written, replaced or rolled back         invalid: disk-changed
-or a ctime that nothing explains)
+ctime)
+flag set, another ctime, and another owner, mode or  nobody knows                             invalid: unproven
+number of links
 flag set, a block device to which the kernel has     written by another program               invalid: disk-changed
 counted writes since
 flag set, a block device in another boot, set up     nobody knows                             invalid: unproven

@@ -2,9 +2,13 @@
 
 The rule: a bitmap is believed where that is shown, and what is unknown shows nothing. Pure; `now` is a parameter.
 
-- After a clean end: the file has the inode and the time of change that it had then, to the nanosecond. Its ``ctime`` is
-  also as it was, unless the owner, the permissions or the number of links are others now, which explains it: a program
-  that puts ``mtime`` back (``touch -r``, ``cp -p``) cannot put back ``ctime``.
+- After a clean end: the file has the inode, the time of change and the ``ctime`` that it had then, to the nanosecond. A
+  program that puts ``mtime`` back (``touch -r``, ``cp -p``) cannot put back ``ctime``. An owner, mode or number of
+  links that is another now moves ``ctime`` too, and does not show that nothing else did: a ctime that moved proves
+  nothing, whatever else moved. So ``chown``, ``chmod``, ``ln``, ``mv`` and new labels cost one reading of the whole
+  disk. Where a manager of VMs does that at each start and end, only the owner of the images can know that nothing else
+  moves it: told so (``--ignore-ctime``), who records the fingerprint leaves the ctime out of it (`without_ctime`), for
+  all that judge.
 - After a kill: both times are those that the owner saw at its last sign of life, or lie within the short time after it
   in which it may have written. Older ones mean that the file was put back or the clock was set back; later ones mean
   another program. A clock that is behind the last sign of life proves nothing.
@@ -34,9 +38,8 @@ def changed(before: Fingerprint, now: Fingerprint) -> Reason | None:
         return Reason.UNPROVEN
     if now[:4] != before[:4] or now.writes != before.writes:
         return Reason.DISK_CHANGED
-    known = before.ctime_ns and now.ctime_ns
-    if known and now.ctime_ns != before.ctime_ns and now.attributes == before.attributes:
-        return Reason.DISK_CHANGED
+    if before.ctime_ns and now.ctime_ns != before.ctime_ns:
+        return Reason.DISK_CHANGED if now.attributes == before.attributes else Reason.UNPROVEN
     return None
 
 

@@ -31,8 +31,8 @@ FAULTS = (
     Fault(
         "continuity-inode-time-not-compared",
         _CONTINUITY,
-        "    known = before.ctime_ns and now.ctime_ns\n",
-        "    known = 0\n",
+        "    if before.ctime_ns and now.ctime_ns != before.ctime_ns:\n",
+        "    if False:\n",
         _continuity("test_after_a_clean_end"),
     ),
     Fault(
@@ -95,14 +95,14 @@ FAULTS = (
     Fault(
         "image-written-while-it-is-read",
         _IMAGE,
-        "        if changed(self._found, self._disk.fingerprint()) or not self._disk.is_at(self._path):\n",
-        "        if False:\n",
+        "        if reason := changed(self._kept, self._disk.fingerprint()):\n",
+        "        if reason := None:\n",
         _image("test_another_program_writes_while_the_image_is_read"),
     ),
     Fault(
         "image-closed-as-it-is-now",
         _IMAGE,
-        "            bitmap.close(self._found)",
+        "            bitmap.close(self._kept)",
         "            bitmap.close(self._disk.fingerprint())",
         _image("test_what_was_written_meanwhile_is_not_taken_for_seen"),
     ),
