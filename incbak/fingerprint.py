@@ -2,8 +2,8 @@
 
 What another program cannot make equal, or not by accident, is compared: a file's inode, its time of change (``mtime``),
 and the time of its inode's change (``ctime``), which no program can set. Permissions, owners and links move the latter
-too; `Fingerprint.attributes` tells of them, for the reason that is given. A block device has no times; its kernel's
-count of writes stands for them, within one boot and one set-up. What is unknown is never equal to anything: see
+too; `Fingerprint.attributes` tells of them, for the reason that is given. A block device has no times; what
+`incbak.device` tells stands for them, within one boot and one set-up. What is unknown is never equal to anything: see
 `Fingerprint.writes`.
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from incbak import host
+from incbak import device
 from incbak.extents import whole_sectors
 from incbak.opening import open_image
 
@@ -62,10 +62,10 @@ def beat_of(disk: Fingerprint) -> Beat:
     return Beat(time.time_ns(), disk.mtime_ns, disk.ctime_ns, disk.writes)
 
 
-def take(fd: int, size: int) -> Fingerprint:
+def take(fd: int, size: int, untold: bytes | None = None) -> Fingerprint:
     """The fingerprint of an open image, of which all that was written is on its device. Raises `OSError`.
 
-    ``size``: in bytes; of a raw file in whole sectors.
+    ``size``: in bytes; of a raw file in whole sectors. ``untold``: see `writes_of`.
     """
     info = os.fstat(fd)
     digest = blake3()
@@ -75,7 +75,7 @@ def take(fd: int, size: int) -> Fingerprint:
         digest.update(_read(fd, offset, min(_SAMPLE, size - offset), info.st_size))
     sample = digest.digest(length=16)
     if stat.S_ISBLK(info.st_mode):
-        return Fingerprint(size, 0, 0, sample, writes=writes_of(fd))
+        return Fingerprint(size, 0, 0, sample, writes=writes_of(fd, untold))
     attributes = struct.pack("<4Q", info.st_uid, info.st_gid, info.st_mode, info.st_nlink)
     known = blake3(attributes).digest(length=8)
     return Fingerprint(size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known)
@@ -105,11 +105,16 @@ def _read(fd: int, offset: int, length: int, end: int) -> bytes:
     return found
 
 
-def writes_of(fd: int) -> bytes:
-    """What the kernel has counted of a block device; where it does not count, what equals nothing."""
-    counted = host.device_writes(Path(f"/proc/self/fd/{fd}"))
+def unlike_any() -> bytes:
+    """Return what stands for the writes of a device that tells nothing of them: it equals nothing else."""
+    return os.urandom(32)
+
+
+def writes_of(fd: int, untold: bytes | None = None) -> bytes:
+    """What `incbak.device` tells of a block device; where it tells nothing, ``untold`` or what equals nothing."""
+    counted = device.writes(Path(f"/proc/self/fd/{fd}"))
     if not counted:
-        return os.urandom(32)
+        return untold or unlike_any()
     setup, _, counts = counted.encode().partition(b";")
     return blake3(setup).digest(length=16) + blake3(counts).digest(length=16)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from pathlib import Path
 
@@ -33,25 +32,6 @@ def start_time(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(stat.rpartition(")")[2].split()[19])
-
-
-def device_writes(path: Path) -> str:
-    """What changes with every write to a block device: ``boot:number of its set-up;sectors written:sectors discarded``.
-
-    Empty for what is no block device, and where the kernel does not count.
-    """
-    try:
-        info = path.stat()
-        if not stat.S_ISBLK(info.st_mode):
-            return ""
-        device = Path(f"/sys/dev/block/{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}")
-        fields = (device / "stat").read_text(encoding="ascii").split()
-        whole = device if (device / "diskseq").exists() else device.resolve().parent  # of a partition
-        setup = (whole / "diskseq").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-    counts = [fields[i] for i in (6, 13) if i < len(fields)]  # sectors; a flush of nothing is counted as a request
-    return f"{boot_id().hex()}:{setup};{':'.join(counts)}"
 
 
 def default_state_dir() -> Path:

@@ -14,12 +14,13 @@ The rule: a bitmap is believed where that is shown, and what is unknown shows no
   another program. A clock that is behind the last sign of life proves nothing.
 - After a power cut: the last sign of life on the disk may be old by as long as the kernel keeps dirty pages, and so may
   the times of the file. Both times lie before that, and before this boot began.
-- A block device: the kernel has counted no write since, in the same boot and the same set-up of the device. After a
+- A block device: `incbak.device` tells the same as then, in the same boot and the same set-up of the device. After a
   kill this holds only where all was on the device at the last sign of life.
 """
 
 from __future__ import annotations
 
+from incbak.device import grain
 from incbak.fingerprint import Beat, Fingerprint
 from incbak.reasons import Reason
 
@@ -27,7 +28,7 @@ HEARTBEAT_SLACK_NS = 1_000_000_000
 """How much later than its last heartbeat a killed owner may have written."""
 POWER_CUT_SLACK_NS = 120_000_000_000
 """The same after a power cut: the kernel writes dirty pages back after some 35 s."""
-_SECOND, _TICK = 1_000_000_000, 20_000_000
+_SECOND = 1_000_000_000
 
 
 def changed(before: Fingerprint, now: Fingerprint) -> Reason | None:
@@ -69,11 +70,6 @@ def bypassed_in_a_power_cut(beat: Beat, disk: Fingerprint, booted_ns: int, now_n
         return Reason.UNPROVEN
     latest = min(beat.clock_ns + POWER_CUT_SLACK_NS, booted_ns)
     return Reason.DISK_CHANGED if max(disk.mtime_ns, disk.ctime_ns) > latest else None
-
-
-def grain(time_ns: int) -> int:
-    """How far a file's time may lag behind the clock: a tick of the kernel, or the grain of the file system."""
-    return 2 * _SECOND if time_ns % _SECOND == 0 else _TICK
 
 
 def may_repeat(fingerprint: Fingerprint, now_ns: int) -> bool:

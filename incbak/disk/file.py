@@ -20,7 +20,7 @@ from incbak.disk.base import Disk
 from incbak.disk.locks import lock_image
 from incbak.errors import DiskError
 from incbak.extents import StatusExtent, whole_sectors
-from incbak.fingerprint import Beat, Fingerprint, take, writes_of
+from incbak.fingerprint import Beat, Fingerprint, take, unlike_any, writes_of
 from incbak.opening import open_image
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
@@ -81,6 +81,7 @@ class FileDisk(Disk):
         self._flush_error: OSError | None = None
         self._flushes_begun = self._flushes_done = 0
         self._nowait = True
+        self._untold = unlike_any()  # while it is open, a device that tells nothing is what it was
 
     def read_into(self, buf: memoryview, offset: int) -> None:
         done = os.preadv(self.fd, [buf], offset)
@@ -194,12 +195,17 @@ class FileDisk(Disk):
     def fingerprint(self) -> Fingerprint:
         if self.is_block:
             self.flush()  # what another program has only written to the page cache is not counted yet
-        return take(self.fd, self.size)
+        return take(self.fd, self.size, self._untold)
+
+    @property
+    def proc(self) -> Path:
+        """The open image itself, wherever it was moved to."""
+        return Path(f"/proc/self/fd/{self.fd}")
 
     def beat(self) -> Beat:
         clock = time.time_ns()
         if self.is_block:
-            return Beat(clock, writes=writes_of(self.fd))
+            return Beat(clock, writes=writes_of(self.fd, self._untold))
         info = os.fstat(self.fd)
         return Beat(clock, info.st_mtime_ns, info.st_ctime_ns)
 

@@ -26,8 +26,8 @@ class Source:
     """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them.
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
-    ``look``: nothing is to be changed or owned. ``certain``: a format that is only guessed is refused. ``ignore_ctime``:
-    see `incbak.bitmap.continuity`.
+    ``look``: nothing is to be changed or owned. ``certain``: a format that is only guessed is refused.
+    ``ignore_ctime``: see `incbak.bitmap.continuity`.
     ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`. Of an image:
     ``format`` as the user gave it, ``allow_backing`` as in `incbak.disk.chain`, ``recorded`` what the repository says.
     """

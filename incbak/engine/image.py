@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from incbak import device
 from incbak.bitmap.continuity import changed, may_repeat
 from incbak.bitmap.file import Bitmap
 from incbak.bitmap.format import Flag
@@ -206,6 +207,9 @@ class ImageEngine(Engine):
 
 def _settled(disk: FileDisk) -> Fingerprint:
     """What the image is, when the clock has gone past its time of change: any later write shows."""
+    if disk.is_block:
+        disk.flush()
+        device.settle(disk.proc)
     deadline = time.monotonic() + _SETTLE_SECONDS
     while may_repeat(found := disk.fingerprint(), time.time_ns()) and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -12,11 +12,12 @@ import asyncio
 import json
 import os
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from incbak import host
+from incbak import device
 from incbak.disk import qcow2
 from incbak.disk.chain import Allowed, Layer, read_chain
 from incbak.disk.users import find_users, refuse_writers
@@ -47,7 +48,8 @@ class Image:
     ) -> None:
         self.path, self.format, self.vm, self.disk, self.note = path, form, vm, disk, note
         self._layers = read_chain(path, allowed or Allowed()) if form == "qcow2" else [Layer(path, form)]
-        self._seen, self._daemon = "", -1
+        self._seen: list[str] = []
+        self._daemon = -1
 
     def started(self, daemon: int) -> None:
         """The process ``daemon`` and its children have the image open for us."""
@@ -55,9 +57,8 @@ class Image:
 
     def check(self) -> None:
         """Raise `DiskError` where the image must not even be read, `ImageInUseError` where another may write it."""
-        for layer in self._layers:
-            for path in (layer.path, *((layer.data,) if layer.data else ())):
-                refuse_writers(path, (self._daemon,))
+        for path in self._paths():
+            refuse_writers(path, (self._daemon,))
         if self.format == "qcow2" and qcow2.Feature.CORRUPT & (header := qcow2.read_header(self.path)).features:
             raise DiskError(f"image {self.path} is damaged: {header.unwritable()}", hint=qcow2.repair_hint(self.path))
 
@@ -68,17 +69,19 @@ class Image:
         return find_users(self.path, (self._daemon,)).unwritable()
 
     def look(self) -> None:
-        """Remember the image's times and size (of a device, the kernel's count of writes) for `changed`."""
+        """Remember what every file and device of the image tells (times and size, counts of writes) for `changed`."""
         self._seen = self._state()
 
     def changed(self) -> bool:
-        """Whether the image was written, replaced or resized since `look`."""
+        """Whether one of them was written, replaced or resized since `look`."""
         return self._seen != self._state()
 
-    def _state(self) -> str:
-        found = os.stat(self.path)
-        times = f"{found.st_mtime_ns}:{found.st_ctime_ns}" if not self.path.is_block_device() else ""
-        return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{times}:{host.device_writes(self.path)}"
+    def _state(self) -> list[str]:
+        return [_state(path) for path in self._paths()]
+
+    def _paths(self) -> list[Path]:
+        """Every file and device of the image and its backing files that holds bytes of the disk."""
+        return [path for layer in self._layers for path in (layer.path, layer.data) if path]
 
     def nodes(self) -> list[dict[str, Any]]:
         """Every node of the image when it is opened for reading, the lowest first; nothing is left to be guessed."""
@@ -100,6 +103,13 @@ class Image:
         if layer.format in _WITH_BACKING:
             node["backing"] = _name(NODE, n + 1) if n + 1 < len(self._layers) else None
         return node | ({"data-file": _name(_DATA, n)} if layer.data else {})
+
+
+def _state(path: Path) -> str:
+    found = os.stat(path)
+    is_device = stat.S_ISBLK(found.st_mode)
+    told = device.settled(path) if is_device else f"{found.st_mtime_ns}:{found.st_ctime_ns}"
+    return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{told}"
 
 
 def _name(kind: str, n: int) -> str:
@@ -139,7 +149,7 @@ class Writable:
         """Store the bitmaps: unlike the removal of a node, this says whether it worked."""
         options = self._image.node(read_only=True)
         await self._session.execute("blockdev-reopen", {"options": [options]}, timeout=_STORE_SECONDS)
-        self._image.look()
+        await asyncio.to_thread(self._image.look)
 
     async def _add(self, *, read_only: bool) -> None:
         await self._session.execute("blockdev-add", self._image.node(read_only), timeout=_STORE_SECONDS)
@@ -179,7 +189,7 @@ class Daemon:
             if path.exists():
                 with suppress(EngineError):
                     session = await Session.connect(Address(path=str(path)))
-                    self._image.look()
+                    await asyncio.to_thread(self._image.look)
                     return session
             if asyncio.get_running_loop().time() > deadline:
                 raise EngineError(f"{PROGRAM} did not start within {_START_SECONDS:g} s")

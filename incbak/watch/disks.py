@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from incbak import host
+from incbak import device, host
 from incbak.bitmap.continuity import may_repeat
 from incbak.bitmap.identity import RAW
 from incbak.bitmap.store import BitmapStore
@@ -65,6 +65,7 @@ class Watched:
         of them. Raises `DiskError` when somebody goes on writing.
         """
         deadline = time.monotonic() + _SETTLE_SECONDS
+        device.settle(self.image)
         while True:
             now = time.time_ns()
             found = self.fingerprint()

@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "off-users-not-looked-for",
         _DAEMON,
-        "                refuse_writers(path, (self._daemon,))\n",
-        "                pass\n",
+        "            refuse_writers(path, (self._daemon,))\n",
+        "            pass\n",
         _off("test_an_image_that_a_qemu_without_locks_writes_is_refused"),
     ),
     Fault(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from incbak import device
 from incbak.bitmap.look import views_in
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import FileDisk, open_disk
@@ -17,6 +18,7 @@ from incbak.engine.base import DiskPlan
 from incbak.engine.image import ImageEngine
 from incbak.errors import ImageChangedError
 from incbak.reasons import Reason
+from tests.kit.devices import loop_device
 from tests.kit.serve import raw_image
 
 SIZE = 5 * 65536
@@ -146,3 +148,21 @@ def test_a_mode_that_was_changed_since(tmp_path: Path, ignored: bool) -> None:
     image.chmod(0o640)
     (found,) = views_in(tmp_path / "state" / "vm" / "disk0")
     assert found.reason is (None if ignored else Reason.UNPROVEN)
+
+
+def test_a_device_that_tells_nothing_is_backed_up_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not known whether it was written meanwhile: that is not "written"; nor is it "unchanged" the next time."""
+    image = raw_image(tmp_path / "disk.raw", SIZE, b"x")
+    with loop_device(image) as loop:
+        monkeypatch.setattr(device, "writes", lambda _: "")
+
+        async def run() -> Reason | None:
+            engine = await _copied(loop, tmp_path / "state")
+            await engine.confirm()
+            await engine.close()
+            engine = ImageEngine(loop, tmp_path / "state", "vm", "disk0")
+            (disk,) = (await engine.describe()).disks
+            await engine.close()
+            return disk.bitmaps[0].reason
+
+        assert asyncio.run(run()) is Reason.UNPROVEN

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from incbak import host
+from incbak import device
 from incbak.bitmap.continuity import changed
 from incbak.bitmap.file import Bitmap
 from incbak.disk.file import open_disk
 from incbak.fingerprint import NO_WRITES, Beat, Fingerprint
 from incbak.reasons import Reason
-from tests.kit.need import missing, need, need_root
+from tests.kit.devices import loop_device
 from tests.unit.bitmap.scene import CLUSTER, NAME, Scene
 
 SETUP, OTHER = b"s" * 16, b"o" * 16
@@ -73,55 +72,49 @@ def test_writes_since_the_owner_was_killed(scene: Scene, writes: bytes, boot: st
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Iterator[Path]:
-    need_root()
-    need("losetup")
-    backing = tmp_path / "backing"
-    backing.write_bytes(bytes(1 << 20))
-    ran = subprocess.run(["losetup", "--find", "--show", backing], capture_output=True, text=True, check=False)
-    if ran.returncode:
-        missing("losetup", "no loop device can be had here")
-    yield Path(ran.stdout.strip())
-    subprocess.run(["losetup", "--detach", ran.stdout.strip()], check=True)
+def loop(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "backing").write_bytes(bytes(1 << 20))
+    with loop_device(tmp_path / "backing") as path:
+        yield path
 
 
-def test_the_kernel_counts(device: Path) -> None:
+def test_the_kernel_counts(loop: Path) -> None:
     """A write shows when it is on the device; a read and an empty flush do not."""
-    before = host.device_writes(device)
-    with device.open("r+b", buffering=0) as f:
+    before = device.writes(loop)
+    with loop.open("r+b", buffering=0) as f:
         f.read(4096)
         os.fsync(f)
-        assert host.device_writes(device) == before
+        assert device.writes(loop) == before
         f.seek(8192)
         f.write(b"x" * 512)
         os.fsync(f)
-    assert host.device_writes(device).partition(";")[0] == before.partition(";")[0]
-    assert host.device_writes(device) != before
+    assert device.writes(loop).partition(";")[0] == before.partition(";")[0]
+    assert device.writes(loop) != before
 
 
-def seen(device: Path) -> Fingerprint:
+def seen(loop: Path) -> Fingerprint:
     """By who opens it now."""
-    disk = open_disk(device, read_only=True, lock=False)
+    disk = open_disk(loop, read_only=True, lock=False)
     try:
         return disk.fingerprint()
     finally:
         disk.close()
 
 
-def test_a_write_that_is_only_in_the_page_cache_shows(device: Path) -> None:
+def test_a_write_that_is_only_in_the_page_cache_shows(loop: Path) -> None:
     """It is not counted before it is on the device."""
-    before = seen(device)
-    with device.open("r+b", buffering=0) as f:
+    before = seen(loop)
+    with loop.open("r+b", buffering=0) as f:
         f.seek(8192)
         f.write(b"x" * 512)
-        assert changed(before, seen(device)) is Reason.DISK_CHANGED
+        assert changed(before, seen(loop)) is Reason.DISK_CHANGED
 
 
-def test_a_device_that_is_not_counted_equals_nothing(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "device_writes", lambda _: "")
-    assert changed(seen(device), seen(device)) is Reason.UNPROVEN
+def test_a_device_that_is_not_counted_equals_nothing(loop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "writes", lambda _: "")
+    assert changed(seen(loop), seen(loop)) is Reason.UNPROVEN
 
 
 def test_what_is_no_device(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    assert [host.device_writes(p) for p in (tmp_path / "file", tmp_path / "none", Path("/dev/null"))] == [""] * 3
+    assert [device.writes(p) for p in (tmp_path / "file", tmp_path / "none", Path("/dev/null"))] == [""] * 3
