@@ -203,7 +203,10 @@ def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known)
         return Reason.BACKING_CHANGED
     if _is_another(_recorded(record, "opened", disk), known.opened.get(disk.name, [])):
         return Reason.DISK_CHANGED
-    if bitmap := disk.bitmap(known.bitmap(record, before)):
+    name = known.bitmap(record, before)
+    if disk.was_cut(name):
+        return Reason.RESIZED
+    if bitmap := disk.bitmap(name):
         return bitmap.trouble(known.cluster_size)
     another = any(run_of(b.name) == known.run(record.id) for b in disk.bitmaps)
     return Reason.WRONG_DISK if another else Reason.BITMAP_MISSING

@@ -27,6 +27,7 @@ from incbak.reasons import Reason
 
 PREFIX = "incbak"
 _BITMAP = re.compile(f"({PREFIX}-[0-9a-f]{{8}}-[0-9a-f]{{8}})(?:-[0-9a-f]{{8}})?")
+_END_MARK = "-end"
 
 ProgressCallback = Callable[[str, int, int], None]  # disk, bytes done, bytes in all
 
@@ -46,8 +47,13 @@ def bitmap_name(run: str, disk: str) -> str:
 
 def run_of(bitmap: str) -> str:
     """Return the run of a bitmap; earlier versions gave the bitmaps of all disks its name. Other names stay."""
-    found = _BITMAP.fullmatch(bitmap)
+    found = _BITMAP.fullmatch(bitmap.removesuffix(_END_MARK))
     return found[1] if found else bitmap
+
+
+def end_mark_of(bitmap: str) -> str:
+    """Return the name of a bitmap's end mark: see `incbak.engine.end_mark`."""
+    return bitmap + _END_MARK
 
 
 def is_bitmap_name(name: str) -> bool:
@@ -63,7 +69,7 @@ def repository_prefix(repository: str) -> str:
 def superseded(plan: DiskPlan) -> list[str]:
     """The bitmaps of the same repository on the plan's disk that the new one replaces, once the backup exists."""
     prefix = plan.run.rpartition("-")[0] + "-"
-    return [b.name for b in plan.disk.bitmaps if b.name.startswith(prefix) and b.name != plan.new_bitmap]
+    return [b.name for b in plan.disk.bitmaps if b.name.startswith(prefix) and run_of(b.name) != plan.run]
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,11 @@ class EngineDisk:
     def bitmap(self, name: str) -> BitmapInfo | None:
         """The bitmap of that name."""
         return next((b for b in self.bitmaps if b.name == name), None)
+
+    def was_cut(self, name: str) -> bool:
+        """Return whether the disk has been shorter since the bitmap ``name`` began; only an end mark shows it."""
+        mark = self.bitmap(end_mark_of(name))
+        return mark is not None and not mark.inconsistent and mark.count == 0
 
 
 @dataclass(frozen=True)

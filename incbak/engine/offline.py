@@ -16,6 +16,7 @@ from pathlib import Path
 
 from incbak.bitmap.remembered import remember_format
 from incbak.engine.base import Description, DiskPlan, run_of
+from incbak.engine.end_mark import add_end_mark
 from incbak.engine.private_daemon import NODE, PROGRAM, Daemon, Image, Writable
 from incbak.engine.qemu_disks import layout
 from incbak.engine.session import Session
@@ -90,6 +91,7 @@ class OfflineEngine(StorageDaemonEngine):
         async with self._writable():
             add = {"node": NODE, "name": plan.new_bitmap, "granularity": plan.granularity, "persistent": True}
             await self._session.execute("block-dirty-bitmap-add", add)
+            await add_end_mark(self._session, plan, 0, persistent=True)
             await super().commit(plans)
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _READERS = ("nbd", "snapshot-access")
 _FILTER = "copy-before-write"
-_FROM_THE_TOP = {_FILTER: 0, "qcow2": 1}
+_FROM_THE_TOP = {_FILTER: 0, "qcow2": 1, "null-co": 3}
 
 
 async def remove_leftovers(session: Session, prefix: str, keep: Collection[str]) -> list[str]:

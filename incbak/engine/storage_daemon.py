@@ -17,9 +17,11 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    end_mark_of,
     run_of,
     superseded,
 )
+from incbak.engine.end_mark import add_end_mark
 from incbak.engine.jobs import cancel_jobs, wait_for_jobs, without_padding
 from incbak.engine.private_daemon import PROGRAM
 from incbak.engine.qemu_disks import holds_bitmaps, layout
@@ -105,6 +107,8 @@ class StorageDaemonEngine(Engine):
             add["persistent"] = plan.disk.can_persist
             actions.append({"type": "block-dirty-bitmap-add", "data": add})
             actions.append({"type": "blockdev-backup", "data": backup_of(ident, plan, self._speed)})
+        for number, plan in enumerate(jobs.values()):
+            await add_end_mark(self._session, plan, number, persistent=plan.disk.can_persist)
         await self._session.execute("transaction", {"actions": actions})
 
     async def _abandon(self, jobs: Mapping[str, DiskPlan]) -> None:
@@ -124,7 +128,8 @@ class StorageDaemonEngine(Engine):
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            await self._remove(plan.disk.node, plan.new_bitmap)
+            for name in (plan.new_bitmap, end_mark_of(plan.new_bitmap)):
+                await self._remove(plan.disk.node, name)
 
     async def _remove(self, node: str, name: str) -> bool:
         try:
