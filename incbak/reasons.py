@@ -51,7 +51,7 @@ _TEXT = {
     Reason.BITMAP_BUSY: "another job uses the bitmap",
     Reason.BITMAP_DISABLED: "the bitmap was not recording",
     Reason.GRANULARITY: "the bitmap's granularity is not the repository's cluster size",
-    Reason.SUPERSEDED: "the newest backup of the disk was made elsewhere, without this bitmap",
+    Reason.SUPERSEDED: "the bitmap of the newest backup of the disk is not here, only an older one",
     Reason.BACKING_CHANGED: "a backing file of the disk was changed since the base",
     Reason.RESIZED: "the disk has another size than in the base",
     Reason.NEW_DISK: "the base does not have this disk",

@@ -184,7 +184,7 @@ class _Attempt:
             frozenset(),
             tuple(self._repo.unreadable),
         )
-        keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
+        keep = {known.run(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
         description = await self._engine.describe()
         self._contradicted = contradictions(self._vm, description, known.records)
         if self._engine.kind == "image" and not self._options.disks:
@@ -210,6 +210,7 @@ class _Attempt:
         names, in_qemu = [d.name for d in disks], self._engine.kind == "qemu"
         lost = await asyncio.to_thread(lost_bitmaps, self._options.state_dir, self._vm, names, in_qemu=in_qemu)
         known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing, lost=lost)
+        known = replace(known, opened=self._sources.opened)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
             for planned in self._planned:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from incbak.backup.audit import Findings, Slice, audit_disk
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan
-from incbak.backup.sources import backing_of
+from incbak.backup.sources import backing_of, opened_of
 from incbak.backup.vm import locked, vm_name
 from incbak.bitmap.lost import lost_bitmaps
 from incbak.engine.base import Engine
@@ -52,11 +52,12 @@ async def verify(
         records = [r for r in await asyncio.to_thread(repo.backups) if r.vm == vm]
         description = await engine.describe()
         backing = await asyncio.to_thread(backing_of, description)
+        opened = {} if engine.kind == "image" else await asyncio.to_thread(opened_of, description)
         damaged, unreadable = repo.damage().backups, tuple(repo.unreadable)
         lost = await asyncio.to_thread(
             lost_bitmaps, wanted.state_dir, vm, [d.name for d in description.disks], in_qemu=engine.kind == "qemu"
         )
-        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), backing, lost)
+        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), backing, lost, opened)
         disks = choose(description, wanted.disks, wanted.exclude)
         verified = []
         for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from incbak.bitmap.remembered import remember_format
-from incbak.engine.base import BitmapInfo, Description, DiskPlan, EngineDisk
+from incbak.engine.base import BitmapInfo, Description, DiskPlan, EngineDisk, run_of
+from incbak.engine.end_mark import add_end_mark
 from incbak.engine.private_daemon import NODE, PROGRAM, Daemon, Image, Writable
 from incbak.engine.qemu_disks import layout
 from incbak.engine.session import Session
@@ -77,7 +78,8 @@ class OfflineEngine(StorageDaemonEngine):
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         (disk,) = (await self.describe()).disks
-        if not disk.can_persist or not any(b.name.startswith(prefix) and b.name not in keep for b in disk.bitmaps):
+        strays = [b for b in disk.bitmaps if b.name.startswith(prefix) and run_of(b.name) not in keep]
+        if not disk.can_persist or not strays:
             return []
         async with self._writable():
             return await super().cleanup(prefix, keep)
@@ -99,6 +101,7 @@ class OfflineEngine(StorageDaemonEngine):
         async with self._writable():
             add = {"node": NODE, "name": plan.new_bitmap, "granularity": plan.granularity, "persistent": True}
             await self._session.execute("block-dirty-bitmap-add", add)
+            await add_end_mark(self._session, plan, 0, persistent=True)
             await super().commit(plans)
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:

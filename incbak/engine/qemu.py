@@ -23,8 +23,10 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    end_mark_of,
     superseded,
 )
+from incbak.engine.end_mark import add_end_mark
 from incbak.engine.headway import STALL_SECONDS, Headway
 from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, without_padding
 from incbak.engine.qemu_disks import bitmaps_by_node, find_disks, layout
@@ -143,7 +145,7 @@ class QemuEngine(Engine):
         """
         limit = self._limit(len(plans))
         disks = [DiskFilter(self._session, plan, n, self._options.scratch_dir, limit) for n, plan in enumerate(plans)]
-        blocker = MigrationBlocker(self._session, f"{plans[0].new_bitmap}-")
+        blocker = MigrationBlocker(self._session, f"{plans[0].run}-")
         notes: list[str] = []
         frozen = Frozen()
         await check_run_state(self._session)
@@ -157,7 +159,7 @@ class QemuEngine(Engine):
                     await disk.prepare()
                 crash_point("qemu.prepared")
                 for disk in disks:
-                    notes += await self._add_bitmap(disk.plan)
+                    notes += await self._add_bitmap(disk.plan, disk.number)
                 await self._flush(disks)
                 crash_point("qemu.recording")
                 async with frozen_inside(agent, guard, frozen):
@@ -202,15 +204,17 @@ class QemuEngine(Engine):
         listeners = [disk.open_door() for disk in disks]
         return Guard(self._session.duplicate(), listeners, agent.duplicate() if agent else None)
 
-    async def _add_bitmap(self, plan: DiskPlan) -> list[str]:
+    async def _add_bitmap(self, plan: DiskPlan, number: int) -> list[str]:
         one = {"node": plan.disk.node, "name": plan.new_bitmap}
         add = one | {"granularity": plan.granularity, "persistent": plan.disk.can_persist}
         try:
             await self._session.execute("block-dirty-bitmap-add", add)
+            await add_end_mark(self._session, plan, number, persistent=plan.disk.can_persist)
         except CommandFailed as e:
             if not plan.disk.can_persist:
                 raise
             await self._session.execute("block-dirty-bitmap-add", add | {"persistent": False})
+            await add_end_mark(self._session, plan, number, persistent=False)
             return [f"disk {plan.disk.name}: its bitmap is lost when QEMU ends, the image cannot store it: {e}"]
         return []
 
@@ -312,7 +316,8 @@ class QemuEngine(Engine):
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            await self._remove_bitmap(plan.disk.node, plan.new_bitmap)
+            for name in (plan.new_bitmap, end_mark_of(plan.new_bitmap)):
+                await self._remove_bitmap(plan.disk.node, name)
 
     async def _remove_bitmap(self, node: str, name: str) -> None:
         try:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from incbak.engine.base import run_of
 from incbak.engine.jobs import cancel_jobs
 from incbak.engine.qemu_filter import cut_target, remove_fds
 from incbak.engine.qemu_graph import Graph, StillUsedError, read_graph, take_out
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _READERS = ("nbd", "snapshot-access")
 _FILTER = "copy-before-write"
-_FROM_THE_TOP = {_FILTER: 0, "qcow2": 1}
+_FROM_THE_TOP = {_FILTER: 0, "qcow2": 1, "null-co": 3}
 
 
 async def remove_leftovers(session: Session, prefix: str, keep: Collection[str]) -> list[str]:
@@ -54,7 +55,7 @@ async def _remove_bitmaps(session: Session, graph: Graph, prefix: str, keep: Col
     done = []
     for node, info in graph.nodes.items():
         for name in _names(info):
-            if name.startswith(prefix) and name not in keep and not node.startswith(prefix):
+            if name.startswith(prefix) and run_of(name) not in keep and not node.startswith(prefix):
                 if await session.try_execute("block-dirty-bitmap-remove", {"node": node, "name": name}):
                     done.append(f"bitmap {name} of {node}")
                 else:

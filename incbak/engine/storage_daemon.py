@@ -18,8 +18,11 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    end_mark_of,
+    run_of,
     superseded,
 )
+from incbak.engine.end_mark import add_end_mark
 from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, wait_for_jobs, without_padding
 from incbak.engine.private_daemon import PROGRAM
 from incbak.engine.qemu_disks import bitmaps_by_node, holds_bitmaps, layout
@@ -79,14 +82,14 @@ class StorageDaemonEngine(Engine):
                     done.append(f"node {name}")
                 continue
             for bitmap in (b.get("name", "") for b in node.get("dirty-bitmaps", ())):
-                if bitmap.startswith(prefix) and bitmap not in keep and await self._remove(name, bitmap):
+                if bitmap.startswith(prefix) and run_of(bitmap) not in keep and await self._remove(name, bitmap):
                     done.append(f"bitmap {bitmap} of {name}")
         return done
 
     async def run(
         self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
     ) -> RunResult:
-        jobs = {f"{plan.new_bitmap}-{n}": plan for n, plan in enumerate(plans)}
+        jobs = {f"{plan.run}-{n}": plan for n, plan in enumerate(plans)}
         try:
             for ident, plan in jobs.items():
                 path, export = targets[plan.disk.name].address()
@@ -113,6 +116,8 @@ class StorageDaemonEngine(Engine):
             add["persistent"] = plan.disk.can_persist
             actions.append({"type": "block-dirty-bitmap-add", "data": add})
             actions.append({"type": "blockdev-backup", "data": backup_of(ident, plan, self._speed)})
+        for number, plan in enumerate(jobs.values()):
+            await add_end_mark(self._session, plan, number, persistent=plan.disk.can_persist)
         await self._session.execute("transaction", {"actions": actions})
 
     async def _abandon(self, jobs: Mapping[str, DiskPlan]) -> None:
@@ -132,7 +137,8 @@ class StorageDaemonEngine(Engine):
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            await self._remove(plan.disk.node, plan.new_bitmap)
+            for name in (plan.new_bitmap, end_mark_of(plan.new_bitmap)):
+                await self._remove(plan.disk.node, name)
 
     async def _remove(self, node: str, name: str) -> bool:
         try:

@@ -1,0 +1,96 @@
+"""Disks of a running QEMU whose images are exchanged or resized between two backups. No guest is booted."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.kit.cli import Incbak, differing
+from tests.kit.guest import Guest, GuestDisk, need_guest
+from tests.kit.live import content_of, ours_in, qcow2_image
+from tests.kit.serve import raw_image
+
+pytestmark = pytest.mark.kvm
+SIZE = 4 << 20
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    need_guest()
+    with ExitStack() as made:
+        yield made
+
+
+def _filled(path: Path, byte: int) -> Path:
+    qcow2_image(path, SIZE)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P {byte} 0 {SIZE}", path], check=True, capture_output=True)
+    return path
+
+
+def _reasons(incbak: Incbak) -> list[str | None]:
+    return [disk["reason"] for disk in incbak.list()[-1]["disks"]]
+
+
+def _start(stack: ExitStack, root: Path, *images: Path) -> Guest:
+    """A VM whose disks are called vda, vdb, ... in the order of ``images``."""
+    disks = [GuestDisk(f"vd{letter}", image, format="qcow2") for letter, image in zip("abc", images, strict=False)]
+    guest = Guest(root / f"guest-{images[0].stem}", disks, arguments=["-S"])
+    stack.callback(guest.kill)
+    return guest
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_images_that_are_exchanged(stack: ExitStack, tmp_path: Path, off: bool) -> None:
+    """The bitmaps in both images are of the newest backup, but each of the other disk."""
+    a, b = _filled(tmp_path / "a.qcow2", 1), _filled(tmp_path / "b.qcow2", 2)
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    guest = _start(stack, tmp_path, a, b)
+    incbak("full", f"qmp:{guest.monitor}", "--name", "vm")
+    guest.quit()
+    if off:
+        incbak("incremental", b, "--name", "vm", "--disk", "vda-dev")
+        assert _reasons(incbak) == ["wrong-disk"]
+    else:
+        incbak("incremental", f"qmp:{_start(stack, tmp_path, b, a).monitor}", "--name", "vm")
+        assert _reasons(incbak) == ["disk-changed", "disk-changed"]
+    assert differing(incbak.restored(disk="vda-dev"), content_of(b)) == []
+
+
+def test_a_node_that_got_another_file(stack: ExitStack, tmp_path: Path) -> None:
+    """``blockdev-reopen``: the node keeps its bitmaps."""
+    a, b = (raw_image(tmp_path / f"{name}.raw", SIZE, name.encode() * SIZE) for name in "ab")
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    guest = Guest(tmp_path / "guest", [GuestDisk("vda", a)], arguments=["-S"])
+    stack.callback(guest.kill)
+    incbak("full", f"qmp:{guest.monitor}", "--name", "vm")
+    guest.qmp("blockdev-add", **{"driver": "file", "node-name": "other", "filename": str(b)})
+    options = {"driver": "raw", "node-name": "vda", "file": "other", "discard": "unmap"}
+    guest.qmp("blockdev-reopen", options=[options])
+    incbak("incremental", f"qmp:{guest.monitor}", "--name", "vm")
+    assert _reasons(incbak) == ["disk-changed"]
+    assert differing(incbak.restored(), content_of(b)) == []
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_a_disk_that_was_shrunk_and_has_its_size_again(stack: ExitStack, tmp_path: Path, form: str) -> None:
+    """What it has got back is zero now, and QEMU has not marked it. After that run, and one more, all is well again."""
+    image = tmp_path / f"vda.{form}"
+    _filled(image, 1) if form == "qcow2" else raw_image(image, SIZE, b"a" * SIZE)
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    guest = Guest(tmp_path / "guest", [GuestDisk("vda", image, format=form)], arguments=["-S"])
+    stack.callback(guest.kill)
+    incbak("full", f"qmp:{guest.monitor}", "--name", "vm")
+    for size in (SIZE // 2, SIZE):
+        guest.qmp("block_resize", **{"node-name": "vda", "size": size})
+    for reasons in (["resized"], [None]):
+        incbak("incremental", f"qmp:{guest.monitor}", "--name", "vm")
+        assert _reasons(incbak) == reasons
+        assert differing(incbak.restored(), content_of(image)) == []
+    assert ours_in(guest) == []
