@@ -13,7 +13,9 @@ Locks are what programs agree on; some take none (QEMU with ``locking=off``). Th
 
 `Users.complete` is false where not all processes can be seen: not root, or in a process namespace of our own. (Some
 hosts shield the first process even from root; it runs no VMs.) Daemons that keep an array's metadata write to the
-devices below it (`_MANAGERS`), and to no byte of the array. What other hosts do with shared storage is nowhere to be
+devices below it (`_MANAGERS`), and to no byte of the array. It is false too on a file
+system that shows files of another one (overlay), where the same file has another device and inode by its other name.
+What other hosts do with shared storage is nowhere to be
 seen. Processes of the caller's choice are left out with their children, since they have the image open for the caller.
 Nothing here waits for storage: files are looked at without asking their servers.
 """
@@ -40,6 +42,8 @@ from incbak.errors import DiskError, ImageInUseError
 
 _INITIAL_NAMESPACE = "pid:[4026531836]"
 _MANAGERS = frozenset({"mdmon"})
+_SHOWING = frozenset({"overlay", "aufs", "ecryptfs"})
+_SHOWING_BY_FUSE = re.compile(r"fuse\.(mergerfs|bindfs|mhddfs|rofs|unionfs.*|fuse-overlayfs)")
 _DONT_SYNC, _TYPE_AND_INODE = 0x4000, 0x001 | 0x100
 _AT_FDCWD = -100
 _STATX = struct.Struct("=28xH2xQ88xIIII")  # mode, inode, device that it is, device that it is on
@@ -59,22 +63,27 @@ class User:
 
 @dataclass(frozen=True)
 class Users:
-    """``found``: who uses the image. ``complete``: whether every process of this host was looked at."""
+    """``found``: who uses the image. ``complete``: all processes of this host were looked at; else ``why`` not."""
 
     found: tuple[User, ...] = ()
     complete: bool = True
+    why: str = ""
 
     @property
     def writers(self) -> tuple[User, ...]:
         """Those that can change the image."""
         return tuple(user for user in self.found if user.writes)
 
+    def doubt(self, path: Path) -> str:
+        """What the owner of the image must know of a place where its users are not recognised, or an empty string."""
+        return f"{path}: {self.why}, so a program that writes it by its other name is not noticed" if self.why else ""
+
     def unwritable(self) -> str:
         """Why nothing may be written to the image, or an empty string."""
         if self.found:
             return f"it is open elsewhere: {_several(self.found)}"
         if not self.complete:
-            return "not all processes of this host can be seen, so one of them may have it open"
+            return f"{self.why or 'not all processes of this host can be seen'}, so one of them may have it open"
         return ""
 
 
@@ -137,6 +146,8 @@ def find_users(path: Path, ours: Collection[int] = ()) -> Users:
     found += _swaps(stack)
     if not found and not any(user.writes for user in own) and (hidden := _kernel(path, key)):
         found.append(hidden)
+    if shown := _shown_by(path):
+        return Users(tuple(dict.fromkeys(found)), False, shown)
     return Users(tuple(dict.fromkeys(found)), complete)
 
 
@@ -245,6 +256,22 @@ def _mounts(pid: int, stack: Stack) -> list[User]:
             if key and _matters(stack, key, writes):
                 found.append(User(f"it is mounted on {where}", writes))
     return found
+
+
+def _shown_by(path: Path) -> str:
+    """Why a process that has the same file open by another name is not recognised, or an empty string."""
+    with suppress(OSError, ValueError, StopIteration):
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            facts = dict(line.split(":", 1) for line in _text(f"/proc/self/fdinfo/{fd}").splitlines())
+        finally:
+            os.close(fd)
+        table = _text("/proc/self/mountinfo").splitlines()
+        mount = next(line for line in table if line.split(" ", 1)[0] == facts["mnt_id"].strip())
+        kind = mount.partition(" - ")[2].split()[0]
+        if not path.is_block_device() and (kind in _SHOWING or _SHOWING_BY_FUSE.fullmatch(kind)):
+            return f"it is on a file system ({kind}) that shows files of another one"
+    return ""
 
 
 def _swaps(stack: Stack) -> list[User]:

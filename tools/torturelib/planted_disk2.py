@@ -161,4 +161,11 @@ FAULTS = [
         "",
         unit("serve/test_resize", "test_a_size_that_is_no_multiple_of_a_sector"),
     ),
+    Fault(
+        "users-behind-an-overlay",
+        _USERS,
+        "    if shown := _shown_by(path):\n",
+        "    if shown := False:\n",
+        _users("test_file_systems_that_show_others"),
+    ),
 ]

@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "off-raw-users-not-looked-for",
         _IMAGE,
-        "                refuse_writers(path)\n",
-        "",
+        "refuse_writers(path).doubt(path)",
+        '""',
         _off("test_an_image_that_a_qemu_without_locks_writes_is_refused"),
     ),
     Fault(

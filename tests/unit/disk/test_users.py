@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 from incbak.disk import users
 from incbak.disk.users import Users, _kernel, find_users, key_of, refuse_users, refuse_writers
 from incbak.errors import DiskError, ImageInUseError
-from tests.kit.need import need, need_root
+from tests.kit.need import missing, need, need_root
 from tests.kit.serve import wait_until
 from tests.kit.sysfs import Sysfs
 
@@ -280,6 +281,49 @@ def test_what_writes_below_a_device_mapper_device(image: Path, tmp_path: Path, m
             monkeypatch.setattr(users, "_MANAGERS", {(Path("/proc") / str(pid) / "comm").read_text().strip()})
             assert find_users(upper).found == ()
             assert f"process {pid}" in find_users(lower).writers[0].what
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Path]:
+    """A merged directory whose upper one is ``upper`` beside it."""
+    need_root()
+    need("mount")
+    below, *others = (tmp_path / name for name in ("below", "upper", "work", "merged"))
+    for each in (below, *others):
+        each.mkdir()
+    options = "lowerdir={},upperdir={},workdir={}".format(below, *others[:2])
+    command = ["mount", "-t", "overlay", "overlay", "-o", options, str(others[2])]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    if ran.returncode:
+        missing("root", f"no overlay can be mounted: {ran.stderr.strip()}")
+    yield others[2]
+    subprocess.run(["umount", str(others[2])], check=True, timeout=20)
+
+
+def test_a_file_that_is_shown_by_another_file_system(overlay: Path) -> None:
+    """By its other name it is another file; what cannot be seen is not taken for unused."""
+    image, upper = overlay / "disk.img", overlay.parent / "upper" / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with holder(upper, "w"):
+        users_ = refuse_writers(image)
+    assert not users_.complete
+    assert "overlay" in users_.unwritable()
+    assert "not noticed" in users_.doubt(image)
+    assert find_users(upper) == Users((), True)
+    with holder(image, "w"):
+        assert "cannot be seen has it open for writing" in find_users(upper).writers[0].what
+
+
+@pytest.mark.parametrize("kind", ["overlay", "ecryptfs", "fuse.mergerfs", "fuse.unionfs-fuse"])
+def test_file_systems_that_show_others(image: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Those that no kernel or package of the tests has, by the table of mounts."""
+    assert users._shown_by(image) == ""
+    text = users._text
+    table = r" - \S+ "
+    monkeypatch.setattr(
+        users, "_text", lambda path: re.sub(table, f" - {kind} ", text(path)) if "mountinfo" in path else text(path)
+    )
+    assert kind in find_users(image).unwritable()
 
 
 def test_it_is_quick(image: Path) -> None:
