@@ -156,6 +156,30 @@ def test_a_runner_that_is_stopped_for_long_is_cut_off(vm: Vm) -> None:
     vm.good_again()
 
 
+@pytest.mark.parametrize("how", ["100 kB/s", "1 B/s", "paused"])
+def test_a_copy_that_never_ends_is_ended_by_the_longest_duration(vm: Vm, how: str) -> None:
+    """Another client of QEMU slows the job down, to a trickle that is progress, or to none; nothing of ours stays."""
+    if vm.iothread == (how == "1 B/s"):
+        return
+    vm.guest.figures("w")
+    process = vm.start("full", "--max-duration", "5s")
+    eventually(vm.copying, 20, "a job")
+    (job,) = (j["device"] for j in vm.guest.qmp("query-block-jobs"))
+    if how == "paused":
+        vm.guest.qmp("block-job-pause", device=job)
+    else:
+        vm.guest.qmp("block-job-set-speed", device=job, speed=1 if how == "1 B/s" else 100_000)
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 1, err
+    assert "took longer than 5.00 s" in err
+    assert "--max-duration TIME" in err
+    assert "Traceback" not in err
+    assert ours_in(vm.guest) == []
+    assert vm.guest.failures == []
+    assert len(bitmaps_of(vm.guest, "vda")) == 1, "that of the base"
+    vm.good_again()
+
+
 def test_a_full_scratch_file_breaks_the_backup_only(vm: Vm) -> None:
     process = vm.start("full", "--scratch-limit", "4M", "--speed-limit", "4M")
     _, err = process.communicate(timeout=60)
