@@ -163,4 +163,5 @@ def _scratch_files(guest: Guest) -> list[str]:
 def bitmaps_of(guest: Guest, node: str) -> list[str]:
     """The names of a node's bitmaps."""
     nodes = guest.qmp("query-named-block-nodes", flat=True)
-    return sorted(b["name"] for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", []))
+    found = (b for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", []))
+    return sorted(b["name"] for b in found if "name" in b)
