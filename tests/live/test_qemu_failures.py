@@ -115,6 +115,8 @@ def test_what_a_killed_run_has_left_is_told_and_taken_out(vm: Vm) -> None:
         assert bool(ours_in(vm.guest)) == left
         if left:
             eventually(lambda: _told(vm, "doctor"), 20, "the job meets the end of its target")
+            named = f"{ours_in(vm.guest)[0].rpartition('-')[0]}-0123abcd"  # as the bitmap of one disk of that run
+            vm.guest.qmp("block-dirty-bitmap-add", node="vda", name=named)
         assert bool(_told(vm, "status")) == left
         before = bitmaps_of(vm.guest, "vda")
         assert len(before) >= 2
