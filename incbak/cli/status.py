@@ -131,6 +131,10 @@ async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Re
             incremental=True, name=source.name, disks=source.disks, dry_run=True, state_dir=source.state_dir
         )
         outcome = await run(repo, engine, options)
+        for each in await engine.leftovers():
+            if not each.at_work:
+                text = f"incbak: a run that was killed has left {each} in QEMU; remove them: incbak clean {source.text}"
+                click.echo(one_line(text), err=True)
         last = {d.name: record for record in repo.backups(outcome.vm) for d in record.disks}
         return outcome, last, _proof(repo, outcome.vm)
     finally:

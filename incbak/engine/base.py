@@ -211,6 +211,20 @@ class RunResult:
     left: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Leftover:
+    """What a backup run has in an engine. ``run``: how the names of its nodes and jobs begin; ``repository``: the
+    first digits of its id. ``at_work``: it has a job that has not ended."""
+
+    run: str
+    repository: str
+    nodes: tuple[str, ...]
+    at_work: bool
+
+    def __str__(self) -> str:
+        return f"{self.run} ({len(self.nodes)} nodes)"
+
+
 class Engine(ABC):
     """A process that serves disks and takes commands, or an image that nobody has open. Raises `EngineError`."""
 
@@ -252,6 +266,10 @@ class Engine(ABC):
     async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
         """Return all bitmaps, also those on nodes that no backup reads. Changes nothing."""
         return [(disk, bitmap) for disk in (await self.describe()).disks for bitmap in disk.bitmaps]
+
+    async def leftovers(self) -> list[Leftover]:
+        """Return the backup runs that have something in the engine, at work or dead. Changes nothing."""
+        return []
 
     async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
         """Remove bitmaps by name, beside no job of a backup. Raises `EngineError` or `DiskError`."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from incbak.engine.base import (
     DiskResult,
     Engine,
     EngineDisk,
+    Leftover,
     ProgressCallback,
     RunResult,
     Target,
@@ -29,6 +30,7 @@ from incbak.engine.base import (
 from incbak.engine.end_mark import add_end_mark
 from incbak.engine.headway import STALL_SECONDS, Headway
 from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, without_padding
+from incbak.engine.leftovers import find_leftovers
 from incbak.engine.qemu_disks import bitmaps_by_node, find_disks, layout
 from incbak.engine.qemu_filter import DiskFilter
 from incbak.engine.qemu_graph import qom_path, read_graph, shareable
@@ -120,6 +122,9 @@ class QemuEngine(Engine):
 
     async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
         return bitmaps_by_node(await self._session.execute("query-block"), await read_graph(self._session))
+
+    async def leftovers(self) -> list[Leftover]:
+        return await find_leftovers(self._session)
 
     async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
         await refuse_beside_backup(self._session)
@@ -231,7 +236,7 @@ class QemuEngine(Engine):
         before, inside, after = (lambda d: d.add_filter()), (lambda d: d.insert()), (lambda d: d.add_access())
         if not still:
             await _each(disks, before)
-        async with stopped(self._session, guard) if still or len(disks) > 1 else _nothing():
+        async with stopped(self._session, guard) if still or len(disks) > 1 else nullcontext():
             for step in (before, inside, after) if still else (inside,):
                 await _each(disks, step)
                 crash_point("qemu.filtering")
@@ -343,11 +348,6 @@ def _explain(disk: DiskFilter, error: str) -> str:
 async def _each(disks: Sequence[DiskFilter], step: Callable[[DiskFilter], Coroutine[Any, Any, None]]) -> None:
     for disk in disks:
         await step(disk)
-
-
-@asynccontextmanager
-async def _nothing() -> AsyncIterator[None]:
-    yield
 
 
 def _sync_files(paths: Sequence[str]) -> None:

@@ -64,11 +64,14 @@ class Machine:
     def source(self) -> str:
         return f"qmp:{self.monitors[0]}"
 
-    def names(self) -> dict[str, list[str]]:
-        """Of every node that has bitmaps."""
-        nodes = self.qmp("query-named-block-nodes", flat=True)
-        found = {n["node-name"]: sorted(b["name"] for b in n.get("dirty-bitmaps", []) if "name" in b) for n in nodes}
-        return {node: names for node, names in found.items() if names}
+    def names(self, *, marks: bool = False) -> dict[str, list[str]]:
+        """Of every node that has bitmaps; without ``marks`` those that are no end marks."""
+        found: dict[str, list[str]] = {}
+        for node in self.qmp("query-named-block-nodes", flat=True):
+            named = sorted(b["name"] for b in node.get("dirty-bitmaps", []) if "name" in b)
+            if shown := [name for name in named if name.endswith("-end") == marks]:
+                found[node["node-name"]] = shown
+        return found
 
     def close(self) -> None:
         self.qmp.close()
@@ -94,7 +97,7 @@ def test_a_running_qemu(incbak: Incbak, machine: Machine, tmp_path: Path) -> Non
     ours = record["disks"][0]["bitmap"]
     shutil.rmtree(incbak.repo)
     incbak("init")
-    for node, name in (("vda", GONE), ("vdb", GONE), ("alone", GONE), ("vda", FOREIGN)):
+    for node, name in (("vda", GONE), ("vdb", GONE), ("alone", GONE), ("vda", FOREIGN), ("vdb", f"{GONE}-end")):
         machine.qmp("block-dirty-bitmap-add", node=node, name=name, granularity=65536)
     (second,) = incbak("--json", "full", machine.source).objects()
     found = listed(incbak, machine.source)
@@ -115,6 +118,7 @@ def test_a_running_qemu(incbak: Incbak, machine: Machine, tmp_path: Path) -> Non
     assert (refused.code, "--yes" in refused.err) == (2, True)
     assert machine.names() == before
     incbak("bitmap", "remove", machine.source, GONE, "--yes", "--disk", "vdb-dev")
+    assert f"{GONE}-end" not in str(machine.names(marks=True))
     assert machine.names() == before | {"vdb": [n for n in before["vdb"] if n != GONE]}
     ran = incbak("bitmap", "remove", machine.source, GONE, ours, "--yes")
     assert ran.err == ""
@@ -172,7 +176,8 @@ def test_a_qcow2_that_is_off(incbak: Incbak, image: Path) -> None:
     assert found["disk0", GONE]["dirty"] is None
     assert FOREIGN not in str(found)
     incbak("bitmap", "remove", image, GONE, "--yes")
-    assert sorted(_stored(image)) == sorted([FOREIGN, record["disks"][0]["bitmap"]])
+    left = [name for name in _stored(image) if not name.endswith("-end")]
+    assert sorted(left) == sorted([FOREIGN, record["disks"][0]["bitmap"]])
     (again,) = incbak("--json", "incremental", image).objects()
     assert again["disks"][0]["reason"] is None
 

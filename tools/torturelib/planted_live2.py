@@ -5,6 +5,7 @@ from __future__ import annotations
 from torturelib.planted import Fault, unit
 
 _AUDIT = "tests/story/test_audit.py::"
+_LEFT = "tests/live/test_qemu_failures.py::"
 _OWN = "tests/interop/test_own_bitmaps.py::"
 
 FAULTS = [
@@ -120,5 +121,40 @@ FAULTS = [
         "for b in chosen if b.repository in known}):",
         "for b in chosen if b.repository in ()}):",
         (f"{_OWN}test_a_bitmap_of_the_repository_at_hand_goes_with_a_warning",),
+    ),
+    Fault(
+        "own bitmaps: an end mark stays without its bitmap",
+        "incbak/engine/own_bitmaps.py",
+        'for end in ("", _END_MARK)]',
+        'for end in ("",)]',
+        (f"{_OWN}test_a_running_qemu",),
+    ),
+    Fault(
+        "clean: a run that is at work is taken apart",
+        "incbak/cli/clean.py",
+        "async with locked(repo, await vm_name(engine, wanted.name), 0):",
+        "async with asyncio.Lock():",
+        (f"{_LEFT}test_what_a_run_into_a_repository_that_is_gone_has_left[plain]",),
+    ),
+    Fault(
+        "clean: a run into another repository that is at work is taken apart",
+        "incbak/engine/leftovers.py",
+        '_WORKING = {"created", "running", "ready", "standby", "waiting"}',
+        '_WORKING = {"standby"}',
+        (f"{_LEFT}test_what_a_run_into_a_repository_that_is_gone_has_left[plain]",),
+    ),
+    Fault(
+        "clean: bitmaps go too",
+        "incbak/engine/leftovers.py",
+        "keep | {leftover.run})",
+        "())",
+        (f"{_LEFT}test_what_a_killed_run_has_left_is_told_and_taken_out[plain]",),
+    ),
+    Fault(
+        "clean: the filter of a job that is over is said to be in use",
+        "incbak/engine/qemu_leftovers.py",
+        "    graph = await read_graph(session)  # the filter of a job went with it\n",
+        "",
+        (f"{_LEFT}test_what_a_killed_run_has_left_is_told_and_taken_out[plain]",),
     ),
 ]
