@@ -48,13 +48,15 @@ class Fingerprint(NamedTuple):
 class Beat(NamedTuple):
     """A sign of life of a disk's owner: the clock, read first, and the disk's times and count as they were then.
 
-    ``mtime_ns`` is 0 where only the clock is known.
+    ``mtime_ns`` is 0 where only the clock is known. ``until_ns``: how late its own writes may be, as it
+    noted around them; 0 where it has noted nothing.
     """
 
     clock_ns: int
     mtime_ns: int = 0
     ctime_ns: int = 0
     writes: bytes = NO_WRITES
+    until_ns: int = 0
 
 
 def beat_of(disk: Fingerprint) -> Beat:

@@ -141,7 +141,7 @@ class ImageEngine(Engine):
                 done += extent.length
                 progress(self._name, done, whole)
             target.flush()
-            self._disk.flush()  # what was read may not be on the disk yet, and a power cut would undo it unmarked
+            self._disk.flush_times()  # what was read may not be on the disk yet, and a power cut would undo it unmarked
         except OSError as e:
             return DiskResult(done, f"cannot read or sync {self._path}: {e.strerror}")
         except IncbakError as e:

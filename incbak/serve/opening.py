@@ -87,7 +87,7 @@ def close_tracked(tracked: TrackedDisk, timeout: float, *, ignore_ctime: bool = 
     try:
         tracked.gate.shut(timeout)
         if not tracked.read_only:
-            tracked.disk.flush()
+            tracked.disk.flush_times()
         fingerprint = tracked.disk.fingerprint()
         fingerprint = without_ctime(fingerprint) if ignore_ctime else fingerprint
     except (DrainTimeoutError, IncbakError, OSError) as e:
@@ -120,6 +120,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             for tracked in list(self._vm.disks.values()):
+                tracked.rest()
                 with tracked.reading, suppress(OSError):
                     beat = tracked.disk.beat()
                     for bitmap in list(tracked.bitmaps.values()):

@@ -45,7 +45,7 @@ FAULTS = (
     Fault(
         "continuity-older-than-the-last-sign-of-life",
         _CONTINUITY,
-        "        if seen_ns and time_ns and time_ns != seen_ns and time_ns < beat.clock_ns - grain(time_ns):\n"
+        "        if seen_ns and time_ns and time_ns < beat.clock_ns - grain(time_ns):\n"
         "            return Reason.DISK_CHANGED\n",
         "",
         _continuity("test_after_a_kill"),
@@ -53,7 +53,7 @@ FAULTS = (
     Fault(
         "continuity-clock-set-back-believed",
         _CONTINUITY,
-        "    if beat.clock_ns > now_ns + HEARTBEAT_SLACK_NS:\n        return Reason.UNPROVEN\n",
+        "    if max(beat.clock_ns, beat.until_ns) > now_ns + CLOCK_SLACK_NS:\n        return Reason.UNPROVEN\n",
         "",
         _continuity("test_after_a_kill"),
     ),

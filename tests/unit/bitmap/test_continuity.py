@@ -46,13 +46,21 @@ def test_a_ctime_that_was_not_recorded_is_not_compared() -> None:
 
 
 SEEN = Beat(T, T - 9 * S, T - 9 * S)
+WROTE = SEEN._replace(until_ns=T + S)
 
 
 @pytest.mark.parametrize(
     ("beat", "mtime_ns", "ctime_ns", "now_ns", "reason"),
     [
         (SEEN, T - 9 * S, T - 9 * S, T + S, None),
-        (SEEN, T + S // 10, T + S // 10, T + S, None),
+        (SEEN, T + 1, T + 1, T + S, Reason.DISK_CHANGED),
+        (SEEN, T - S // 100, T - S // 100, T + S, None),
+        (WROTE, T + S // 2, T + S // 2, T + 9 * S, None),
+        (WROTE, T + S, T + S, T + 9 * S, None),
+        (WROTE, T + S + 1, T + S + 1, T + 9 * S, Reason.DISK_CHANGED),
+        (WROTE, T - 9 * S, T + S + 1, T + 9 * S, Reason.DISK_CHANGED),
+        (WROTE, T - 9 * S, T - 9 * S, T - S // 2, Reason.UNPROVEN),
+        (Beat(T, until_ns=T - 60 * S), T - S, T - S, T + S, None),
         (SEEN, T + 2 * S, T + 2 * S, T + 9 * S, Reason.DISK_CHANGED),
         (SEEN, T - 20 * S, T + 3 * S, T + 9 * S, Reason.DISK_CHANGED),
         (SEEN, T - 9 * S, T + 3 * S, T + 9 * S, Reason.DISK_CHANGED),
@@ -65,7 +73,7 @@ SEEN = Beat(T, T - 9 * S, T - 9 * S)
     ],
 )
 def test_after_a_kill(beat: Beat, mtime_ns: int, ctime_ns: int, now_ns: int, reason: Reason | None) -> None:
-    """As it was seen, or from just after that. Older: put back, or written under a clock that was set back."""
+    """As it was seen, or from its own later writes. Older: put back, or written under a clock that was set back."""
     disk = CLOSED._replace(mtime_ns=mtime_ns, ctime_ns=ctime_ns)
     assert bypassed(beat, disk, now_ns) is reason
 
@@ -79,16 +87,21 @@ def test_after_a_kill(beat: Beat, mtime_ns: int, ctime_ns: int, now_ns: int, rea
         (T - 40 * S, T + 41 * S, T + 40 * S, Reason.DISK_CHANGED),
         (T + 130 * S, T + 130 * S, T + 400 * S, Reason.DISK_CHANGED),
         (T - 40 * S, T + 130 * S, T + 400 * S, Reason.DISK_CHANGED),
+        (T - 40 * S - 1, T - 40 * S, T + 40 * S, Reason.DISK_CHANGED),
+        (T - 40 * S, T - 40 * S - 1, T + 40 * S, Reason.DISK_CHANGED),
     ],
 )
 def test_after_a_power_cut(mtime_ns: int, ctime_ns: int, booted_ns: int, reason: Reason | None) -> None:
-    """The file's times may be lost with the power, so they may be old; what is of this boot is of another program."""
+    """The file's times may be lost with the power, so they may be old, but not older than the bitmap: then it was put
+    back. What is of this boot is of another program."""
     disk = CLOSED._replace(mtime_ns=mtime_ns, ctime_ns=ctime_ns)
-    assert bypassed_in_a_power_cut(SEEN, disk, booted_ns, T + 500 * S) is reason
+    began = CLOSED._replace(mtime_ns=T - 40 * S, ctime_ns=T - 40 * S)
+    assert bypassed_in_a_power_cut(SEEN, began, disk, booted_ns, T + 500 * S) is reason
 
 
 def test_a_clock_behind_the_last_sign_of_life_shows_nothing_after_a_power_cut() -> None:
-    assert bypassed_in_a_power_cut(SEEN, CLOSED._replace(mtime_ns=T - S), T - 2 * S, T - S) is Reason.UNPROVEN
+    disk = CLOSED._replace(mtime_ns=T - S)
+    assert bypassed_in_a_power_cut(SEEN, disk, disk, T - 2 * S, T - S) is Reason.UNPROVEN
 
 
 def test_a_time_that_may_come_again() -> None:
@@ -164,8 +177,9 @@ def _aged(scene: Scene, end: str) -> None:
             time.sleep(0.002)
         bitmap.close(scene.fingerprint())
         return
-    clock, mtime_ns, ctime_ns, writes = scene.beat()
-    bitmap.heartbeat(Beat(clock - 2 * S, mtime_ns - 2 * S, ctime_ns - 2 * S, writes))
+    beat = scene.beat()
+    long_ago = {"clock_ns": beat.clock_ns - 2 * S, "mtime_ns": beat.mtime_ns - 2 * S, "ctime_ns": beat.ctime_ns - 2 * S}
+    bitmap.heartbeat(beat._replace(**long_ago))
     bitmap.close(None)
 
 
