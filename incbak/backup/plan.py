@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from incbak.backup.sources import check_names
-from incbak.engine.base import DECRYPTED, Description, DiskPlan, EngineDisk, LeftOut, bitmap_name, repository_prefix
+from incbak.engine.base import (
+    DECRYPTED,
+    Description,
+    DiskPlan,
+    EngineDisk,
+    LeftOut,
+    bitmap_name,
+    repository_prefix,
+    run_name,
+    run_of,
+)
 from incbak.errors import FormatError, UsageError
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Record
@@ -37,10 +47,18 @@ class Known:
     host: str = ""
     backing: Mapping[str, list[Any]] = field(default_factory=dict)
     """The backing files of the disks as they are now: see `incbak.backup.sources`."""
+    opened: Mapping[str, list[Any]] = field(default_factory=dict)
+    """The images that a running engine has open: path and inode of each."""
 
-    def bitmap(self, backup: str) -> str:
-        """The name of the bitmap of the writes since ``backup``."""
-        return bitmap_name(self.repository[:8], backup[:8])
+    def run(self, backup: str) -> str:
+        """Return how the names of the bitmaps of the writes since ``backup`` begin."""
+        return run_name(self.repository[:8], backup[:8])
+
+    def bitmap(self, record: Record, disk: DiskRecord) -> str:
+        """Return the name of the bitmap of the writes to ``disk`` since ``record``."""
+        run = self.run(record.id)
+        named = disk.bitmap or ""
+        return named if run_of(named) == run else run
 
     @property
     def prefix(self) -> str:
@@ -50,7 +68,7 @@ class Known:
     def strays(self, description: Description, keep: Collection[str]) -> set[tuple[str, str]]:
         """(disk, bitmap) of the bitmaps of this repository that no backup stands for."""
         names = ((d.name, b.name) for d in description.disks for b in d.bitmaps)
-        return {(disk, name) for disk, name in names if name.startswith(self.prefix) and name not in keep}
+        return {(disk, name) for disk, name in names if name.startswith(self.prefix) and run_of(name) not in keep}
 
 
 @dataclass
@@ -148,12 +166,12 @@ def _check_ciphertext(disk: EngineDisk, before: DiskRecord) -> None:
 def _disk(disk: EngineDisk, known: Known, request: Request) -> Planned:
     if newest := next((d for r in reversed(known.records) if (d := r.disk(disk.name))), None):
         _check_ciphertext(disk, newest)
-    plan = DiskPlan(disk, known.bitmap(request.backup), known.cluster_size)
+    plan = DiskPlan(disk, bitmap_name(known.run(request.backup), disk.name), known.cluster_size)
     whole = [(r, d) for r in reversed(known.records) if (d := r.disk(disk.name)) and r.id not in known.damaged]
     if request.incremental:
         for record, before in _bases(disk, known):
             if _trouble(disk, before, record, known) is None:
-                plan.base_bitmap = known.bitmap(record.id)
+                plan.base_bitmap = known.bitmap(record, before)
                 return Planned(plan, record, before)
         plan.reason = _why_not(disk, known, request)
     same_size = next((d for _, d in whole if d.size == disk.size), None)
@@ -161,12 +179,17 @@ def _disk(disk: EngineDisk, known: Known, request: Request) -> Planned:
 
 
 def _bases(disk: EngineDisk, known: Known) -> Iterator[tuple[Record, DiskRecord]]:
-    """The backups that may be the base of ``disk``, newest first."""
+    """Yield the backups that may be the base of ``disk``, newest first.
+
+    None is older than a backup of another size: a bitmap is cut where its disk is, and QEMU does not mark what the
+    disk has got back since.
+    """
     for record in reversed(known.records):
         if before := record.disk(disk.name):
             yield record, before
             copied = record.origin is not None and record.host == known.host
-            if not copied and disk.bitmap(known.bitmap(record.id)) is None:
+            missing = disk.bitmap(known.bitmap(record, before)) is None
+            if before.size != disk.size or (missing and not copied):
                 return
 
 
@@ -176,16 +199,35 @@ def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known)
         return Reason.BASE_DAMAGED
     if before.size != disk.size:
         return Reason.RESIZED
-    if list(record.config.get("backing", {}).get(disk.name, [])) != list(known.backing.get(disk.name, [])):
+    if _recorded(record, "backing", disk) != list(known.backing.get(disk.name, [])):
         return Reason.BACKING_CHANGED
-    bitmap = disk.bitmap(known.bitmap(record.id))
-    return bitmap.trouble(known.cluster_size) if bitmap else Reason.BITMAP_MISSING
+    if _is_another(_recorded(record, "opened", disk), known.opened.get(disk.name, [])):
+        return Reason.DISK_CHANGED
+    if bitmap := disk.bitmap(known.bitmap(record, before)):
+        return bitmap.trouble(known.cluster_size)
+    another = any(run_of(b.name) == known.run(record.id) for b in disk.bitmaps)
+    return Reason.WRONG_DISK if another else Reason.BITMAP_MISSING
+
+
+def _recorded(record: Record, what: str, disk: EngineDisk) -> list[Any]:
+    """Return what the record's configuration says of ``disk`` under ``what``: see `incbak.backup.sources`."""
+    facts = record.config.get(what)
+    found = facts.get(disk.name) if isinstance(facts, dict) else None
+    return list(found) if isinstance(found, list | tuple) else []
+
+
+def _is_another(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Return whether neither the path nor the inode of an image that was open then is that of the one open now."""
+    if len(before) != 2 or len(now) != 2:
+        return False
+    return bool(before[0] != now[0] and (now[1] is None or before[1] != now[1]))
 
 
 def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
     """Why no backup can be the base: what is wrong with the newest that has the disk."""
     newest = next(((r, d) for r in reversed(known.records) if (d := r.disk(disk.name))), None)
-    if any(disk.bitmap(known.bitmap(ident)) for ident in known.unreadable):
+    unreadable = {known.run(ident) for ident in known.unreadable}
+    if any(run_of(b.name) in unreadable for b in disk.bitmaps):
         return Reason.BASE_DAMAGED
     stray = any(name == disk.name for name, _bitmap in request.strays)
     if newest is None:
@@ -193,7 +235,8 @@ def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
             return Reason.BASE_MISSING
         return Reason.NEW_DISK if known.records else Reason.NO_BASE
     reason = _trouble(disk, newest[1], newest[0], known)
-    bitmaps = [b for r in known.records if (b := disk.bitmap(known.bitmap(r.id)))]
+    had = ((r, d) for r in known.records if (d := r.disk(disk.name)))
+    bitmaps = [b for r, d in had if (b := disk.bitmap(known.bitmap(r, d)))]
     older = any(b.trouble(known.cluster_size) is None for b in bitmaps)
     if reason is Reason.BITMAP_MISSING and older and not stray:
         return Reason.SUPERSEDED

@@ -180,7 +180,7 @@ class _Attempt:
             frozenset(),
             tuple(self._repo.unreadable),
         )
-        keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
+        keep = {known.run(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
         description = await self._engine.describe()
         self._contradicted = contradictions(self._vm, description, known.records)
         if self._engine.kind == "image" and not self._options.disks:
@@ -204,6 +204,7 @@ class _Attempt:
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
         self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
         known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing)
+        known = replace(known, opened=self._sources.opened)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
             for planned in self._planned:

@@ -28,6 +28,7 @@ class Sources:
 
     def __init__(self, description: Description, *, off: bool) -> None:
         self.backing = backing_of(description)
+        self.opened = {} if off else opened_of(description)
         self._files = {d.name: _files(description, d.node) for d in description.disks} if off else {}
         self._before = self._now()
 
@@ -45,13 +46,30 @@ class Sources:
 
     def config(self) -> dict[str, Any]:
         """What the record keeps of it."""
-        return {"backing": self.backing} if self.backing else {}
+        kept = {"backing": self.backing, "opened": self.opened}
+        return {name: facts for name, facts in kept.items() if facts}
 
 
 def backing_of(description: Description) -> dict[str, Facts]:
     """Of each disk that has any: its backing files, from the top."""
     found = {d.name: [_facts(p) for p in _files(description, d.node)[1:]] for d in description.disks}
     return {name: facts for name, facts in found.items() if facts}
+
+
+def opened_of(description: Description) -> dict[str, list[Any]]:
+    """Return path and inode of the image that a running engine has open for each disk; ``None``: not known.
+
+    A node can get another file without losing its bitmaps (``blockdev-reopen``).
+    """
+    images: Mapping[str, Any] = description.config.get("images", {})
+    return {d.name: [path, _inode(path)] for d in description.disks if (path := str(images.get(d.name, "")))}
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino if path.startswith("/") else None
+    except OSError:
+        return None
 
 
 def _files(description: Description, node: str) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from incbak.backup.audit import Findings, Slice, audit_disk
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan
-from incbak.backup.sources import backing_of
+from incbak.backup.sources import backing_of, opened_of
 from incbak.backup.vm import locked, vm_name
 from incbak.engine.base import DiskPlan, Engine
 from incbak.events import Reporter, silent
@@ -46,8 +46,9 @@ async def verify(
         records = [r for r in await asyncio.to_thread(repo.backups) if r.vm == vm]
         description = await engine.describe()
         backing = await asyncio.to_thread(backing_of, description)
+        opened = {} if engine.kind == "image" else await asyncio.to_thread(opened_of, description)
         damaged, unreadable = repo.damage().backups, tuple(repo.unreadable)
-        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), backing)
+        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), backing, opened)
         disks = choose(description, wanted.disks, wanted.exclude)
         verified = []
         for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):

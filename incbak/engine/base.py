@@ -13,6 +13,7 @@ The order of calls is the safety of a backup; the runner keeps to it:
 
 from __future__ import annotations
 
+import re
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,16 +21,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from blake3 import blake3
+
 from incbak.reasons import Reason
 
 PREFIX = "incbak"
+_BITMAP = re.compile(f"({PREFIX}-[0-9a-f]{{8}}-[0-9a-f]{{8}})(?:-[0-9a-f]{{8}})?")
 
 ProgressCallback = Callable[[str, int, int], None]  # disk, bytes done, bytes in all
 
 
-def bitmap_name(repository: str, backup: str) -> str:
-    """``incbak-<repository id>-<backup id>``, eight hex digits each."""
+def run_name(repository: str, backup: str) -> str:
+    """Return ``incbak-<repository id>-<backup id>``, eight hex digits each: how all names of one run begin."""
     return f"{PREFIX}-{repository}-{backup}"
+
+
+def bitmap_name(run: str, disk: str) -> str:
+    """Return the run's name with eight hex digits of the digest of the disk's name.
+
+    So the bitmap of one disk is never taken for that of another, when a VM starts with its images exchanged.
+    """
+    return f"{run}-{blake3(disk.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def run_of(bitmap: str) -> str:
+    """Return the run of a bitmap; earlier versions gave the bitmaps of all disks its name. Other names stay."""
+    found = _BITMAP.fullmatch(bitmap)
+    return found[1] if found else bitmap
+
+
+def is_bitmap_name(name: str) -> bool:
+    """Return whether ``name`` is that of a bitmap of a backup."""
+    return _BITMAP.fullmatch(name) is not None
 
 
 def repository_prefix(repository: str) -> str:
@@ -39,7 +62,7 @@ def repository_prefix(repository: str) -> str:
 
 def superseded(plan: DiskPlan) -> list[str]:
     """The bitmaps of the same repository on the plan's disk that the new one replaces, once the backup exists."""
-    prefix = plan.new_bitmap.rpartition("-")[0] + "-"
+    prefix = plan.run.rpartition("-")[0] + "-"
     return [b.name for b in plan.disk.bitmaps if b.name.startswith(prefix) and b.name != plan.new_bitmap]
 
 
@@ -127,6 +150,11 @@ class DiskPlan:
     base_bitmap: str | None = None
     reason: Reason | None = None
 
+    @property
+    def run(self) -> str:
+        """How the names of the run's jobs and nodes begin, which are short in QEMU."""
+        return run_of(self.new_bitmap)
+
 
 class Target(Protocol):
     """Where the clusters of one disk go. The three writes are called from any thread and may block."""
@@ -182,7 +210,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
-        """Remove jobs, filters, nodes and bitmaps whose names begin with ``prefix``, except the bitmaps in ``keep``.
+        """Remove jobs, filters, nodes and bitmaps whose names begin with ``prefix``, not bitmaps of runs in ``keep``.
 
         The caller holds the VM's lock in the repository, so whatever has the prefix belongs to a dead run. Returns what
         was removed, for people. Call `describe` again afterwards.

@@ -30,6 +30,7 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    run_of,
     superseded,
 )
 from incbak.errors import DiskError, ImageChangedError, IncbakError, UsageError
@@ -96,7 +97,7 @@ class ImageEngine(Engine):
         return Description(self._vm, (disk,), "image", images, (), notes)
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
-        gone = [name for name in (*self._bitmaps, *self._bad) if name.startswith(prefix) and name not in keep]
+        gone = [name for name in (*self._bitmaps, *self._bad) if name.startswith(prefix) and run_of(name) not in keep]
         for name in gone:
             self._remove(name)
         return [f"bitmap {name} of {self._name}" for name in gone]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from incbak.bitmap.remembered import remember_format
-from incbak.engine.base import Description, DiskPlan
+from incbak.engine.base import Description, DiskPlan, run_of
 from incbak.engine.private_daemon import NODE, PROGRAM, Daemon, Image, Writable
 from incbak.engine.qemu_disks import layout
 from incbak.engine.session import Session
@@ -67,7 +67,8 @@ class OfflineEngine(StorageDaemonEngine):
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         (disk,) = (await self.describe()).disks
-        if not disk.can_persist or not any(b.name.startswith(prefix) and b.name not in keep for b in disk.bitmaps):
+        strays = [b for b in disk.bitmaps if b.name.startswith(prefix) and run_of(b.name) not in keep]
+        if not disk.can_persist or not strays:
             return []
         async with self._writable():
             return await super().cleanup(prefix, keep)

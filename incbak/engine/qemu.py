@@ -133,7 +133,7 @@ class QemuEngine(Engine):
         """
         limit = self._limit(len(plans))
         disks = [DiskFilter(self._session, plan, n, self._options.scratch_dir, limit) for n, plan in enumerate(plans)]
-        blocker = MigrationBlocker(self._session, f"{plans[0].new_bitmap}-")
+        blocker = MigrationBlocker(self._session, f"{plans[0].run}-")
         notes: list[str] = []
         frozen = Frozen()
         await check_run_state(self._session)

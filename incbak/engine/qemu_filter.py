@@ -88,7 +88,7 @@ class DiskFilter:
     @property
     def ident(self) -> str:
         """The job's id, and what the nodes' names begin with."""
-        return f"{self.plan.new_bitmap}-{self.number}"
+        return f"{self.plan.run}-{self.number}"
 
     @property
     def disk(self) -> str:
@@ -239,7 +239,7 @@ class DiskFilter:
         }
         backup |= JOB_POLICY | {"filter-node-name": self.ident + "j", "speed": speed}
         if base := self.plan.base_bitmap:
-            name = f"{self.plan.new_bitmap}-dirty"
+            name = f"{self.plan.run}-dirty"
             one = {"node": access, "name": name}
             add = one | {"granularity": self.plan.granularity, "disabled": True}
             await self.session.execute("block-dirty-bitmap-add", add)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from incbak.engine.base import run_of
 from incbak.engine.jobs import cancel_jobs
 from incbak.engine.qemu_filter import cut_target, remove_fds
 from incbak.engine.qemu_graph import Graph, StillUsedError, read_graph, take_out
@@ -54,7 +55,7 @@ async def _remove_bitmaps(session: Session, graph: Graph, prefix: str, keep: Col
     done = []
     for node, info in graph.nodes.items():
         for name in _names(info):
-            if name.startswith(prefix) and name not in keep and not node.startswith(prefix):
+            if name.startswith(prefix) and run_of(name) not in keep and not node.startswith(prefix):
                 if await session.try_execute("block-dirty-bitmap-remove", {"node": node, "name": name}):
                     done.append(f"bitmap {name} of {node}")
                 else:

@@ -14,6 +14,7 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    run_of,
     superseded,
 )
 from incbak.engine.jobs import cancel_jobs, wait_for_jobs
@@ -46,7 +47,7 @@ class ServedEngine(Engine):
                 continue
             for bitmap in node.get("dirty-bitmaps", []):
                 name = bitmap.get("name", "")
-                if name.startswith(prefix) and name not in keep:
+                if name.startswith(prefix) and run_of(name) not in keep:
                     await self._remove(node["node-name"], name)
                     done.append(f"bitmap {name} of {node['node-name']}")
         return done
@@ -57,7 +58,7 @@ class ServedEngine(Engine):
         actions: list[dict[str, Any]] = []
         jobs: dict[str, str] = {}
         for number, plan in enumerate(plans):
-            ident = f"{plan.new_bitmap}-{number}"
+            ident = f"{plan.run}-{number}"
             await self._add_target(f"{ident}-t", targets[plan.disk.name])
             add = {"node": plan.disk.node, "name": plan.new_bitmap, "granularity": plan.granularity, "persistent": True}
             actions.append({"type": "block-dirty-bitmap-add", "data": add})
@@ -82,7 +83,7 @@ class ServedEngine(Engine):
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            await self.cleanup(plan.new_bitmap, ())
+            await self.cleanup(plan.run, ())
 
     async def _remove(self, node: str, name: str) -> None:
         try:

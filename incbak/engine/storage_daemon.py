@@ -17,6 +17,7 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    run_of,
     superseded,
 )
 from incbak.engine.jobs import cancel_jobs, wait_for_jobs, without_padding
@@ -70,14 +71,14 @@ class StorageDaemonEngine(Engine):
                     done.append(f"node {name}")
                 continue
             for bitmap in (b.get("name", "") for b in node.get("dirty-bitmaps", ())):
-                if bitmap.startswith(prefix) and bitmap not in keep and await self._remove(name, bitmap):
+                if bitmap.startswith(prefix) and run_of(bitmap) not in keep and await self._remove(name, bitmap):
                     done.append(f"bitmap {bitmap} of {name}")
         return done
 
     async def run(
         self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
     ) -> RunResult:
-        jobs = {f"{plan.new_bitmap}-{n}": plan for n, plan in enumerate(plans)}
+        jobs = {f"{plan.run}-{n}": plan for n, plan in enumerate(plans)}
         try:
             for ident, plan in jobs.items():
                 path, export = targets[plan.disk.name].address()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap.file import Bitmap, Found
 from incbak.bitmap.store import view_file
 from incbak.durable import crash_point, declare
+from incbak.engine.base import is_bitmap_name
 from incbak.engine.session import EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
 from incbak.reasons import Reason
@@ -20,13 +20,7 @@ from incbak.watch.transfer import PREFIX, Place, PrivateServer, bitmaps_of, priv
 
 declare("watch.invalidated", "watch.recording", "watch.filled", "watch.loaded")
 
-_OURS = re.compile("incbak-[0-9a-f]{8}-[0-9a-f]{8}")
 _FRESH = "prelaunch"
-
-
-def is_ours(name: str) -> bool:
-    """Whether it is the name of a bitmap of a backup."""
-    return _OURS.fullmatch(name) is not None
 
 
 @dataclass
@@ -64,7 +58,7 @@ def _give_up(disk: Watched, name: str, reason: Reason) -> Reason:
 async def _settle(session: Session, disk: Watched, outcome: Outcome) -> None:
     """What QEMU records under our names is kept, whatever became of the files: a dead watch may have loaded it."""
     known = await bitmaps_of(session, disk.node)
-    outcome.kept = [name for name, info in known.items() if is_ours(name) and info["recording"]]
+    outcome.kept = [name for name, info in known.items() if is_bitmap_name(name) and info["recording"]]
     outcome.lost = {name: reason for name, reason in outcome.lost.items() if name not in outcome.kept}
 
 
@@ -109,7 +103,7 @@ def _unfit(bitmap: Bitmap) -> Reason | None:
         return Reason.BITMAP_DISABLED
     if bitmap.found is Found.COARSE:
         return Reason.UNCLEAN_SHUTDOWN  # the map of regions stands for writes until the power cut, not for later ones
-    return None if is_ours(bitmap.name) else Reason.UNSAVED
+    return None if is_bitmap_name(bitmap.name) else Reason.UNSAVED
 
 
 async def _load(session: Session, disk: Watched, found: Sequence[_Read]) -> None:

@@ -13,13 +13,14 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap.saved import write_clean
 from incbak.disk.locks import writer_present
 from incbak.durable import crash_point, declare
+from incbak.engine.base import is_bitmap_name
 from incbak.engine.deadline import deadline
 from incbak.engine.session import EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
 from incbak.fingerprint import Fingerprint
 from incbak.reasons import Reason
 from incbak.watch.disks import Holder, Watched
-from incbak.watch.loading import Outcome, is_ours
+from incbak.watch.loading import Outcome
 from incbak.watch.transfer import Place, bitmaps_of, private_server
 
 declare("watch.read", "watch.quitting", "watch.gone", "watch.written", "watch.saved")
@@ -116,7 +117,7 @@ def _places(disk: Watched, found: Mapping[str, Mapping[str, Any]]) -> list[Place
     return [
         Place(disk.node, name, int(info["granularity"]), disk.size)
         for name, info in found.items()
-        if is_ours(name) and info["recording"] and not info["busy"] and not info.get("inconsistent")
+        if is_bitmap_name(name) and info["recording"] and not info["busy"] and not info.get("inconsistent")
     ]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from incbak.engine.base import bitmap_name
+from incbak.engine.base import run_name
 from incbak.engine.detect import Source, open_engine
 from incbak.errors import DiskError, FormatError, ImageInUseError
 from incbak.reasons import Reason
@@ -159,7 +159,7 @@ def test_a_broken_image_says_what_is_wrong(tmp_path: Path) -> None:
 def test_bitmaps_of_dead_runs_go_and_those_of_others_stay(image: Path, tmp_path: Path) -> None:
     chain = chain_of(str(image), tmp_path)
     chain.full()
-    stray, other = chain.name("deadbeef"), bitmap_name("0badcafe", "00000001")
+    stray, other = chain.name("deadbeef"), run_name("0badcafe", "00000001")
     for name in (stray, other, "mine"):
         subprocess.run(["qemu-img", "bitmap", "--add", str(image), name], check=True, timeout=20)
     second = chain.incremental()

@@ -31,6 +31,7 @@ from incbak.engine.base import (
     RunResult,
     bitmap_name,
     repository_prefix,
+    run_name,
 )
 from incbak.engine.detect import Source, open_engine
 from incbak.nbd.server import NbdServer
@@ -188,9 +189,13 @@ class Chain:
         """Of all our names."""
         return repository_prefix(self.repository)
 
-    def name(self, backup: str) -> str:
-        """The bitmap of a backup."""
-        return bitmap_name(self.repository, backup)
+    def run(self, backup: str) -> str:
+        """How the names of a backup's bitmaps begin."""
+        return run_name(self.repository, backup)
+
+    def name(self, backup: str, disk: str = "disk0") -> str:
+        """The bitmap of one disk of a backup."""
+        return bitmap_name(self.run(backup), disk)
 
     async def _run(self, incremental: bool, only: tuple[str, ...]) -> Backup:
         engine = await self.connect()
@@ -201,7 +206,7 @@ class Chain:
 
     async def _backup(self, engine: Engine, incremental: bool, only: tuple[str, ...]) -> Backup:
         await engine.describe()
-        self.removed = await engine.cleanup(self.prefix, {self.name(b.id) for b in self.backups})
+        self.removed = await engine.cleanup(self.prefix, {self.run(b.id) for b in self.backups})
         description = await engine.describe()
         ident = f"{next(self._ids):08x}"
         disks = [d for d in description.disks if not only or d.name in only]
@@ -236,11 +241,11 @@ class Chain:
         return backup
 
     def _plan(self, disk: EngineDisk, ident: str, incremental: bool) -> DiskPlan:
-        plan = DiskPlan(disk, self.name(ident), self.cluster)
+        plan = DiskPlan(disk, self.name(ident, disk.name), self.cluster)
         if not incremental:
             return plan
         base = self.backups[-1] if self.backups else None
-        bitmap = disk.bitmap(self.name(base.id)) if base else None
+        bitmap = disk.bitmap(self.name(base.id, disk.name)) if base else None
         if base is None or disk.name not in base.images:
             plan.reason = Reason.NEW_DISK
         elif len(base.images[disk.name]) != disk.size:
@@ -248,7 +253,7 @@ class Chain:
         else:
             plan.reason = bitmap.trouble(self.cluster) if bitmap else Reason.BITMAP_MISSING
         if plan.reason is None and base:
-            plan.base_bitmap = self.name(base.id)
+            plan.base_bitmap = self.name(base.id, disk.name)
         return plan
 
 

@@ -258,8 +258,8 @@ _BACKUP = (
     Fault(
         "runner-others-bitmaps-are-leftovers",
         _RUNNER,
-        "keep = {known.bitmap(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}",
-        "keep = {known.bitmap(r.id) for r in known.records}",
+        "keep = {known.run(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}",
+        "keep = {known.run(r.id) for r in known.records}",
         _runner("test_a_failed_run_under_another_name_costs_nothing"),
     ),
     Fault(
@@ -286,8 +286,8 @@ _BACKUP = (
     Fault(
         "plan-bitmap-not-looked-at",
         _PLAN,
-        "return bitmap.trouble(known.cluster_size) if bitmap else Reason.BITMAP_MISSING",
-        "return None if bitmap else Reason.BITMAP_MISSING",
+        "        return bitmap.trouble(known.cluster_size)\n",
+        "        return None\n",
         unit("backup/test_plan", "test_a_bitmap_that_cannot_be_believed"),
     ),
     Fault(

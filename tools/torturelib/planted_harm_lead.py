@@ -2,6 +2,7 @@
 
 from torturelib.planted import Fault, unit
 
+_PLAN = "incbak/backup/plan.py"
 FAULTS = [
     Fault(
         "keep-within-minutes",
@@ -163,5 +164,40 @@ FAULTS = [
         "            while not wanted.wait(LOOK_SECONDS):\n                pass\n",
         "            wanted.wait()\n",
         ("tests/story/test_export.py::test_a_signal_that_another_thread_takes_ends_it",),
+    ),
+    Fault(
+        "plan-bitmap-of-another-disk",
+        "incbak/engine/base.py",
+        "    return f\"{run}-{blake3(disk.encode(errors='surrogatepass')).hexdigest()[:8]}\"\n",
+        "    return run\n",
+        ("tests/live/test_qemu_identity.py::test_images_that_are_exchanged[True]",),
+    ),
+    Fault(
+        "plan-node-that-got-another-file",
+        _PLAN,
+        "    return bool(before[0] != now[0] and (now[1] is None or before[1] != now[1]))\n",
+        "    return False\n",
+        unit("backup/test_plan", "test_a_node_that_got_another_file_is_another_disk"),
+    ),
+    Fault(
+        "plan-what-is-open-is-not-recorded",
+        "incbak/backup/sources.py",
+        '        kept = {"backing": self.backing, "opened": self.opened}\n',
+        '        kept = {"backing": self.backing}\n',
+        ("tests/live/test_qemu_identity.py::test_a_node_that_got_another_file",),
+    ),
+    Fault(
+        "plan-older-base-behind-another-size",
+        _PLAN,
+        "            if before.size != disk.size or (missing",
+        "            if (missing",
+        unit("backup/test_plan", "test_a_resized_disk_is_compared_with_no_backup_of_another_size"),
+    ),
+    Fault(
+        "plan-bitmap-named-by-another-backup",
+        _PLAN,
+        "        return named if run_of(named) == run else run\n",
+        "        return named or run\n",
+        unit("backup/test_plan", "test_the_name_of_a_bitmap_in_a_record_is_believed_only_for_its_own_backup"),
     ),
 ]

@@ -27,8 +27,8 @@ FAULTS = (
     Fault(
         "off-dirty-image-is-cleaned-up",
         _OFFLINE,
-        "if not disk.can_persist or not any(",
-        "if not any(",
+        "if not disk.can_persist or not strays:",
+        "if not strays:",
         _off("test_a_dirty_image_with_bitmaps_is_not_cleaned_up_either"),
     ),
     Fault(

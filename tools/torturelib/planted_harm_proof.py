@@ -144,14 +144,14 @@ FAULTS = (
     Fault(
         "plan-older-base-behind-a-newer-backup",
         "incbak/backup/plan.py",
-        "            if not copied and disk.bitmap(known.bitmap(record.id)) is None:\n                return\n",
-        "            pass\n",
+        "or (missing and not copied):",
+        "or False:",
         _sources("test_the_newest_backup_decides"),
     ),
     Fault(
         "plan-backing-files-not-compared",
         "incbak/backup/plan.py",
-        '    if list(record.config.get("backing", {}).get(disk.name, [])) != list(known.backing.get(disk.name, [])):\n',
+        '    if _recorded(record, "backing", disk) != list(known.backing.get(disk.name, [])):\n',
         "    if False:\n",
         _sources("test_a_backing_file_that_was_changed"),
     ),

@@ -235,8 +235,8 @@ _TO_FILES = (
     Fault(
         "watch-saves-what-does-not-record",
         _SAVING,
-        'is_ours(name) and info["recording"] and not info["busy"]',
-        'is_ours(name) and not info["busy"]',
+        'is_bitmap_name(name) and info["recording"] and not info["busy"]',
+        'is_bitmap_name(name) and not info["busy"]',
         _saving("test_what_an_incremental_would_not_believe_is_not_saved"),
     ),
     Fault(

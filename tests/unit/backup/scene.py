@@ -19,6 +19,7 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    run_of,
     superseded,
 )
 from incbak.events import Event
@@ -79,7 +80,9 @@ class FakeEngine(Engine):
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         self._step("cleanup")
-        gone = [(d, b) for d in self.disks.values() for b in d.bitmaps if b.startswith(prefix) and b not in keep]
+        gone = [
+            (d, b) for d in self.disks.values() for b in d.bitmaps if b.startswith(prefix) and run_of(b) not in keep
+        ]
         for disk, bitmap in gone:
             del disk.bitmaps[bitmap]
         return [bitmap for _disk, bitmap in gone]

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as changed
 
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan, missed
-from incbak.engine.base import BitmapInfo, Description, EngineDisk, LeftOut
+from incbak.engine.base import BitmapInfo, Description, EngineDisk, LeftOut, bitmap_name
 from incbak.errors import UsageError
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Record
@@ -21,7 +22,17 @@ OLD, BASE, NEW = (digit * 8 + 24 * "0" for digit in "123")
 
 def _record(ident: str, seq: int, *disks: str, size: int = SIZE) -> Record:
     made = tuple(
-        DiskRecord(name=d, size=size, kind="full", base=None, reason=None, read=0, stored=0, root=ident[0] * 64)
+        DiskRecord(
+            name=d,
+            size=size,
+            kind="full",
+            base=None,
+            reason=None,
+            read=0,
+            stored=0,
+            root=ident[0] * 64,
+            bitmap=_name(ident, d),
+        )
         for d in disks or ("vda",)
     )
     return Record(
@@ -30,8 +41,8 @@ def _record(ident: str, seq: int, *disks: str, size: int = SIZE) -> Record:
     )  # fmt: skip
 
 
-def _name(ident: str) -> str:
-    return f"incbak-aaaaaaaa-{ident[:8]}"
+def _name(ident: str, disk: str = "vda") -> str:
+    return bitmap_name(f"incbak-aaaaaaaa-{ident[:8]}", disk)
 
 
 def _disk(*bitmaps: BitmapInfo, name: str = "vda", size: int = SIZE) -> EngineDisk:
@@ -47,7 +58,7 @@ KNOWN = Known(REPOSITORY, CLUSTER, [_record(OLD, 1), _record(BASE, 2)])
 
 def _plan(disk: EngineDisk, known: Known = KNOWN, *, strays: tuple[tuple[str, str], ...] = ()) -> Planned:
     (planned,) = make_plan([disk], known, Request(True, NEW, frozenset(strays)))
-    assert planned.plan.new_bitmap == _name(NEW)
+    assert planned.plan.new_bitmap == _name(NEW, disk.name)
     assert planned.plan.granularity == CLUSTER
     assert (planned.plan.base_bitmap is None) == (planned.base is None)
     return planned
@@ -104,6 +115,9 @@ def _with(**more: Any) -> Known:
             _with(records=[]), _disk(), (("vda", _name(BASE)),), Reason.BASE_MISSING, id="the only backup is deleted"
         ),
         pytest.param(KNOWN, _disk(), (), Reason.BITMAP_MISSING, id="no bitmap"),
+        pytest.param(
+            KNOWN, _disk(_bitmap(BASE, name=_name(BASE, "vdb"))), (), Reason.WRONG_DISK, id="the bitmap of another disk"
+        ),
         pytest.param(KNOWN, _disk(_bitmap("4" * 32)), (), Reason.BITMAP_MISSING, id="a bitmap of another backup"),
         pytest.param(
             KNOWN, _disk(), (("vda", _name("4" * 32)),), Reason.BASE_MISSING, id="the base is deleted, older ones stay"
@@ -135,6 +149,40 @@ def test_no_backup_can_be_the_base(
     assert (planned.base, planned.plan.base_bitmap, planned.plan.reason) == (None, None, reason)
 
 
+def test_a_bitmap_with_the_name_that_earlier_versions_gave_is_the_base() -> None:
+    """Its record has that name."""
+    run = _name(BASE).rpartition("-")[0]
+    record = KNOWN.records[1]
+    for named in (run, None):
+        known = _with(records=[changed(record, disks=(changed(record.disks[0], bitmap=named),))])
+        assert _plan(_disk(_bitmap(BASE, name=run)), known).plan.base_bitmap == run
+
+
+def test_the_name_of_a_bitmap_in_a_record_is_believed_only_for_its_own_backup() -> None:
+    record = changed(KNOWN.records[1], disks=(changed(KNOWN.records[1].disks[0], bitmap=_name(OLD)),))
+    assert _plan(_disk(_bitmap(OLD)), _with(records=[record])).plan.reason is Reason.BITMAP_MISSING
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        (["/a.raw", 7], ["/a.raw", 7], True),
+        (["/a.raw", 7], ["/b.raw", 8], False),
+        (["/a.raw", 7], ["/moved.raw", 7], True),
+        (["/a.raw", 7], ["/a.raw", 8], True),  # copied back: the bitmap came with it, or there is none
+        (["/a.raw", None], ["/b.raw", None], False),
+        (["nbd://a", None], ["nbd://a", None], True),
+        (None, ["/b.raw", 8], True),
+        (["/a.raw", 7], None, True),
+    ],
+)
+def test_a_node_that_got_another_file_is_another_disk(before: list[Any], now: list[Any], same: bool) -> None:
+    """Its bitmaps stay, in QEMU (``blockdev-reopen``)."""
+    record = changed(KNOWN.records[1], config={"opened": {"vda": before}} if before else {})
+    planned = _plan(_disk(_bitmap(BASE)), _with(records=[record], opened={"vda": now} if now else {}))
+    assert planned.plan.reason is (None if same else Reason.DISK_CHANGED)
+
+
 def test_a_damaged_base_is_passed_over_for_an_older_one() -> None:
     """I1, L26: nothing is built on what is damaged, nor compared with it."""
     known = _with(damaged={BASE})
@@ -147,7 +195,7 @@ def test_a_damaged_base_is_passed_over_for_an_older_one() -> None:
 def test_a_resized_disk_is_compared_with_no_backup_of_another_size() -> None:
     known = _with(records=[_record(OLD, 1, size=SIZE + CLUSTER), _record(BASE, 2)])
     planned = _plan(_disk(_bitmap(BASE), _bitmap(OLD), size=SIZE + CLUSTER), known)
-    assert planned.base is known.records[0], "the size that it has again, and a bitmap that recorded all the time"
+    assert planned.base is None, "a bitmap is cut where its disk is, and what comes back is not marked"
     assert _plan(_disk(_bitmap(BASE), size=SIZE + CLUSTER), known).before is known.records[0].disks[0]
     assert _plan(_disk(_bitmap(BASE), size=SIZE + 2 * CLUSTER), known).before is None
 
@@ -155,7 +203,11 @@ def test_a_resized_disk_is_compared_with_no_backup_of_another_size() -> None:
 def test_each_disk_has_a_base_of_its_own() -> None:
     """A backup that lacks a disk, since that had failed, leaves the disk its older base."""
     known = _with(records=[_record(OLD, 1, "vda", "vdb"), _record(BASE, 2, "vda")])
-    disks = [_disk(_bitmap(OLD), _bitmap(BASE)), _disk(_bitmap(OLD), name="vdb"), _disk(name="vdc")]
+    disks = [
+        _disk(_bitmap(OLD), _bitmap(BASE)),
+        _disk(_bitmap(OLD, name=_name(OLD, "vdb")), name="vdb"),
+        _disk(name="vdc"),
+    ]
     found = make_plan(disks, known, Request(True, NEW))
     assert [p.base.id if p.base else None for p in found] == [BASE, OLD, None]
     assert [p.plan.reason for p in found] == [None, None, Reason.NEW_DISK]

@@ -46,9 +46,9 @@ def test_a_disk_whose_base_was_pruned_is_read_whole(repo: Repository) -> None:
     engine.disks["vdb"].write(0, b"new")
     record = made(back_up(repo, engine))
     assert [(d.kind, d.reason) for d in record.disks] == [("incremental", None), ("full", "base-missing")]
-    for name, disk in engine.disks.items():
+    for (name, disk), made_of in zip(engine.disks.items(), record.disks, strict=True):
         assert differing(repo, record, name, disk.data) == []
-        assert list(disk.bitmaps) == [record.disks[0].bitmap]
+        assert list(disk.bitmaps) == [made_of.bitmap]
 
 
 def test_the_base_and_the_content_of_a_run_that_is_under_way_may_be_pruned_from_the_list(repo: Repository) -> None:

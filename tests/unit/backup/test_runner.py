@@ -11,7 +11,7 @@ import pytest
 
 from incbak import durable
 from incbak.backup.runner import Options, Outcome, run
-from incbak.engine.base import DiskResult, LeftOut, bitmap_name
+from incbak.engine.base import DiskResult, LeftOut, bitmap_name, run_name
 from incbak.errors import (
     BackupError,
     DurabilityError,
@@ -99,7 +99,7 @@ def test_what_the_record_says(repo: Repository, engine: FakeEngine) -> None:
     (a,), (b,) = first.disks, second.disks
     assert (first.kind, first.base, first.seq, first.vm, first.tags) == ("full", None, 1, "vm", ("weekly",))
     assert (a.kind, a.base, a.reason, a.read, a.changed) == ("full", None, None, SIZE, SIZE)
-    assert a.bitmap == bitmap_name(repo.id[:8], first.id[:8])
+    assert a.bitmap == bitmap_name(run_name(repo.id[:8], first.id[:8]), a.name)
     assert (second.kind, second.base, second.seq) == ("incremental", first.id, 2)
     assert (b.kind, b.base, b.reason, b.read, b.changed) == ("incremental", first.id, None, 2 * CLUSTER, CLUSTER)
     assert 0 < b.stored < a.stored

@@ -14,7 +14,7 @@ import pytest
 from incbak.backup.plan import Known, Request, choose, make_plan
 from incbak.backup.runner import Options, run
 from incbak.backup.sources import Sources, backing_of, contradictions, other_images
-from incbak.engine.base import BitmapInfo, Description, EngineDisk, bitmap_name
+from incbak.engine.base import BitmapInfo, Description, EngineDisk, run_name
 from incbak.errors import ImageChangedError, UsageError
 from incbak.events import Event, Warned
 from incbak.fleet.config import load
@@ -37,7 +37,7 @@ def _record(ident: str, seq: int, **more: Any) -> Record:
 
 
 def _bitmap(ident: str, **more: Any) -> BitmapInfo:
-    return BitmapInfo(bitmap_name(REPOSITORY[:8], ident[:8]), CLUSTER, 0, **more)
+    return BitmapInfo(run_name(REPOSITORY[:8], ident[:8]), CLUSTER, 0, **more)
 
 
 def _planned(known: Known, *bitmaps: BitmapInfo) -> tuple[str | None, Reason | None]:

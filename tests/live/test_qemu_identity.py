@@ -1,0 +1,77 @@
+"""Disks of a running QEMU whose images are exchanged: no bitmap is taken for another disk's. No guest is booted."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.kit.cli import Incbak, differing
+from tests.kit.guest import Guest, GuestDisk, need_guest
+from tests.kit.live import content_of, qcow2_image
+from tests.kit.serve import raw_image
+
+pytestmark = pytest.mark.kvm
+SIZE = 4 << 20
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    need_guest()
+    with ExitStack() as made:
+        yield made
+
+
+def _filled(path: Path, byte: int) -> Path:
+    qcow2_image(path, SIZE)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P {byte} 0 {SIZE}", path], check=True, capture_output=True)
+    return path
+
+
+def _reasons(incbak: Incbak) -> list[str | None]:
+    return [disk["reason"] for disk in incbak.list()[-1]["disks"]]
+
+
+def _start(stack: ExitStack, root: Path, *images: Path) -> Guest:
+    """A VM whose disks are called vda, vdb, ... in the order of ``images``."""
+    disks = [GuestDisk(f"vd{letter}", image, format="qcow2") for letter, image in zip("abc", images, strict=False)]
+    guest = Guest(root / f"guest-{images[0].stem}", disks, arguments=["-S"])
+    stack.callback(guest.kill)
+    return guest
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_images_that_are_exchanged(stack: ExitStack, tmp_path: Path, off: bool) -> None:
+    """The bitmaps in both images are of the newest backup, but each of the other disk."""
+    a, b = _filled(tmp_path / "a.qcow2", 1), _filled(tmp_path / "b.qcow2", 2)
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    guest = _start(stack, tmp_path, a, b)
+    incbak("full", f"qmp:{guest.monitor}", "--name", "vm")
+    guest.quit()
+    if off:
+        incbak("incremental", b, "--name", "vm", "--disk", "vda-dev")
+        assert _reasons(incbak) == ["wrong-disk"]
+    else:
+        incbak("incremental", f"qmp:{_start(stack, tmp_path, b, a).monitor}", "--name", "vm")
+        assert _reasons(incbak) == ["disk-changed", "disk-changed"]
+    assert differing(incbak.restored(disk="vda-dev"), content_of(b)) == []
+
+
+def test_a_node_that_got_another_file(stack: ExitStack, tmp_path: Path) -> None:
+    """``blockdev-reopen``: the node keeps its bitmaps."""
+    a, b = (raw_image(tmp_path / f"{name}.raw", SIZE, name.encode() * SIZE) for name in "ab")
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    guest = Guest(tmp_path / "guest", [GuestDisk("vda", a)], arguments=["-S"])
+    stack.callback(guest.kill)
+    incbak("full", f"qmp:{guest.monitor}", "--name", "vm")
+    guest.qmp("blockdev-add", **{"driver": "file", "node-name": "other", "filename": str(b)})
+    options = {"driver": "raw", "node-name": "vda", "file": "other", "discard": "unmap"}
+    guest.qmp("blockdev-reopen", options=[options])
+    incbak("incremental", f"qmp:{guest.monitor}", "--name", "vm")
+    assert _reasons(incbak) == ["disk-changed"]
+    assert differing(incbak.restored(), content_of(b)) == []
