@@ -198,13 +198,13 @@ class _Attempt:
         for each in missed(description, self._options.disks, self._options.exclude):
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
-        notes = (*description.notes, *decrypted(disks, bool(self._repo.key)))
+        self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
+        notes = (*description.notes, *decrypted(disks, bool(self._repo.key)), *self._sources.notes())
         for note in notes:
             self._report(Warned(note))
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
-        self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
         known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing)
-        known = replace(known, opened=self._sources.opened)
+        known = replace(known, opened=self._sources.opened, data=self._sources.data, trusted=self._sources.trusted)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
             for planned in self._planned:
