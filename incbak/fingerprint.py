@@ -2,8 +2,9 @@
 
 What another program cannot make equal, or not by accident, is compared: a file's inode, its time of change (``mtime``),
 and the time of its inode's change (``ctime``), which no program can set. Permissions, owners and links move the latter
-too; `Fingerprint.attributes` tells of them. A block device has no times; what `incbak.device` tells stands for them,
-within one boot and one set-up. What is unknown is never equal to anything: see `Fingerprint.writes`.
+too; `Fingerprint.attributes` tells of them, for the reason that is given. A block device has no times; what
+`incbak.device` tells stands for them, within one boot and one set-up. What is unknown is never equal to anything: see
+`Fingerprint.writes`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _SAMPLES, _SAMPLE = 16, 4096
 class Fingerprint(NamedTuple):
     """The state of a disk that nobody has open.
 
-    ``mtime_ns`` and ``inode`` are 0 for block devices, whose node says nothing of their content. ``sample``
-    is a 16-byte BLAKE3 digest of blocks spread over the disk, the first and the last among them: it tells
-    another disk of the same size, not every change. ``ctime_ns`` is 0 where it is not to be compared.
-    ``writes``: of a block device, 16 bytes for the boot and the set-up, 16 for the count; `NO_WRITES` otherwise.
+    ``mtime_ns`` and ``inode`` are 0 for block devices, whose node says nothing of their content. ``sample`` is a
+    16-byte BLAKE3 digest of blocks spread over the disk, the first and the last among them: it tells another disk of
+    the same size, not every change. ``ctime_ns`` is 0 in what was recorded where it is not to be compared. ``writes``:
+    of a block device, 16 bytes for the boot and the set-up, 16 for the count; `NO_WRITES` otherwise.
     """
 
     size: int
@@ -46,13 +47,15 @@ class Fingerprint(NamedTuple):
 class Beat(NamedTuple):
     """A sign of life of a disk's owner: the clock, read first, and the disk's times and count as they were then.
 
-    ``mtime_ns`` is 0 where only the clock is known.
+    ``mtime_ns`` is 0 where only the clock is known. ``until_ns``: how late its own writes may be, as it
+    noted around them; 0 where it has noted nothing.
     """
 
     clock_ns: int
     mtime_ns: int = 0
     ctime_ns: int = 0
     writes: bytes = NO_WRITES
+    until_ns: int = 0
 
 
 def beat_of(disk: Fingerprint) -> Beat:
@@ -77,6 +80,11 @@ def take(fd: int, size: int, untold: bytes | None = None) -> Fingerprint:
     attributes = struct.pack("<4Q", info.st_uid, info.st_gid, info.st_mode, info.st_nlink)
     known = blake3(attributes).digest(length=8)
     return Fingerprint(size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known)
+
+
+def without_ctime(image: Fingerprint) -> Fingerprint:
+    """Return the fingerprint to record of an image whose ctime other programs move, as its owner says."""
+    return image._replace(ctime_ns=0, attributes=bytes(8))
 
 
 def of_content(image: Fingerprint, size: int) -> Fingerprint:

@@ -61,7 +61,9 @@ another disk size                                    resized                    
 a file size that is not what the header asks for     cut, or grown                            invalid: header
 flag set, but only one slot verifies                 rot: both were durable at the end        invalid: header
 flag set, another fingerprint (time, inode, sample,  written, replaced or rolled back         invalid: disk-changed
-or a ctime that nothing explains)
+ctime)
+flag set, another ctime, and another owner, mode or  nobody knows                             invalid: unproven
+number of links
 flag set, a block device to which the kernel has     written by another program               invalid: disk-changed
 counted writes since
 flag set, a block device in another boot, set up     nobody knows                             invalid: unproven
@@ -72,10 +74,11 @@ flag clear, another inode, same boot                 replaced                   
 flag clear, another inode, other boot                replaced, or a file system that renames  invalid: unclean-shutdown
                                                      them
 flag clear, same boot, a time of the image that the  written or put back by another program   invalid: disk-changed
-owner did not see, and that is not of the second
-after its last sign of life
-flag clear, other boot, a time of this boot, or of   written by another program               invalid: disk-changed
-more than 120 s after the last sign of life
+owner did not see, and that is not of the 0.1 s
+after its last writes
+flag clear, other boot, a time of this boot, of more written by another program, or put back  invalid: disk-changed
+than 120 s after the last sign of life, or from      to before the bitmap
+before the bitmap began
 flag clear, a clock behind the last sign of life     the clock was set back                   invalid: unproven
 flag clear, same boot, a block device whose count    the owner's last writes, or others       invalid: unproven
 is not what the owner saw

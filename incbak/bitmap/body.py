@@ -23,6 +23,7 @@ import ctypes
 import fcntl
 import os
 import struct
+import sys
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
@@ -32,12 +33,13 @@ from blake3 import blake3
 
 from incbak.bitmap import bits as kernels
 from incbak.bitmap.bits import Bits
-from incbak.bitmap.format import TOUCHED, Slot, layout
+from incbak.bitmap.format import HEADER, NOTE, NOTE_SIZE, TOUCHED, Slot, layout
 
 _EXT, _TMPFS, _BTRFS = 0xEF53, 0x01021994, 0x9123683E
 _OVERWRITES_IN_PLACE = {_EXT, _TMPFS}
 _GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  # linux/fs.h
 _CHUNK = 1 << 20
+_NOTE = NOTE // NOTE_SIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -59,6 +61,10 @@ class Body(ABC):
     @abstractmethod
     def put(self, at: int, data: Bits) -> None:
         """Store ``data`` from byte ``at`` of the file on."""
+
+    @abstractmethod
+    def note(self, word: int) -> None:
+        """Store the owner's note, at once: no kill leaves half of it. Without a lock, and fast."""
 
     @abstractmethod
     def set_bit(self, at: int, mask: int) -> None:
@@ -95,6 +101,10 @@ class MappedBody(Body):
             _read(fd, at, min(_CHUNK, size - at))
         super().__init__(np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,)), slot)
         self._view = memoryview(self.bits)  # type: ignore[arg-type]
+        self._words = memoryview(self.array[:HEADER]).cast("Q")  # type: ignore[arg-type]
+
+    def note(self, word: int) -> None:
+        self._words[_NOTE] = word
 
     def put(self, at: int, data: Bits) -> None:
         self.array[at : at + len(data)] = data
@@ -115,6 +125,9 @@ class WrittenBody(Body):
         for at in range(0, size, _CHUNK):
             length = min(_CHUNK, size - at)
             self.array[at : at + length] = np.frombuffer(_read(fd, at, length), dtype=np.uint8)
+
+    def note(self, word: int) -> None:
+        os.pwrite(self._fd, word.to_bytes(NOTE_SIZE, sys.byteorder), NOTE)
 
     def put(self, at: int, data: Bits) -> None:
         left, position = memoryview(data.tobytes()), at

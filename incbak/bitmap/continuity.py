@@ -2,14 +2,23 @@
 
 The rule: a bitmap is believed where that is shown, and what is unknown shows nothing. Pure; `now` is a parameter.
 
-- After a clean end: the file has the inode and the time of change that it had then, to the nanosecond. Its ``ctime`` is
-  also as it was, unless the owner, the permissions or the number of links are others now, which explains it: a program
-  that puts ``mtime`` back (``touch -r``, ``cp -p``) cannot put back ``ctime``.
-- After a kill: both times are those that the owner saw at its last sign of life, or lie within the short time after it
-  in which it may have written. Older ones mean that the file was put back or the clock was set back; later ones mean
-  another program. A clock that is behind the last sign of life proves nothing.
+- After a clean end: the file has the inode, the time of change and the ``ctime`` that it had then, to the nanosecond. A
+  program that puts ``mtime`` back (``touch -r``, ``cp -p``) cannot put back ``ctime``. An owner, mode or number of
+  links that is another now moves ``ctime`` too, and does not show that nothing else did: a ctime that moved proves
+  nothing, whatever else moved. So ``chown``, ``chmod``, ``ln``, ``mv`` and new labels cost one reading of the whole
+  disk. Where a manager of VMs does that at each start and end, only the owner of the images can know that nothing else
+  moves it: told so (``--ignore-ctime``), who records the fingerprint leaves the ctime out of it (`without_ctime`), for
+  all that judge.
+- After a kill: both times are those that the owner saw at its last sign of life, or are of its own later writes. The
+  owner notes before a write until when it may write, and after the last of those in flight that it is done
+  (`Beat.until_ns`). So own writes are no later than that; where some were in flight, no later than that and the time
+  that a thread may need from there into the kernel (`OWN_WRITE_NS`). Later times mean another program; older ones mean
+  that the file was put back or the clock was set back. A clock that is behind the last sign of life proves nothing. Not
+  told apart: what another program writes within the tick of the last own write, or within `OWN_WRITE_NS` where writes
+  were in flight when the owner was killed.
 - After a power cut: the last sign of life on the disk may be old by as long as the kernel keeps dirty pages, and so may
-  the times of the file. Both times lie before that, and before this boot began.
+  the times of the file. Both times lie before that, and before this boot began; and they are no older than when the
+  bitmap began to record or was last closed, whose times are durable since: an older file was put back.
 - A block device: `incbak.device` tells the same as then, in the same boot and the same set-up of the device. After a
   kill this holds only where all was on the device at the last sign of life.
 """
@@ -20,8 +29,10 @@ from incbak.device import grain
 from incbak.fingerprint import Beat, Fingerprint
 from incbak.reasons import Reason
 
-HEARTBEAT_SLACK_NS = 1_000_000_000
-"""How much later than its last heartbeat a killed owner may have written."""
+CLOCK_SLACK_NS = 1_000_000_000
+"""By how much a clock that is only kept right may go back."""
+OWN_WRITE_NS = 100_000_000
+"""How much later than it noted before an owner may have written: its threads wait for one another and for the CPU."""
 POWER_CUT_SLACK_NS = 120_000_000_000
 """The same after a power cut: the kernel writes dirty pages back after some 35 s."""
 _SECOND = 1_000_000_000
@@ -35,9 +46,8 @@ def changed(before: Fingerprint, now: Fingerprint) -> Reason | None:
         return Reason.UNPROVEN
     if now[:4] != before[:4] or now.writes != before.writes:
         return Reason.DISK_CHANGED
-    known = before.ctime_ns and now.ctime_ns
-    if known and now.ctime_ns != before.ctime_ns and now.attributes == before.attributes:
-        return Reason.DISK_CHANGED
+    if before.ctime_ns and now.ctime_ns != before.ctime_ns:
+        return Reason.DISK_CHANGED if now.attributes == before.attributes else Reason.UNPROVEN
     return None
 
 
@@ -47,24 +57,34 @@ def bypassed(beat: Beat, disk: Fingerprint, now_ns: int) -> Reason | None:
         return Reason.UNPROVEN
     if not disk.mtime_ns:
         return None
-    if beat.clock_ns > now_ns + HEARTBEAT_SLACK_NS:
+    if max(beat.clock_ns, beat.until_ns) > now_ns + CLOCK_SLACK_NS:
         return Reason.UNPROVEN
+    latest = max(beat.clock_ns, beat.until_ns)
     for time_ns, seen_ns in ((disk.mtime_ns, beat.mtime_ns), (disk.ctime_ns, beat.ctime_ns)):
-        if time_ns > beat.clock_ns + HEARTBEAT_SLACK_NS:
+        if seen_ns and time_ns == seen_ns:
+            continue
+        if time_ns > latest:
             return Reason.DISK_CHANGED
-        if seen_ns and time_ns and time_ns != seen_ns and time_ns < beat.clock_ns - grain(time_ns):
+        if seen_ns and time_ns and time_ns < beat.clock_ns - grain(time_ns):
             return Reason.DISK_CHANGED
     return None
 
 
-def bypassed_in_a_power_cut(beat: Beat, disk: Fingerprint, booted_ns: int, now_ns: int) -> Reason | None:
-    """The same, of an owner that went down with its host; this boot began at ``booted_ns``."""
+def bypassed_in_a_power_cut(
+    beat: Beat, began: Fingerprint, disk: Fingerprint, booted_ns: int, now_ns: int
+) -> Reason | None:
+    """The same, of an owner that went down with its host; this boot began at ``booted_ns``.
+
+    ``began``: what the disk was when the bitmap began to record or was last closed.
+    """
     if disk.writes != beat.writes:
         return Reason.UNCLEAN_SHUTDOWN
     if not disk.mtime_ns:
         return None
     if beat.clock_ns > now_ns:
         return Reason.UNPROVEN
+    if disk.mtime_ns < began.mtime_ns or disk.ctime_ns < began.ctime_ns:
+        return Reason.DISK_CHANGED
     latest = min(beat.clock_ns + POWER_CUT_SLACK_NS, booted_ns)
     return Reason.DISK_CHANGED if max(disk.mtime_ns, disk.ctime_ns) > latest else None
 

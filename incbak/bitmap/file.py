@@ -356,6 +356,13 @@ class Bitmap:
         with suppress(OSError), self._lock:
             self._stored.put(fmt.HEARTBEAT, np.frombuffer(beat, dtype=np.uint8))
 
+    def note_writes(self, note: int) -> None:
+        """Store until when the owner writes: see `format`. Never synced: it is for a kill, not for a power cut."""
+        try:
+            self._stored.note(note)
+        except OSError:  # less is believed later
+            pass
+
     # -- the end --------------------------------------------------------------------------------------------------
 
     def close(self, fingerprint: Fingerprint | None) -> None:

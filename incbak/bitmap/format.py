@@ -6,7 +6,8 @@
     0       512   slot 0                      one sector each, so that a torn write spoils one of them only;
     512     512   slot 1                      the newest that verifies decides
     1024    80    heartbeat                   the owner's last sign of life, see `Beat`; never synced
-    1104    2992  reserved, zero
+    1104    8     the owner's note of its writes: until when, the lowest bit for "at it" (`BUSY`); never synced
+    1112    2984  reserved, zero
     4096          the bits, padded to 4096    cluster i is bit i & 7 of byte i >> 3
     ...           the coarse map, padded to 4096, one byte per 64 MiB region: 0x5A untouched, 0xA5 touched
 """
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from dataclasses import dataclass, replace
 from enum import IntFlag
 
@@ -27,7 +29,8 @@ MAGIC = b"INCBAKBM"
 VERSION = 1
 HEADER = 4096
 SECTOR = 512
-HEARTBEAT = 1024
+HEARTBEAT, NOTE, NOTE_SIZE = 1024, 1104, 8
+BUSY = 1
 REGION_SHIFT = 26
 REGION = 1 << REGION_SHIFT
 UNTOUCHED, TOUCHED = 0x5A, 0xA5
@@ -39,6 +42,7 @@ _SLOT = struct.Struct("<8sIIQQIHH16s16sIIQQ32sQQq16s32s128sq8s32s")
 _BEAT = struct.Struct("<QQqq32s")
 _CHECKSUM = 16
 BEAT_SIZE = _BEAT.size + 8
+assert HEARTBEAT + BEAT_SIZE <= NOTE
 assert _SLOT.size <= SECTOR - _CHECKSUM
 
 
@@ -176,3 +180,9 @@ def decode_beat(raw: bytes) -> Beat | None:
         return None
     whole = blake3(raw[: _BEAT.size]).digest(length=8) == raw[_BEAT.size : BEAT_SIZE]
     return Beat(clock, mtime_ns, ctime_ns, writes) if whole else Beat(clock)
+
+
+def decode_note(raw: bytes) -> tuple[int, bool]:
+    """Return until when the owner writes, and whether it is at it; a time of 0 where it has noted nothing."""
+    word = int.from_bytes(raw, sys.byteorder)
+    return word & ~BUSY, bool(word & BUSY)

@@ -18,7 +18,7 @@ from incbak import host
 from incbak.bitmap import format as fmt
 from incbak.bitmap.bits import Bits
 from incbak.bitmap.body import digest_of
-from incbak.bitmap.continuity import bypassed, bypassed_in_a_power_cut, changed
+from incbak.bitmap.continuity import OWN_WRITE_NS, bypassed, bypassed_in_a_power_cut, changed
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.fingerprint import Beat, Fingerprint
 from incbak.opening import open_regular
@@ -37,12 +37,16 @@ class Found(StrEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file as it stands. ``both``: both slots verify. ``length``: that of the file."""
+    """The header of a file as it stands. ``both``: both slots verify. ``length``: that of the file.
+
+    ``until_ns``: as in `Beat`.
+    """
 
     slot: Slot
     both: bool
     beat: Beat | None
     length: int
+    until_ns: int = 0
 
 
 def read_header(path: Path) -> Header | Reason:
@@ -58,8 +62,10 @@ def read_header(path: Path) -> Header | Reason:
     slot, both = fmt.newest(raw[: 2 * fmt.SECTOR])
     if isinstance(slot, Reason):
         return slot
-    beat = raw[fmt.HEARTBEAT : fmt.HEARTBEAT + fmt.BEAT_SIZE].ljust(fmt.BEAT_SIZE, b"\0")
-    return Header(slot, both, fmt.decode_beat(beat), length)
+    raw = raw.ljust(fmt.HEADER, b"\0")
+    beat = fmt.decode_beat(raw[fmt.HEARTBEAT : fmt.HEARTBEAT + fmt.BEAT_SIZE])
+    until_ns, busy = fmt.decode_note(raw[fmt.NOTE : fmt.NOTE + fmt.NOTE_SIZE])
+    return Header(slot, both, beat, length, until_ns + OWN_WRITE_NS if busy else until_ns)
 
 
 def said_invalid(slot: Slot) -> Reason | None:
@@ -93,9 +99,10 @@ def _unclean(header: Header, disk: Fingerprint) -> Found | Reason:
     if closed.inode != disk.inode:
         return Reason.DISK_CHANGED if same_boot else Reason.UNCLEAN_SHUTDOWN
     beat = header.beat or Beat(closed.mtime_ns, closed.mtime_ns, closed.ctime_ns, closed.writes)
+    beat = beat._replace(until_ns=header.until_ns)
     if same_boot:
         return bypassed(beat, disk, time.time_ns()) or Found.RECOVERED
-    return bypassed_in_a_power_cut(beat, disk, host.boot_began_ns(), time.time_ns()) or Found.COARSE
+    return bypassed_in_a_power_cut(beat, closed, disk, host.boot_began_ns(), time.time_ns()) or Found.COARSE
 
 
 def judge_body(slot: Slot, found: Found, body: Bits, coarse: Bits) -> Reason | None:

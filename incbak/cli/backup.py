@@ -18,7 +18,7 @@ from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.encodable import refuse_unencodable
 from incbak.cli.prune import policy_of, prune_after
-from incbak.cli.settings import Settings, common, settings
+from incbak.cli.settings import Settings, common, ignores_ctime, settings
 from incbak.cli.signals import ending
 from incbak.cli.surroundings import Surroundings
 from incbak.disk.formats import OFFERED
@@ -62,6 +62,7 @@ _ENGINE_OPTIONS = (
         metavar="PATH",
         help="Of a qcow2 image: a backing or data file elsewhere, or a directory of them; may be repeated.",
     ),
+    ignores_ctime,
     click.option("--quiesce", is_flag=True, help="Of QEMU: freeze the guest's file systems at the point in time."),
     click.option(
         "--agent-socket",
@@ -256,6 +257,7 @@ def engine_settings(
     monitor_wait: str,
     form: str | None = None,
     allow_backing: tuple[Path, ...] = (),
+    ignore_ctime: bool = False,
 ) -> dict[str, Any]:
     """What the options say of how an engine is driven, as fields of `Source`."""
     if quiesce != (agent_socket is not None):
@@ -267,6 +269,7 @@ def engine_settings(
         "agent": agent_socket,
         "format": form or "",
         "allow_backing": allow_backing,
+        "ignore_ctime": ignore_ctime,
         "monitor_wait": max(parse_duration(monitor_wait), 0.5),
     }
 

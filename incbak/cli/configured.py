@@ -40,6 +40,7 @@ _TEXTS = {
     "agent_socket": "--agent-socket",
     "format": "--format",
 }
+_FLAGS = {"quiesce": "--quiesce", "strict": "--strict", "ignore_ctime": "--ignore-ctime"}
 
 
 class Configured(click.Command):
@@ -86,8 +87,9 @@ def _options(here: Settings, name: str, vm: Vm, known: set[str]) -> Iterator[str
     for field, option in _TEXTS.items():
         if option in known and getattr(vm, field):
             yield from (option, getattr(vm, field))
-    if vm.quiesce and "--quiesce" in known:
-        yield "--quiesce"
+    for field, option in _FLAGS.items():
+        if option in known and getattr(vm, field):
+            yield option
 
 
 def _without(args: Sequence[str], flag: str, valued: str) -> list[str]:

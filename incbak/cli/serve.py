@@ -10,7 +10,7 @@ import click
 from incbak import host
 from incbak.bitmap.store import component
 from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
-from incbak.cli.settings import common, settings
+from incbak.cli.settings import common, ignores_ctime, settings
 from incbak.cli.tls import serves_tls, tls_of
 from incbak.errors import UsageError
 from incbak.serve.daemon import Daemon, ServeOptions
@@ -38,6 +38,7 @@ from incbak.units import parse_size
     "--max-connections", type=click.IntRange(1, 10000), default=100, show_default=True, metavar="N",
     help="Clients at once: so many local ones, and so many over TCP.",
 )  # fmt: skip
+@ignores_ctime
 @click.argument("disks", nargs=-1, required=True, metavar="DISK=IMAGE...")
 @common
 def serve(
@@ -52,6 +53,7 @@ def serve(
     scratch_dir: Path,
     scratch_limit: str | None,
     max_connections: int,
+    ignore_ctime: bool,
     disks: tuple[str, ...],
 ) -> None:
     """Export each IMAGE, a raw file or block device, under the name DISK, and for reading only as DISK:ro.
@@ -79,6 +81,7 @@ def serve(
         scratch_dir=scratch_dir,
         scratch_limit=parse_size(scratch_limit) if scratch_limit else None,
         max_connections=max_connections,
+        ignore_ctime=ignore_ctime,
     )
     sys.exit(Daemon(options).run())
 

@@ -174,6 +174,14 @@ def common(command: F) -> F:
     return command
 
 
+ignores_ctime = click.option(
+    "--ignore-ctime",
+    is_flag=True,
+    help="Of a file: leave its ctime out of what shows that nobody wrote. For managers of VMs that change its owner.",
+)
+"""Decorate a command that records what an image was when its owner let go of it."""
+
+
 def debugging() -> bool:
     """Whether tracebacks are wanted."""
     return bool(os.environ.get("INCBAK_DEBUG"))

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from incbak.cli.encodable import refuse_unencodable
-from incbak.cli.settings import common, one_line, settings
+from incbak.cli.settings import common, ignores_ctime, one_line, settings
 from incbak.cli.signals import ending
 from incbak.engine.session import Address
 from incbak.errors import UsageError
@@ -32,8 +32,17 @@ _READY = {"ready", "waiting", "shutdown"}
     "--backup-wait", metavar="TIME", default="60", help="After a shutdown, keep the VM so long for a backup that runs."
 )
 @click.option("--keep-panicked", is_flag=True, help="Leave a guest that panicked paused, as -action panic=pause does.")
+@ignores_ctime
 @common
-def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: str, keep_panicked: bool) -> None:
+def watch(
+    source: str,
+    name: str | None,
+    start: bool,
+    once: bool,
+    backup_wait: str,
+    keep_panicked: bool,
+    ignore_ctime: bool,
+) -> None:
     """Keep the dirty bitmaps of a running QEMU over clean shutdowns of its guest.
 
     QEMU stores bitmaps in qcow2 images only. Those of raw images, block devices and others are in its memory: watch
@@ -70,7 +79,15 @@ def watch(source: str, name: str | None, start: bool, once: bool, backup_wait: s
 
     wait = parse_duration(backup_wait)
     options = WatchOptions(
-        address, name, here.state_dir, tell, start=start, once=once, backup_wait=wait, keep_panicked=keep_panicked
+        address,
+        name,
+        here.state_dir,
+        tell,
+        start=start,
+        once=once,
+        backup_wait=wait,
+        keep_panicked=keep_panicked,
+        ignore_ctime=ignore_ctime,
     )
     sys.exit(0 if asyncio.run(_run(options)) else 1)
 

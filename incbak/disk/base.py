@@ -51,6 +51,10 @@ class Disk(ABC):
     def flush(self) -> None:
         """All writes that had completed are durable. The first failure is final: every later flush fails too."""
 
+    def flush_times(self) -> None:
+        """As `flush`; also when it was written is durable, where that is known at all."""
+        self.flush()
+
     def resize(self, size: int) -> None:
         """``size`` bytes from now on: what is cut off is gone, what is added reads as zeroes. Nobody writes meanwhile.
 

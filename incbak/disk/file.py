@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from incbak.disk.base import Disk
@@ -140,12 +140,20 @@ class FileDisk(Disk):
             if self._flushes_done >= wanted:
                 return
             self._flushes_begun += 1
-            try:
-                os.fdatasync(self.fd)
-            except OSError as e:
-                self._flush_error = e
-                raise
+            self._sync(os.fdatasync)
             self._flushes_done = self._flushes_begun
+
+    def flush_times(self) -> None:
+        self.flush()
+        with self._flush_lock:
+            self._sync(os.fsync)
+
+    def _sync(self, sync: Callable[[int], None]) -> None:
+        try:
+            sync(self.fd)
+        except OSError as e:
+            self._flush_error = e
+            raise
 
     def resize(self, size: int) -> None:
         self.check_resize(size)

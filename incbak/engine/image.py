@@ -35,18 +35,20 @@ from incbak.engine.base import (
 )
 from incbak.errors import DiskError, ImageChangedError, IncbakError, UsageError
 from incbak.extents import Extent, StatusExtent, align_out, intersect, merge, total
-from incbak.fingerprint import Fingerprint
+from incbak.fingerprint import Fingerprint, without_ctime
 from incbak.reasons import Reason
 
 CHUNK = 4 << 20
 _SETTLE_SECONDS = 3.0  # more than the grain of any file system; who writes all the time is found by `confirm`
+_FIND = "Find out which program has it open (fuser, lsof), and run again when it has ended."
 DEFAULT_DISK = "disk0"
 
 
 class ImageEngine(Engine):
     """See `Engine`. Holds the image's lock and the bitmaps' from `describe` to `close`: nobody writes meanwhile.
 
-    With ``look`` it only describes: it owns no bitmaps, and changes none.
+    With ``look`` it only describes: it owns no bitmaps, and changes none. ``ignore_ctime``: see
+    `incbak.bitmap.continuity`.
     """
 
     kind = "image"
@@ -61,6 +63,7 @@ class ImageEngine(Engine):
         note: str = "",
         *,
         look: bool = False,
+        ignore_ctime: bool = False,
     ) -> None:
         self._look = look
         self._path, self._vm, self._speed, self._note = path, vm, speed, note
@@ -69,6 +72,7 @@ class ImageEngine(Engine):
         self._bad: dict[str, Reason] = {}
         try:
             self._found = _settled(self._disk)
+            self._kept = without_ctime(self._found) if ignore_ctime else self._found
             self._name = disk or _known_disk(state_dir, vm, self._found.inode)
             self._store = BitmapStore(state_dir, vm, self._name)
             if not look:
@@ -106,7 +110,7 @@ class ImageEngine(Engine):
         self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
     ) -> RunResult:
         (plan,) = plans
-        new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._found)
+        new = self._store.create(plan.new_bitmap, self._disk.size, plan.granularity, self._kept)
         new.heartbeat(self._found)
         self._bitmaps[plan.new_bitmap] = new
         stop = threading.Event()
@@ -137,7 +141,7 @@ class ImageEngine(Engine):
                 done += extent.length
                 progress(self._name, done, whole)
             target.flush()
-            self._disk.flush()  # what was read may not be on the disk yet, and a power cut would undo it unmarked
+            self._disk.flush_times()  # what was read may not be on the disk yet, and a power cut would undo it unmarked
         except OSError as e:
             return DiskResult(done, f"cannot read or sync {self._path}: {e.strerror}")
         except IncbakError as e:
@@ -156,9 +160,11 @@ class ImageEngine(Engine):
 
     def _confirm(self) -> None:
         refuse_writers(self._path)
-        if changed(self._found, self._disk.fingerprint()) or not self._disk.is_at(self._path):
-            hint = "Find out which program has it open (fuser, lsof), and run again when it has ended."
-            raise ImageChangedError(f"another program wrote to {self._path} while it was read", hint=hint)
+        if reason := changed(self._kept, self._disk.fingerprint()):
+            what = "changed" if reason is Reason.UNPROVEN else "wrote to"
+            raise ImageChangedError(f"another program {what} {self._path} while it was read", hint=_FIND)
+        if not self._disk.is_at(self._path):
+            raise ImageChangedError(f"another program replaced {self._path} while it was read", hint=_FIND)
 
     async def commit(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
@@ -179,7 +185,7 @@ class ImageEngine(Engine):
         if self._disk.fd < 0:
             return
         for bitmap in self._bitmaps.values():
-            bitmap.close(self._found)  # not as it is now: what was written meanwhile was marked nowhere
+            bitmap.close(self._kept)  # not as it is now: what was written meanwhile was marked nowhere
         self._bitmaps = {}
         self._store.unlock()
         self._disk.close()

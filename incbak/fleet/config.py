@@ -5,6 +5,8 @@
     [defaults]                      # for every VM; a VM's own value wins
     repository = "/backup"
     lock-wait = "10m"
+    strict = true                   # as --strict; a VM's own false wins
+    ignore-ctime = true             # as --ignore-ctime, also for the units of serve and watch
 
     password-file = "/root/backup.pass"   # of an encrypted repository; or password-command = ["/usr/bin/pass", "x"]
 
@@ -50,6 +52,8 @@ from incbak.units import parse_duration, parse_retention, parse_share, parse_siz
 
 _LIMIT = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_UNSAID = ("", (), None)
+"""The values of keys that are not there: ``false`` is said."""
 
 
 class Hooks(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
@@ -88,6 +92,8 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     scratch_dir: str = ""
     scratch_limit: str = ""
     audit: str = ""
+    strict: bool | None = None
+    ignore_ctime: bool | None = None
     keep: Keep | None = None
     hooks: Hooks | None = None
 
@@ -127,7 +133,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def vm(self, name: str) -> Vm:
         """With the defaults filled in. Raises `KeyError`."""
         vm = self.vms[name]
-        values = {f: getattr(vm, f) or getattr(self.defaults, f) for f in Defaults.__struct_fields__}
+        values = {f: getattr(vm, f) for f in Defaults.__struct_fields__}
+        values = {f: getattr(self.defaults, f) if own in _UNSAID else own for f, own in values.items()}
         return msgspec.structs.replace(vm, **values)
 
 

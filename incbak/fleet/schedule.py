@@ -168,7 +168,7 @@ WantedBy=sockets.target
 
 def _serve_service(program: str, name: str, vm: Vm, sockets: str) -> str:
     disks = [f"{disk}={image}" for disk, image in vm.serve.items()]
-    command = _line(program, "serve", "--name", name, *_state(vm), *disks)
+    command = _line(program, "serve", "--name", name, *_state(vm), *_trust(vm), *disks)
     return f"""[Unit]
 Description=Disks of the VM {name}, tracked by incbak
 Requires={sockets}
@@ -192,7 +192,7 @@ WantedBy=multi-user.target
 
 
 def _watch(program: str, name: str, vm: Vm) -> str:
-    command = _line(program, "watch", vm.watch, "--name", name, "--start", *_state(vm))
+    command = _line(program, "watch", vm.watch, "--name", name, "--start", *_state(vm), *_trust(vm))
     return f"""[Unit]
 Description=Dirty bitmaps of the VM {name}, kept over its shutdowns by incbak
 
@@ -212,6 +212,11 @@ WantedBy=multi-user.target
 def _state(vm: Vm) -> Iterator[str]:
     if vm.state_dir:
         yield from ("--state-dir", vm.state_dir)
+
+
+def _trust(vm: Vm) -> Iterator[str]:
+    if vm.ignore_ctime:
+        yield "--ignore-ctime"
 
 
 def _line(*argv: str) -> str:

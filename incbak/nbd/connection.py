@@ -82,15 +82,14 @@ class Connection:
         self._extended = agreed.dialect is Dialect.EXTENDED
         self.contexts, self._has_contexts = agreed.contexts, bool(agreed.contexts)
         self.size, self.read_only = device.size, device.read_only
-        self._send_lock = threading.Lock()
+        self._send_lock, self._budget = threading.Lock(), _Budget()
+        self._rest: Task = getattr(device, "rest", lambda: None)
         self._out = bytearray(BUFFER)
         self._out_view = memoryview(self._out)
-        self._out_len = 0
+        self._out_len, self._dead = 0, False
         self._large: bytearray | mmap.mmap = bytearray(0)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._budget = _Budget()
         self._workers: list[threading.Thread] = []
-        self._dead = False
         sock.settimeout(None)
         bound_waits(sock, SEND_TIMEOUT, socket.SO_SNDTIMEO)
         bound_waits(sock, PAYLOAD_TIMEOUT, socket.SO_RCVTIMEO)
@@ -113,8 +112,7 @@ class Connection:
     # -- receiving ------------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        buf = bytearray(BUFFER)
-        view = memoryview(buf)
+        view = memoryview(buf := bytearray(BUFFER))
         start = end = 0
         recv_into, extended = self.sock.recv_into, self._extended
         form, wanted = (p.EXT_REQUEST, p.EXT_REQUEST_MAGIC) if extended else (p.REQUEST, p.REQUEST_MAGIC)
@@ -392,9 +390,11 @@ class Connection:
 
     def _flush_out(self) -> None:
         length, self._out_len = self._out_len, 0
+        self._rest()
         with self._send_lock:
             self.sock.sendall(self._out_view[:length])
 
     def _send(self, data: bytes | bytearray) -> None:
+        self._rest()
         with self._send_lock:
             self.sock.sendall(data)

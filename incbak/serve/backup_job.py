@@ -145,7 +145,8 @@ class BackupJob(Job):
         """Copy until nothing is left, then have the target and the disk flush.
 
         The disk, because a power cut may take from it what was copied and not flushed: it was written before the point
-        in time, so the bitmap that counts from there would call the difference clean.
+        in time, so the bitmap that counts from there would call the difference clean. Also its time of change: after
+        a power cut, an older one tells that the image was put back to before the bitmap.
         """
         assert self._copy
         try:
@@ -161,7 +162,7 @@ class BackupJob(Job):
 
     def _flush_disk(self) -> None:
         if not self.tracked.read_only:
-            self.tracked.disk.flush()
+            self.tracked.disk.flush_times()
 
     def _copy_all(self, copy: CopyBeforeWrite) -> None:
         buffer = memoryview(bytearray(max(CHUNK, self.granularity)))

@@ -52,6 +52,7 @@ class ServeOptions:
     scratch_dir: Path = Path("/var/tmp")
     scratch_limit: int | None = None
     max_connections: int = 100
+    ignore_ctime: bool = False
     say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
 
 
@@ -189,7 +190,7 @@ class Daemon:
             point.discard()
         clean = True
         for tracked in self.vm.disks.values():
-            clean &= close_tracked(tracked, DRAIN_END)
+            clean &= close_tracked(tracked, DRAIN_END, ignore_ctime=self.options.ignore_ctime)
         for target in self.vm.targets.values():
             target.abort()
         return clean

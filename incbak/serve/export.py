@@ -71,6 +71,7 @@ class TrackedDevice:
         if self._guest:
             tracked.let_in()
         self._slot = tracked.gate.slot()
+        self.rest = tracked.rest
 
     def close(self) -> None:
         """The connection is gone."""

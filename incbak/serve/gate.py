@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from incbak.errors import IncbakError
@@ -63,6 +63,12 @@ class Gate:
                 self._inside -= 1
                 if not self._inside:
                     self._changed.notify_all()
+
+    def while_quiet(self, act: Callable[[], None]) -> None:
+        """Call ``act`` if nobody is inside or draining. A writer with a slot may enter meanwhile, a drainer not."""
+        with self._changed:
+            if not self._draining and not self._inside and not any(slot.locked() for slot in self._slots):
+                act()
 
     @contextmanager
     def drained(self, timeout: float = 30.0) -> Iterator[None]:

@@ -18,6 +18,7 @@ from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.disk.formats import named_format, recognise
 from incbak.errors import FormatError, IncbakError
+from incbak.fingerprint import without_ctime
 from incbak.serve.gate import DrainTimeoutError
 from incbak.serve.tracker import TrackedDisk
 from incbak.serve.vm import Vm
@@ -71,15 +72,19 @@ def _check_raw(vm: Vm, name: str, path: Path, state_dir: Path) -> None:
         log.warning("disk %s: %s looks like a %s image, and is served as the raw disk that it is", name, path, content)
 
 
-def close_tracked(tracked: TrackedDisk, timeout: float) -> bool:
-    """The clean end of one disk, as the module's docstring orders it; false where it was not to be."""
+def close_tracked(tracked: TrackedDisk, timeout: float, *, ignore_ctime: bool = False) -> bool:
+    """The clean end of one disk, as the module's docstring orders it; false where it was not to be.
+
+    ``ignore_ctime``: see `incbak.bitmap.continuity`.
+    """
     clean = True
     fingerprint = None
     try:
         tracked.gate.shut(timeout)
         if not tracked.read_only:
-            tracked.disk.flush()
+            tracked.disk.flush_times()
         fingerprint = tracked.disk.fingerprint()
+        fingerprint = without_ctime(fingerprint) if ignore_ctime else fingerprint
     except (DrainTimeoutError, IncbakError, OSError) as e:
         log.error("disk %s: not closed cleanly, its bitmaps are recovered at the next start: %s", tracked.name, e)
         clean = False
@@ -110,6 +115,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             for tracked in list(self._vm.disks.values()):
+                tracked.rest()
                 with tracked.reading, suppress(OSError):
                     beat = tracked.disk.beat()
                     for bitmap in list(tracked.bitmaps.values()):

@@ -6,9 +6,11 @@ import errno
 import logging
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterable
 
-from incbak.bitmap.file import State
+from incbak.bitmap.file import Bitmap, State
+from incbak.bitmap.format import BUSY
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.base import Disk
 from incbak.errors import BitmapError, DurabilityError
@@ -20,6 +22,8 @@ from incbak.serve.schema import QmpError
 log = logging.getLogger(__name__)
 
 UNIT_SHIFT = 16
+NOTED_NS = 20_000_000
+"""For how long a note in the bitmaps' files says that this process writes."""
 MAP_LIMIT = 1 << 26
 """Entries of a settled map, one byte each, in memory only where touched: 4 TiB in units of 64 KiB."""
 
@@ -83,7 +87,10 @@ class TrackedDisk:
         self._recording: tuple[AnyBitmap, ...] = ()
         self._shadows: tuple[AnyBitmap, ...] = ()
         self._copies: tuple[CopyBeforeWrite, ...] = ()
+        self._noted: tuple[Bitmap, ...] = ()
         self._lock = threading.Lock()
+        self._until_ns = 0
+        """Every bitmap's file says that writes may go out until then; 0: that none is in flight."""
 
     # -- who may write --------------------------------------------------------------------------------------------
 
@@ -125,6 +132,8 @@ class TrackedDisk:
         self._recording = (*valid, *self._shadows)
         finest = [*(b.granularity for b in self._recording), *(c.granularity for c in self._copies)]
         self.settled = SettledMap(self.size, finest, self._served)
+        self._noted = tuple(b for b in self.bitmaps.values() if isinstance(b, Bitmap) and b.state is not State.CLOSED)
+        self._until_ns = 0
         return old
 
     @property
@@ -171,8 +180,13 @@ class TrackedDisk:
         """Record and save all that a write of ``length`` > 0 bytes at ``offset`` asks for.
 
         Raises `OSError` when the write must not go out. The caller is inside the gate, and writes afterwards. A write
-        that comes in pieces says how many seconds it has ``spent`` here: the bound on saving is for all of it.
+        that comes in pieces says how many seconds it has ``spent`` here: the bound on saving is for all of it. Call
+        `rest` some time after it.
         """
+        now = time.time_ns()
+        if not 0 < self._until_ns - now <= NOTED_NS:
+            self._note(now + NOTED_NS | BUSY)
+            self._until_ns = now + NOTED_NS
         if self.settled.holds(offset, length):
             return
         self._check(offset, length)
@@ -181,6 +195,24 @@ class TrackedDisk:
         for copy in self._copies:
             copy.before_write(offset, length, spent)
         self.settled.settle(offset, length)
+
+    def rest(self) -> None:
+        """Note that no write is in flight, if so: a later change of the image is another program's.
+
+        The caller is outside the gate, and has written, or is about to tell a client so. A write that begins meanwhile
+        may find no note of it, and is taken for another program's if we are killed within it.
+        """
+        if self._until_ns:
+            self.gate.while_quiet(self._note_rest)
+
+    def _note_rest(self) -> None:
+        self._note(time.time_ns() & ~BUSY)
+        self._until_ns = 0
+
+    def _note(self, note: int) -> None:
+        """After a kill the files tell our last writes from later ones of others."""
+        for bitmap in self._noted:
+            bitmap.note_writes(note)
 
     def _check(self, offset: int, length: int) -> None:
         """A client that came when the disk was larger may ask for what is gone."""

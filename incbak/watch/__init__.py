@@ -41,7 +41,9 @@ nor inconsistent. A reset of the guest changes nothing. A guest that panics has 
 be otherwise: told to pause at a shutdown, QEMU pauses then too. ``quit`` by somebody else, or a signal to QEMU, ends it
 at once: the bitmaps are lost, and the next backup reads everything.
 
-A VM that ran without watch is told by its image's time of change; on a block device, which has none, by the sectors
-that the kernel has counted. That count begins anew when the host boots or the device is set up again: a VM on a block
-device that has run without watch *and* lost its count is not noticed. For that there is ``incbak bitmap invalidate``.
+A VM that ran without watch is told by its image's times of change. A manager of VMs that changes the owner or label of
+the image at each start and end (libvirt) moves its ctime, and then nothing shows that nobody wrote: the disk is read
+whole at each start, unless ``ignore_ctime`` says that only such a manager moves it. On a block device, which has none,
+by the sectors that the kernel has counted. That count begins anew when the host boots or the device is set up again,
+and then nothing shows that nobody wrote either.
 """

@@ -21,7 +21,7 @@ from incbak.engine.qemu_disks import find_disks
 from incbak.engine.qemu_graph import Graph, read_graph, shareable
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
-from incbak.fingerprint import Fingerprint, of_content
+from incbak.fingerprint import Fingerprint, of_content, without_ctime
 from incbak.opening import open_image
 
 LOCK_SECONDS = 15.0
@@ -32,7 +32,10 @@ _SETTLE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Watched:
-    """A disk whose bitmaps are in QEMU's memory only. ``format``: of its image."""
+    """A disk whose bitmaps are in QEMU's memory only. ``format``: of its image.
+
+    ``ignore_ctime``: see `incbak.bitmap.continuity`.
+    """
 
     name: str
     node: str
@@ -40,27 +43,28 @@ class Watched:
     image: Path
     format: str
     store: BitmapStore
+    ignore_ctime: bool = False
 
     @property
     def raw(self) -> bool:
         """Whether what the image holds is what the guest sees."""
         return self.format == RAW
 
-    def fingerprint(self) -> Fingerprint:
+    def seen(self) -> Fingerprint:
         """Of the image, which may be open elsewhere; with the size of the *disk*. Raises `DiskError` or `OSError`."""
         disk = open_disk(self.image, read_only=True, lock=False)
         try:
             found = disk.fingerprint()
         finally:
             disk.close()
-        # A manager of VMs changes the image's owner at each start and end.
-        found = found._replace(ctime_ns=0, attributes=bytes(8))
-        if self.raw:
-            return found
-        return of_content(found, self.size)
+        return found if self.raw else of_content(found, self.size)
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what is recorded of it, as `seen`: a manager of VMs may move the ctime at each start and end."""
+        return without_ctime(self.seen()) if self.ignore_ctime else self.seen()
 
     def settled(self) -> Fingerprint:
-        """The same, taken when any later write must show in it: the clock has gone past the image's time of change.
+        """Return the same, when any later write must show in it: the clock has gone past the image's time of change.
 
         File systems take that time from a clock that ticks every few milliseconds; some keep whole seconds, or pairs
         of them. Raises `DiskError` when somebody goes on writing.
@@ -85,7 +89,9 @@ class Watched:
             os.close(fd)
 
 
-async def find_watched(session: Session, state_dir: Path, vm: str) -> tuple[list[Watched], list[LeftOut]]:
+async def find_watched(
+    session: Session, state_dir: Path, vm: str, *, ignore_ctime: bool = False
+) -> tuple[list[Watched], list[LeftOut]]:
     """The disks to watch, their stores not yet locked; and why the others are not."""
     graph = await read_graph(session)
     devices = await session.execute("query-block")
@@ -97,7 +103,8 @@ async def find_watched(session: Session, state_dir: Path, vm: str) -> tuple[list
             left_out.append(LeftOut(disk.name, image))
             continue
         form = RAW if disk.format in _PROTOCOLS else disk.format
-        watched = Watched(disk.name, disk.node, disk.size, image, form, BitmapStore(state_dir, vm, disk.name))
+        store = BitmapStore(state_dir, vm, disk.name)
+        watched = Watched(disk.name, disk.node, disk.size, image, form, store, ignore_ctime)
         if why := await asyncio.to_thread(_unusable, watched, session.peer_pid()):
             left_out.append(LeftOut(disk.name, why))
             continue

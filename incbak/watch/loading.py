@@ -83,7 +83,7 @@ async def load(session: Session, disks: Sequence[Watched]) -> list[Outcome]:
 def _take(disk: Watched, outcome: Outcome) -> list[_Read]:
     """The bits of the files that may be believed. No file may be, when this returns."""
     found: list[_Read] = []
-    fingerprint = disk.fingerprint()
+    fingerprint = disk.seen()
     for name in disk.store.names():
         bitmap = disk.store.open(name, fingerprint)
         reason = bitmap if isinstance(bitmap, Reason) else _unfit(bitmap)

@@ -32,7 +32,8 @@ Tell = Callable[[str, str, Mapping[str, Any]], None]
 @dataclass(frozen=True)
 class WatchOptions:
     """``start``: give ``cont`` when the bitmaps are loaded. ``once``: end with the VM. ``backup_wait``: seconds for
-    which a VM that has shut down is kept for a backup that runs. ``keep_panicked``: a guest's panic is not the end."""
+    which a VM that has shut down is kept for a backup that runs.
+    ``keep_panicked``: a guest's panic is not the end. ``ignore_ctime``: see `incbak.bitmap.continuity`."""
 
     address: Address
     name: str | None
@@ -42,6 +43,7 @@ class WatchOptions:
     once: bool = False
     backup_wait: float = 60.0
     keep_panicked: bool = False
+    ignore_ctime: bool = False
 
 
 class Watcher:
@@ -155,7 +157,10 @@ class _Attached:
     async def _find(self) -> list[Watched]:
         """Look which disks there are. Those that were not there before are given, their files ours from now on."""
         self._devices = await self._plugged()
-        found, left_out = await find_watched(self._session, self._options.state_dir, self._vm)
+        options = self._options
+        found, left_out = await find_watched(
+            self._session, options.state_dir, self._vm, ignore_ctime=options.ignore_ctime
+        )
         for each in left_out:
             self._leave_out(each.name, each.why)
         new: list[Watched] = []

@@ -244,6 +244,25 @@ def test_a_stalled_disk_waits_and_says_so_to_who_must_not_wait() -> None:
         assert read.result(10) == b"\0"
 
 
+def test_when_it_was_written_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fdatasync may leave that out; its failure is as final as any."""
+    disk = open_disk(_file(tmp_path / "image", 4096))
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    disk.flush_times()
+    assert synced == [disk.fd]
+
+    def fails(_fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.flush_times()
+    with pytest.raises(OSError, match="an earlier flush"):
+        disk.flush()
+    disk.close()
+
+
 def test_a_failed_flush_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """faults row 31: the kernel may have dropped the pages; that a later sync succeeds proves nothing."""
     disk = open_disk(_file(tmp_path / "image", 4096))

@@ -231,6 +231,20 @@ def test_the_image_is_changed_while_the_vm_is_off(vm: WatchedVm, how: str) -> No
     assert reads == {"vda": ("resized", WHOLE + 1) if how == "grown" else ("bitmap-missing", WHOLE)}
 
 
+@pytest.mark.parametrize("option", [(), ("--ignore-ctime",)])
+def test_a_manager_changes_the_owner_at_each_start(vm: WatchedVm, option: tuple[str, ...]) -> None:
+    """As libvirt does. That cannot be told from a write that was dated back, so it costs a reading of the whole disk,
+    unless the owner of the image says that nothing else moves its ctime."""
+    watch = vm.begin(*option)
+    vm.back_up("full")
+    vm.poke("vda", 3)
+    vm.fall_down(watch)
+    os.chown(vm.images["vda"], 64055, 64055)
+    assert vm.files() == {"vda": "clean" if option else "invalid unproven"}
+    vm.begin(*option)
+    assert vm.next_reads() == {"vda": (None, 1) if option else ("bitmap-missing", WHOLE)}
+
+
 def test_sigterm(vm: WatchedVm) -> None:
     """While the VM runs, watch lets go and a shutdown ends QEMU; when it is down already, its bitmaps are saved."""
     saved(vm, 3)

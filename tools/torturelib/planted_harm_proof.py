@@ -31,8 +31,8 @@ FAULTS = (
     Fault(
         "continuity-inode-time-not-compared",
         _CONTINUITY,
-        "    known = before.ctime_ns and now.ctime_ns\n",
-        "    known = 0\n",
+        "    if before.ctime_ns and now.ctime_ns != before.ctime_ns:\n",
+        "    if False:\n",
         _continuity("test_after_a_clean_end"),
     ),
     Fault(
@@ -45,7 +45,7 @@ FAULTS = (
     Fault(
         "continuity-older-than-the-last-sign-of-life",
         _CONTINUITY,
-        "        if seen_ns and time_ns and time_ns != seen_ns and time_ns < beat.clock_ns - grain(time_ns):\n"
+        "        if seen_ns and time_ns and time_ns < beat.clock_ns - grain(time_ns):\n"
         "            return Reason.DISK_CHANGED\n",
         "",
         _continuity("test_after_a_kill"),
@@ -53,7 +53,7 @@ FAULTS = (
     Fault(
         "continuity-clock-set-back-believed",
         _CONTINUITY,
-        "    if beat.clock_ns > now_ns + HEARTBEAT_SLACK_NS:\n        return Reason.UNPROVEN\n",
+        "    if max(beat.clock_ns, beat.until_ns) > now_ns + CLOCK_SLACK_NS:\n        return Reason.UNPROVEN\n",
         "",
         _continuity("test_after_a_kill"),
     ),
@@ -95,14 +95,14 @@ FAULTS = (
     Fault(
         "image-written-while-it-is-read",
         _IMAGE,
-        "        if changed(self._found, self._disk.fingerprint()) or not self._disk.is_at(self._path):\n",
-        "        if False:\n",
+        "        if reason := changed(self._kept, self._disk.fingerprint()):\n",
+        "        if reason := None:\n",
         _image("test_another_program_writes_while_the_image_is_read"),
     ),
     Fault(
         "image-closed-as-it-is-now",
         _IMAGE,
-        "            bitmap.close(self._found)",
+        "            bitmap.close(self._kept)",
         "            bitmap.close(self._disk.fingerprint())",
         _image("test_what_was_written_meanwhile_is_not_taken_for_seen"),
     ),

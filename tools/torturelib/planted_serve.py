@@ -128,8 +128,8 @@ _SERVE = (
     Fault(
         "tracker-settled-map-kept",
         _TRACKER,
-        "        self.settled = SettledMap(self.size, finest, self._served)\n        return old\n",
-        "        return old\n",
+        "        self.settled = SettledMap(self.size, finest, self._served)\n        self._noted",
+        "        self._noted",
         unit("serve/test_tracker", "test_a_new_bitmap_records_what_was_settled_before_it_came"),
     ),
     Fault(
@@ -291,7 +291,7 @@ _SERVE = (
     Fault(
         "serve-end-without-flush",
         _OPENING,
-        "        if not tracked.read_only:\n            tracked.disk.flush()\n",
+        "        if not tracked.read_only:\n            tracked.disk.flush_times()\n",
         "",
         unit("serve/test_daemon", "test_the_disk_is_flushed_before_the_flag_is_set"),
     ),
@@ -379,8 +379,8 @@ _WIRE = (
     Fault(
         "disk-failed-flush-forgotten",
         _DISK,
-        "                self._flush_error = e\n                raise\n",
-        "                raise\n",
+        "            self._flush_error = e\n            raise\n",
+        "            raise\n",
         ("tests/contract/test_disk_contract.py",),
     ),
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from incbak import device
+from incbak.bitmap.look import views_in
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import FileDisk, open_disk
 from incbak.engine.base import DiskPlan
@@ -67,9 +68,9 @@ def test_the_image_is_on_its_disk_before_the_copy_counts(
     assert (error is None) is works
 
 
-async def _copied(image: Path, state: Path) -> ImageEngine:
+async def _copied(image: Path, state: Path, *, ignore_ctime: bool = False) -> ImageEngine:
     """An engine whose copy has ended."""
-    engine = ImageEngine(image, state, "vm", None)
+    engine = ImageEngine(image, state, "vm", None, ignore_ctime=ignore_ctime)
     (disk,) = (await engine.describe()).disks
     plan = DiskPlan(disk, "incbak-00000000-11111111", 65536)
     await engine.run([plan], {disk.name: _Target([])}, lambda *_: None)  # type: ignore[dict-item]
@@ -84,12 +85,17 @@ def _write(image: Path) -> None:
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def _write_and_mode(image: Path) -> None:
+    _write(image)
+    image.chmod(0o640)
+
+
 def _replace(image: Path) -> None:
     image.with_name("copy").write_bytes(image.read_bytes())
     image.with_name("copy").rename(image)
 
 
-@pytest.mark.parametrize("how", [_write, _replace, None])
+@pytest.mark.parametrize("how", [_write, _write_and_mode, _replace, None])
 def test_another_program_writes_while_the_image_is_read(tmp_path: Path, how: Callable[[Path], None] | None) -> None:
     """One that takes no locks, and dates it back or renames another file to it: the run fails before its commit."""
     image = raw_image(tmp_path / "disk.raw", SIZE, b"x")
@@ -126,6 +132,22 @@ def test_what_was_written_meanwhile_is_not_taken_for_seen(tmp_path: Path) -> Non
     assert store.open("incbak-00000000-11111111", disk.fingerprint()) is Reason.DISK_CHANGED
     store.unlock()
     disk.close()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_mode_that_was_changed_since(tmp_path: Path, ignored: bool) -> None:
+    """It moves the ctime, as a write that was dated back does; the owner may say that nothing else does."""
+    image = raw_image(tmp_path / "disk.raw", SIZE, b"x")
+
+    async def run() -> None:
+        engine = await _copied(image, tmp_path / "state", ignore_ctime=ignored)
+        await engine.confirm()
+        await engine.close()
+
+    asyncio.run(run())
+    image.chmod(0o640)
+    (found,) = views_in(tmp_path / "state" / "vm" / "disk0")
+    assert found.reason is (None if ignored else Reason.UNPROVEN)
 
 
 def test_a_device_that_tells_nothing_is_backed_up_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,9 @@ SIZE = 4 * REGION + 1000
 NAME = "incbak-00000001-00000002"
 
 _SESSION = """
-import json, sys
+import json, sys, time
 from pathlib import Path
+from incbak.bitmap.format import BUSY
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 
@@ -39,7 +40,9 @@ bitmap = store.open(name, disk.fingerprint())
 for offset, length in writes:
     bitmap.mark(offset, length)
     bitmap.heartbeat(disk.beat())
+    bitmap.note_writes(time.time_ns() + 20_000_000 | BUSY)
     disk.write(b"new!" * (length // 4), offset)
+    bitmap.note_writes(time.time_ns() & ~BUSY)
     print(json.dumps([offset, length]), flush=True)
 disk.flush()
 bitmap.close(disk.fingerprint())

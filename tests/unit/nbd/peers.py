@@ -31,6 +31,7 @@ class DiskExport:
         self.calls: list[tuple[object, ...]] = []
         self.opened = self.closed = 0
         self.may_block: Callable[[int, int], bool] = lambda _offset, _length: False
+        self.rest: Callable[[], None] = lambda: None
 
     def contexts(self) -> list[str]:
         return [p.ALLOCATION, DIRTY]
@@ -48,6 +49,9 @@ class _Device:
 
     def may_block(self, offset: int, length: int) -> bool:
         return self.export.may_block(offset, length)
+
+    def rest(self) -> None:
+        self.export.rest()
 
     def write(self, buf: memoryview, offset: int) -> None:
         self.export.calls.append(("write", offset, len(buf)))

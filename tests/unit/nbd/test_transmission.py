@@ -50,6 +50,19 @@ def test_write_and_read_simple(simple: Raw) -> None:
     assert simple.recv(len(data) + 2) == b"\0" + data + b"\0"
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_device_is_told_that_writes_are_done_before_their_answers_go(
+    simple: Raw, export: DiskExport, slow: bool
+) -> None:
+    """Also those that a worker does."""
+    rested: list[int] = []
+    export.rest = lambda: rested.append(len(export.calls))
+    export.may_block = lambda _offset, _length: slow
+    for done in (1, 2):
+        assert simple.error(p.WRITE, 0, 512, payload=bytes(512)) == 0
+        assert rested[-1] == done
+
+
 @pytest.mark.parametrize("length", [1, 512, connection.INLINE, connection.INLINE + 1, SIZE - 100])
 @pytest.mark.parametrize("flags", [0, p.CMD_DF])
 def test_read_structured(structured: Raw, export: DiskExport, length: int, flags: int) -> None:

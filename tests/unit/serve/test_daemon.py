@@ -142,7 +142,7 @@ def test_the_disk_is_flushed_before_the_flag_is_set(tmp_path: Path, monkeypatch:
     steps: list[str] = []
 
     class Disk(MemoryDisk):
-        def flush(self) -> None:
+        def flush_times(self) -> None:
             assert machine.tracked["vda"].gate._draining
             steps.append("flush")
 

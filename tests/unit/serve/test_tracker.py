@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,14 @@ from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import open_disk
 from incbak.disk.memory import MemoryDisk
 from incbak.reasons import Reason
+from incbak.serve import tracker
 from incbak.serve.cbw import CopyBeforeWrite, OnCbwError
 from incbak.serve.export import DiskExport, TrackedDevice
 from incbak.serve.io_errors import IoErrors
 from incbak.serve.memory_bitmap import MemoryBitmap
 from incbak.serve.regrain import all_bits
 from incbak.serve.scratch import Budget, Scratch
-from incbak.serve.tracker import SettledMap, TrackedDisk
+from incbak.serve.tracker import NOTED_NS, SettledMap, TrackedDisk
 from tests.kit.serve import Machine, SpyDisk, raw_image, wait_until
 
 GRAIN = 65536
@@ -381,3 +383,67 @@ def test_a_read_that_fails_at_once_is_left_to_one_that_waits(tmp_path: Path, mon
     monkeypatch.undo()
     assert disk.read_nowait(memoryview(bytearray(10)), 0)
     disk.close()
+
+
+def _until(bitmap: Bitmap) -> tuple[int, bool]:
+    with bitmap.path.open("rb") as f:
+        f.seek(fmt.NOTE)
+        return fmt.decode_note(f.read(fmt.NOTE_SIZE))
+
+
+def test_the_file_says_until_when_writes_may_come(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each, also one that has nothing to mark, and when the clock was set back; after the last in flight, that
+    there are no more. So after a kill our last writes are told from those of others."""
+    clock, seen = [time.time_ns() & ~1], list[tuple[int, bool]]()
+    real = rig.disk.write
+    monkeypatch.setattr(tracker.time, "time_ns", lambda: clock[0])
+
+    def left() -> tuple[int, bool]:
+        until, busy = _until(rig.bitmap)
+        return until - clock[0], busy
+
+    def write(buf: memoryview | bytes, offset: int) -> None:
+        seen.append(left())
+        clock[0] += 1000
+        real(buf, offset)
+
+    monkeypatch.setattr(rig.disk, "write", write)
+    for step in (0, NOTED_NS // 4, NOTED_NS, 10**9, -3600 * 10**9):
+        clock[0] += step
+        rig.device.write(memoryview(b"x" * 512), 0)
+        rig.tracked.rest()
+        assert left() == (0, False)
+    assert seen == [(NOTED_NS, True)] * 5
+
+
+def test_a_write_beside_another_prolongs_the_note(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of one is not the end of both. Before they end, the clock may be set back."""
+    clock = [time.time_ns() & ~1]
+    monkeypatch.setattr(tracker.time, "time_ns", lambda: clock[0])
+    rig.tracked.before_write(0, 512)
+    for step, noted in ((NOTED_NS // 2, NOTED_NS // 2), (NOTED_NS, NOTED_NS), (-(10**9), NOTED_NS)):
+        clock[0] += step
+        rig.tracked.before_write(0, 512)
+        assert _until(rig.bitmap) == (clock[0] + noted, True)
+    slot = rig.tracked.gate.slot()
+    with slot:
+        rig.tracked.rest()
+    with rig.tracked.gate.joined():
+        rig.tracked.rest()
+    with rig.tracked.gate.drained():
+        pass
+    assert _until(rig.bitmap)[1]
+    rig.tracked.rest()
+    assert _until(rig.bitmap) == (clock[0], False)
+
+
+def test_a_bitmap_that_comes_between_two_notes_has_one_before_its_first_write(rig: Rig) -> None:
+    rig.tracked.before_write(0, 512)
+    new = rig.store.create("c", SIZE, GRAIN, rig.disk.fingerprint())
+    rig.tracked.bitmaps["c"] = new
+    rig.tracked.refresh()
+    assert _until(new) == (0, False)
+    rig.tracked.before_write(0, 512)
+    assert _until(new) == _until(rig.bitmap)
+    assert _until(new)[1]
+    new.close(None)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from incbak.bitmap.continuity import changed
 from incbak.disk.file import open_disk
 from incbak.engine.base import EngineDisk
 from incbak.engine.qemu_graph import Graph
 from incbak.engine.session import Address
 from incbak.errors import DiskError
+from incbak.reasons import Reason
 from incbak.watch import disks, vm
 from incbak.watch.disks import Holder, Watched
 from incbak.watch.loading import Outcome
 from incbak.watch.vm import WatchOptions
-from tests.unit.watch.fake import FakeQemu, a_disk
+from tests.unit.watch.fake import CLUSTER, FakeQemu, a_disk
 
 
 @pytest.fixture
@@ -40,6 +43,7 @@ def test_any_later_write_shows(disk: Watched) -> None:
 @pytest.mark.parametrize(("ns", "grain"), [(0, 2 * 10**9), (123_456_789, 10**7)])
 def test_a_clock_that_ticks(disk: Watched, monkeypatch: pytest.MonkeyPatch, ns: int, grain: int) -> None:
     """A write within the same tick has the same time: of whole seconds, perhaps two; else of some milliseconds."""
+    disk = replace(disk, ignore_ctime=True)  # nobody can set it
     written = 1_700_000_000 * 10**9 + ns
     os.utime(disk.image, ns=(written, written))
     times = iter([written, written + grain - 1, written + 2 * grain + 1])
@@ -50,6 +54,7 @@ def test_a_clock_that_ticks(disk: Watched, monkeypatch: pytest.MonkeyPatch, ns: 
 
 def test_an_image_that_is_written_all_the_time_is_given_up(disk: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disks, "_SETTLE_SECONDS", 0.05)
+    disk = replace(disk, ignore_ctime=True)
     monkeypatch.setattr(disks.time, "time_ns", lambda: disk.image.stat().st_mtime_ns)
     with pytest.raises(DiskError, match="goes on writing"):
         disk.settled()
@@ -70,6 +75,32 @@ def test_an_image_of_another_format_has_the_size_of_its_disk(tmp_path: Path) -> 
     os.utime(disk.image, ns=(1, before.mtime_ns))
     after = disk.fingerprint()
     assert (before.size, after.size, before.sample == after.sample) == (disk.size, disk.size, False)
+
+
+def _written(image: Path) -> None:
+    with image.open("r+b") as f:
+        f.seek(CLUSTER + 5000)  # no block of the sample
+        f.write(b"x")
+
+
+def test_an_image_that_was_dated_back_shows(disk: Watched) -> None:
+    """Also when its owner or mode was changed with it; what only its manager did does not tell itself apart."""
+    before, times = disk.settled(), disk.image.stat()
+    _written(disk.image)
+    os.utime(disk.image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    disk.image.chmod(0o600)
+    assert changed(before, disk.seen()) is Reason.UNPROVEN
+
+
+def test_an_image_whose_ctime_its_manager_moves(disk: Watched) -> None:
+    """Its owner has said so: a new mode or owner costs nothing, a write still shows."""
+    disk = replace(disk, ignore_ctime=True)
+    before = disk.settled()
+    os.chown(disk.image, os.getuid(), os.getgid())
+    disk.image.chmod(0o600)
+    assert (changed(before, disk.seen()), before == disk.fingerprint()) == (None, True)
+    _written(disk.image)
+    assert changed(before, disk.seen()) is Reason.DISK_CHANGED
 
 
 def test_who_has_the_image_open(disk: Watched) -> None:
