@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+SECTOR = 512
+"""What disks consist of, for QEMU too: a raw file whose size is no multiple of it ends with zeroes up to the next."""
+
+
+def whole_sectors(size: int) -> int:
+    """Return the size of the disk that ``size`` bytes of a raw image make."""
+    return -(-size // SECTOR) * SECTOR
+
 
 class Extent(NamedTuple):
     """``length`` bytes at ``offset``; both in bytes."""

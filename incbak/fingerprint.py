@@ -20,6 +20,7 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from incbak import device
+from incbak.extents import whole_sectors
 from incbak.opening import open_image
 
 NO_WRITES = bytes(32)
@@ -66,14 +67,14 @@ def beat_of(disk: Fingerprint) -> Beat:
 def take(fd: int, size: int, untold: bytes | None = None) -> Fingerprint:
     """The fingerprint of an open image, of which all that was written is on its device. Raises `OSError`.
 
-    ``untold``: see `writes_of`.
+    ``size``: in bytes; of a raw file in whole sectors. ``untold``: see `writes_of`.
     """
     info = os.fstat(fd)
     digest = blake3()
     last = max(size - _SAMPLE, 0)
     for i in range(_SAMPLES):
         offset = last * i // (_SAMPLES - 1)
-        digest.update(_read(fd, offset, min(_SAMPLE, size - offset)))
+        digest.update(_read(fd, offset, min(_SAMPLE, size - offset), info.st_size))
     sample = digest.digest(length=16)
     if stat.S_ISBLK(info.st_mode):
         return Fingerprint(size, 0, 0, sample, writes=writes_of(fd, untold))
@@ -93,10 +94,13 @@ def of_content(image: Fingerprint, size: int) -> Fingerprint:
     return image._replace(size=size, sample=sample)
 
 
-def _read(fd: int, offset: int, length: int) -> bytes:
+def _read(fd: int, offset: int, length: int, end: int) -> bytes:
+    """``end``: that of the file, behind which its last sector is zeroes."""
     found = b""
     while len(found) < length:
         piece = os.pread(fd, length - len(found), offset + len(found))
+        if not piece and offset + len(found) >= end and offset + length <= whole_sectors(end):
+            return found.ljust(length, b"\0")
         if not piece:
             raise OSError(errno.EIO, f"it ends at {offset + len(found)}")
         found += piece
@@ -117,12 +121,16 @@ def writes_of(fd: int, untold: bytes | None = None) -> bytes:
     return blake3(setup).digest(length=16) + blake3(counts).digest(length=16)
 
 
-def take_path(path: Path) -> Fingerprint:
-    """Return the fingerprint of a file or block device, whoever has it open. Raises `OSError`."""
+def take_path(path: Path, *, raw: bool) -> Fingerprint:
+    """Return the fingerprint of a file or block device, whoever has it open. Raises `OSError`.
+
+    ``raw``: it is the disk, and no image of another format, which has a size in bytes.
+    """
     fd = open_image(path, os.O_RDONLY)  # an engine may have named it
     try:
         if stat.S_ISBLK(os.fstat(fd).st_mode):
             os.fdatasync(fd)
-        return take(fd, os.lseek(fd, 0, os.SEEK_END))
+        size = os.lseek(fd, 0, os.SEEK_END)
+        return take(fd, whole_sectors(size) if raw else size)
     finally:
         os.close(fd)

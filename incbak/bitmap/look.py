@@ -160,11 +160,12 @@ def _of_nobody(header: Header, path: Path, name: str, image: Fingerprint | None)
 
 def _image(identity: Identity, size: int) -> Fingerprint | None:
     """What the image is now; of a watched image of another format, with the size of the disk, as `watch` takes it."""
+    raw = identity.format in ("", RAW)
     try:
-        found = take_path(Path(identity.image)) if identity.image else None
+        found = take_path(Path(identity.image), raw=raw) if identity.image else None
     except OSError:
         return None
-    return found if found is None or identity.format in ("", RAW) else of_content(found, size)
+    return found if found is None or raw else of_content(found, size)
 
 
 def views(state_dir: Path, vm: str | None = None) -> list[BitmapView]:

@@ -19,7 +19,7 @@ class Disk(ABC):
     name: str
     """For messages."""
     size: int
-    """Bytes; any number."""
+    """Bytes; any number, but of an image in a file or on a device whole sectors."""
     read_only: bool
 
     @abstractmethod

@@ -73,7 +73,7 @@ class FaultyDisk(Disk):
     def resize(self, size: int) -> None:
         self.faults.strike("resize")
         self.inner.resize(size)
-        self.size = size
+        self.size = self.inner.size
 
     def check_resize(self, size: int) -> None:
         self.inner.check_resize(size)

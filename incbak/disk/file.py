@@ -1,4 +1,9 @@
-"""Raw images: regular files and block devices, through the page cache."""
+"""Raw images: regular files and block devices, through the page cache.
+
+A disk consists of sectors, so a file whose size is no multiple of 512 bytes is a disk of the next multiple, as it is in
+QEMU, whether a VM runs or not; behind the file's end it reads as zeroes. Reading leaves such a file as it is; a write
+to its last sector makes it longer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from pathlib import Path
 from incbak.disk.base import Disk
 from incbak.disk.locks import lock_image
 from incbak.errors import DiskError
-from incbak.extents import StatusExtent
+from incbak.extents import StatusExtent, whole_sectors
 from incbak.fingerprint import Beat, Fingerprint, take, unlike_any, writes_of
 from incbak.opening import open_image
 
@@ -70,7 +75,8 @@ class FileDisk(Disk):
     def __init__(self, fd: int, path: Path, *, read_only: bool) -> None:
         self.fd, self.path, self.name, self.read_only = fd, path, str(path), read_only
         self.is_block = stat.S_ISBLK(os.fstat(fd).st_mode)
-        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._end = os.lseek(fd, 0, os.SEEK_END)  # of the file, within the last sector
+        self.size = whole_sectors(self._end)
         self._flush_lock = threading.Lock()
         self._flush_error: OSError | None = None
         self._flushes_begun = self._flushes_done = 0
@@ -81,6 +87,9 @@ class FileDisk(Disk):
         done = os.preadv(self.fd, [buf], offset)
         while done < len(buf):
             count = os.preadv(self.fd, [buf[done:]], offset + done)
+            if count == 0 and offset + done >= self._end and offset + len(buf) <= self.size:
+                buf[done:] = bytes(len(buf) - done)
+                return
             if count == 0:
                 raise OSError(errno.EIO, f"image {self.name} ends at {offset + done}")
             done += count
@@ -158,8 +167,8 @@ class FileDisk(Disk):
     def resize(self, size: int) -> None:
         self.check_resize(size)
         if not self.is_block:
-            os.ftruncate(self.fd, size)
-        self.size = size
+            os.ftruncate(self.fd, whole_sectors(size))
+        self.size = self._end = whole_sectors(size)
 
     def check_resize(self, size: int) -> None:
         """A device is resized by whoever provides it; what it has now is all that can be asked for."""

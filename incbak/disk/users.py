@@ -4,15 +4,18 @@ Locks are what programs agree on; some take none (QEMU with ``locking=off``). Th
 
 - every process's descriptors and mappings (``/proc/*/fd``, ``/proc/*/maps``), by device and inode, so links, bind
   mounts, containers and files that were renamed or removed are the same file;
-- loop devices that are backed by a file, devices that are built on a device (device-mapper, md), partitions, and what
-  is built on those in turn;
 - what is mounted, in every mount namespace, and what swap is on;
+- the same of every other device and file that holds bytes of the image, above, below and beside it
+  (`incbak.disk.stacking` has the rule), and the loop devices among them;
 - at last the kernel itself, which knows what no table shows (an iSCSI target, a process in a namespace that we cannot
   look into): a lease for reading is refused while a file is open for writing, and an exclusive open of a device while
   something is mounted from it or built on it.
 
 `Users.complete` is false where not all processes can be seen: not root, or in a process namespace of our own. (Some
-hosts shield the first process even from root; it runs no VMs.) What other hosts do with shared storage is nowhere to be
+hosts shield the first process even from root; it runs no VMs.) Daemons that keep an array's metadata write to the
+devices below it (`_MANAGERS`), and to no byte of the array. It is false too on a file
+system that shows files of another one (overlay), where the same file has another device and inode by its other name.
+What other hosts do with shared storage is nowhere to be
 seen. Processes of the caller's choice are left out with their children, since they have the image open for the caller.
 Nothing here waits for storage: files are looked at without asking their servers.
 """
@@ -32,12 +35,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from incbak.disk.holders import holders
+from incbak.disk.stacking import Key, Stack, stack_of
+from incbak.disk.stacking import key_of as identity
 from incbak.errors import DiskError, ImageInUseError
 
 _INITIAL_NAMESPACE = "pid:[4026531836]"
-_DEPTH, _MOST = 16, 4096  # levels of devices that are looked through, and devices in all
-_LOOP_GET_STATUS64, _LOOP_INFO = 0x4C05, struct.Struct("=QQQQQIIII")
-_LOOP_READ_ONLY = 1
+_MANAGERS = frozenset({"mdmon"})
+_SHOWING = frozenset({"overlay", "aufs", "ecryptfs"})
+_SHOWING_BY_FUSE = re.compile(r"fuse\.(mergerfs|bindfs|mhddfs|rofs|unionfs.*|fuse-overlayfs)")
 _DONT_SYNC, _TYPE_AND_INODE = 0x4000, 0x001 | 0x100
 _AT_FDCWD = -100
 _STATX = struct.Struct("=28xH2xQ88xIIII")  # mode, inode, device that it is, device that it is on
@@ -48,67 +54,68 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class User:
-    """``what``: a process with its program, a device or a mount, in words."""
+    """``what``: a process with its program, a device or a mount, in words. ``process``: it is no more than one."""
 
     what: str
     writes: bool
+    process: bool = False
 
 
 @dataclass(frozen=True)
 class Users:
-    """``found``: who uses the image. ``complete``: whether every process of this host was looked at."""
+    """``found``: who uses the image. ``complete``: all processes of this host were looked at; else ``why`` not."""
 
     found: tuple[User, ...] = ()
     complete: bool = True
+    why: str = ""
 
     @property
     def writers(self) -> tuple[User, ...]:
         """Those that can change the image."""
         return tuple(user for user in self.found if user.writes)
 
+    def doubt(self, path: Path) -> str:
+        """What the owner of the image must know of a place where its users are not recognised, or an empty string."""
+        return f"{path}: {self.why}, so a program that writes it by its other name is not noticed" if self.why else ""
+
     def unwritable(self) -> str:
         """Why nothing may be written to the image, or an empty string."""
         if self.found:
             return f"it is open elsewhere: {_several(self.found)}"
         if not self.complete:
-            return "not all processes of this host can be seen, so one of them may have it open"
+            return f"{self.why or 'not all processes of this host can be seen'}, so one of them may have it open"
         return ""
-
-
-@dataclass(frozen=True)
-class Key:
-    """A file by the device that it is on and its inode, or (``rdev``) a block device by its number."""
-
-    device: int = 0
-    inode: int = 0
-    rdev: int = 0
 
 
 def key_of(path: Path) -> Key:
     """The identity of the image ``path``, whatever leads there. Raises `DiskError`."""
     try:
-        return _key(os.stat(path))
+        return identity(os.stat(path))
     except OSError as e:
         raise DiskError(f"cannot look at image {path}: {e.strerror}") from e
 
 
-def _key(found: os.stat_result) -> Key:
-    return Key(rdev=found.st_rdev) if stat.S_ISBLK(found.st_mode) else Key(found.st_dev, found.st_ino)
+READS = "Back a running VM up through its monitor (qmp:PATH); or stop, unmount or detach what uses the image."
+WRITES = "Stop, unmount or detach what uses it."
+"""Hints for who is about to read the image, and for who is about to write it."""
 
 
-def refuse_writers(path: Path, ours: Collection[int] = ()) -> Users:
+def refuse_writers(path: Path, ours: Collection[int] = (), *, hint: str = READS) -> Users:
     """Look for users of ``path``. Raises `ImageInUseError`, naming them, where one of them can write."""
     users = find_users(path, ours)
     if users.writers:
-        hint = "Back a running VM up through its monitor (qmp:PATH); or stop, unmount or detach what uses the image."
         raise ImageInUseError(f"image {path} is in use: {_several(users.writers)}", hint=hint)
     return users
 
 
 def refuse_users(path: Path) -> None:
-    """As `refuse_writers`, of whoever only reads too: for what is about to be overwritten."""
-    if found := find_users(path).found:
-        raise ImageInUseError(f"{path} is in use: {_several(found)}", hint="Stop, unmount or detach what uses it.")
+    """As `refuse_writers`, of whoever only reads too: for what is about to be overwritten.
+
+    Of a device a process may read: there are daemons that keep all of them open.
+    """
+    device = path.is_block_device()
+    if found := [user for user in find_users(path).found if user.writes or not (device and user.process)]:
+        raise ImageInUseError(f"{path} is in use: {_several(found)}", hint=WRITES)
 
 
 def _several(users: Collection[User]) -> str:
@@ -120,24 +127,27 @@ def _several(users: Collection[User]) -> str:
 def find_users(path: Path, ours: Collection[int] = ()) -> Users:
     """Everything on this host that uses the image ``path``, except the processes ``ours``. Raises `DiskError`."""
     key = key_of(path)
-    keys, found = _built_on(key)
-    complete = _sees_all_namespaces()
+    stack = stack_of(key)
+    found = [User(f"loop device /dev/{loop.name}", not loop.read_only) for loop in stack.loops]
+    complete = _sees_all_namespaces() and stack.complete
     own: list[User] = []
     namespaces = {"": os.getpid()}
     for pid in _processes():
         with suppress(FileNotFoundError, ProcessLookupError):
             try:
                 namespaces.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), pid)
-                if user := _process(pid, keys):
+                if user := _process(pid, stack):
                     known = pid == os.getpid() or pid in ours or _parent(pid) in ours
                     (own if known else found).append(user)
             except PermissionError:
                 complete = complete and pid == 1
     for pid in namespaces.values():
-        found += _mounts(pid, keys)
-    found += _swaps(keys)
+        found += _mounts(pid, stack)
+    found += _swaps(stack)
     if not found and not any(user.writes for user in own) and (hidden := _kernel(path, key)):
         found.append(hidden)
+    if shown := _shown_by(path):
+        return Users(tuple(dict.fromkeys(found)), False, shown)
     return Users(tuple(dict.fromkeys(found)), complete)
 
 
@@ -158,11 +168,22 @@ def _sees_all_namespaces() -> bool:
 # -- processes ----------------------------------------------------------------------------------------------------
 
 
-def _process(pid: int, keys: Collection[Key]) -> User | None:
+def _process(pid: int, stack: Stack) -> User | None:
     """The process if it has the image open or mapped. Raises `OSError` when it ends, or cannot be looked at."""
-    opened = [fd for fd in os.listdir(f"/proc/{pid}/fd") if _look(f"/proc/{pid}/fd/{fd}") in keys]
-    uses = [_open_for_writing(pid, fd) for fd in opened] or list(_mappings(pid, keys))
-    return User(_program(pid), any(uses)) if uses else None
+    uses: list[tuple[Key | None, bool]]
+    seen = ((fd, _look(f"/proc/{pid}/fd/{fd}")) for fd in os.listdir(f"/proc/{pid}/fd"))
+    uses = [(key, _open_for_writing(pid, fd)) for fd, key in seen if key in stack.keys]
+    if not any(writes for _key, writes in uses):
+        uses += _mappings(pid, stack.keys)
+    uses = [(key, writes) for key, writes in uses if _matters(stack, key, writes)]
+    if not uses or (_name(pid) in _MANAGERS and not any(key in stack.image for key, _writes in uses)):
+        return None
+    return User(_program(pid), any(writes for _key, writes in uses), process=True)
+
+
+def _matters(stack: Stack, key: Key | None, writes: bool) -> bool:
+    """Below and beside the image only who writes does."""
+    return writes or key in stack.image
 
 
 def _parent(pid: int) -> int:
@@ -191,8 +212,8 @@ def _open_for_writing(pid: int, fd: str) -> bool:
     return True
 
 
-def _mappings(pid: int, keys: Collection[Key]) -> Iterator[bool]:
-    """For each mapping of the image, whether what is stored there goes to the image.
+def _mappings(pid: int, keys: Collection[Key]) -> Iterator[tuple[Key | None, bool]]:
+    """Each mapping of the image, and whether what is stored there goes to the image.
 
     The table's device number is not that of `os.stat` on every file system, so an inode that fits is looked at.
     """
@@ -203,80 +224,60 @@ def _mappings(pid: int, keys: Collection[Key]) -> Iterator[bool]:
         return
     for line in table.splitlines():
         where, mode, *_ = line.split(maxsplit=2)
-        if any(inode in line for inode in inodes) and _look(f"/proc/{pid}/map_files/{where.decode()}") in keys:
-            yield b"w" in mode and b"s" in mode
+        if any(inode in line for inode in inodes) and (key := _look(f"/proc/{pid}/map_files/{where.decode()}")) in keys:
+            yield key, b"w" in mode and b"s" in mode
 
 
 def _program(pid: int) -> str:
-    try:
-        return f"process {pid} ({_text(f'/proc/{pid}/comm').strip()})"
-    except OSError:
-        return f"process {pid}"
+    name = _name(pid)
+    return f"process {pid} ({name})" if name else f"process {pid}"
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return _text(f"/proc/{pid}/comm").strip()
+    return ""
 
 
 # -- devices, mounts, swap ------------------------------------------------------------------------------------------
 
 
-def _built_on(key: Key) -> tuple[set[Key], list[User]]:
-    """The image with its partitions and all that is built on it; and the loop devices that are backed by it."""
-    keys, found, level = {key}, [], [key]
-    for _ in range(_DEPTH):
-        above = []
-        for each in level:
-            above += [Key(rdev=rdev) for rdev in _above(each)] if each.rdev else []
-            for name, rdev, read_only in _loops(each):
-                found.append(User(f"loop device /dev/{name}", not read_only))
-                above.append(Key(rdev=rdev))
-        level = [k for k in dict.fromkeys(above) if k not in keys]
-        keys.update(level)
-        if not level or len(keys) > _MOST:
-            break
-    return keys, found
-
-
-def _above(key: Key) -> Iterator[int]:
-    """The numbers of a device's partitions, and of the devices that are built on it."""
-    base = Path(f"/sys/dev/block/{os.major(key.rdev)}:{os.minor(key.rdev)}")
-    for place in (*base.glob("holders/*/dev"), *base.glob("*/partition")):
-        with suppress(OSError, ValueError):
-            major, _, minor = _text(str(place.with_name("dev"))).strip().partition(":")
-            yield os.makedev(int(major), int(minor))
-
-
-def _loops(key: Key) -> Iterator[tuple[str, int, bool]]:
-    """(name, number, read-only) of each loop device that is backed by a file or device."""
-    for place in Path("/sys/block").glob("loop*/loop"):
-        name = place.parent.name
-        with suppress(OSError, ValueError):
-            fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                info = bytearray(232)
-                fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
-                device, inode, rdev, *_, flags = _LOOP_INFO.unpack_from(info)
-                if (Key(rdev=rdev) if rdev else Key(device, inode)) == key:
-                    yield name, os.fstat(fd).st_rdev, bool(flags & _LOOP_READ_ONLY)
-            finally:
-                os.close(fd)
-
-
-def _mounts(pid: int, keys: Collection[Key]) -> list[User]:
+def _mounts(pid: int, stack: Stack) -> list[User]:
     """What is mounted in the namespace of a process from one of the devices."""
     found = []
-    numbers = {key.rdev for key in keys if key.rdev}
+    devices = {key.rdev: key for key in stack.keys if key.rdev}
     with suppress(OSError):
-        for line in _text(f"/proc/{pid}/mountinfo").splitlines() if numbers else ():
+        for line in _text(f"/proc/{pid}/mountinfo").splitlines() if devices else ():
             if not (m := _MOUNT.match(line)):
                 continue
             major, minor, where, _, _, source, options = m.groups()
-            if os.makedev(int(major), int(minor)) in numbers or _number(source) in numbers:
-                found.append(User(f"it is mounted on {where}", "rw" in options.split(",")))
+            writes = "rw" in options.split(",")
+            key = devices.get(os.makedev(int(major), int(minor))) or devices.get(_number(source))
+            if key and _matters(stack, key, writes):
+                found.append(User(f"it is mounted on {where}", writes))
     return found
 
 
-def _swaps(keys: Collection[Key]) -> list[User]:
+def _shown_by(path: Path) -> str:
+    """Why a process that has the same file open by another name is not recognised, or an empty string."""
+    with suppress(OSError, ValueError, StopIteration):
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            facts = dict(line.split(":", 1) for line in _text(f"/proc/self/fdinfo/{fd}").splitlines())
+        finally:
+            os.close(fd)
+        table = _text("/proc/self/mountinfo").splitlines()
+        mount = next(line for line in table if line.split(" ", 1)[0] == facts["mnt_id"].strip())
+        kind = mount.partition(" - ")[2].split()[0]
+        if not path.is_block_device() and (kind in _SHOWING or _SHOWING_BY_FUSE.fullmatch(kind)):
+            return f"it is on a file system ({kind}) that shows files of another one"
+    return ""
+
+
+def _swaps(stack: Stack) -> list[User]:
     with suppress(OSError):
         names = [line.split()[0] for line in _text("/proc/swaps").splitlines()[1:] if line.strip()]
-        return [User(f"swap is on {name}", True) for name in names if _look(_unescaped(name)) in keys]
+        return [User(f"swap is on {name}", True) for name in names if _look(_unescaped(name)) in stack.keys]
     return []
 
 
@@ -301,7 +302,10 @@ def _kernel(path: Path, key: Key) -> User | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | exclusive)
     except OSError as e:
-        return User("the kernel has it (EBUSY), and no table says for whom", True) if e.errno == errno.EBUSY else None
+        if e.errno != errno.EBUSY:
+            return None
+        what = ", ".join(f"it is {holder}" for holder in holders(path)[:3])
+        return User(what or "the kernel has it (EBUSY), and no table says for whom", True)
     try:
         if not key.rdev:
             fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO would end a process that does not expect it

@@ -77,7 +77,7 @@ class ImageEngine(Engine):
             self._store = BitmapStore(state_dir, vm, self._name)
             if not look:
                 self._store.lock()
-                refuse_writers(path)
+                self._note = "; ".join(filter(None, (note, refuse_writers(path).doubt(path))))
                 self._store.note_image(path)
         except OSError as e:
             self._disk.close()

@@ -14,6 +14,7 @@ from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.formats import named_format, recognise
 from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, NbdError, RestoreError
+from incbak.extents import whole_sectors
 from incbak.nbd.uri import NbdUri
 from incbak.private import PrivateDirectory
 from incbak.restore.targets import DeviceTarget, FileTarget, NbdTarget, Target
@@ -137,7 +138,7 @@ class InPlaceTarget(Target):
         except BaseException:
             self._disk.close()
             raise
-        if self._disk.size != size:
+        if self._disk.size != whole_sectors(size):  # backups of old recorded the bytes of the file
             has = self._disk.size
             self._disk.close()
             raise RestoreError(

@@ -14,7 +14,7 @@ from incbak import durable, newfile
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.holders import holders
 from incbak.disk.users import find_users, refuse_users
-from incbak.errors import DiskError, DurabilityError, ImageInUseError, IncbakError, NbdError, RestoreError
+from incbak.errors import DiskError, DurabilityError, IncbakError, NbdError, RestoreError
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
 from incbak.restore.flushing import Flushing
@@ -145,7 +145,7 @@ class DeviceTarget(Target):
         try:
             self.disk: FileDisk = open_disk(path)
             try:
-                _refuse_writers(path)
+                refuse_users(path)
                 if self.disk.size < size:
                     raise _too_small(self.name, self.disk.size, size)
             except BaseException:
@@ -251,13 +251,6 @@ def open_target(text: str, size: int, *, force: bool = False) -> Target:
 def _busy(path: Path) -> str:
     """What keeps a device from being opened exclusively."""
     return ", ".join(holders(path) or [user.what for user in find_users(path).found[:3]])
-
-
-def _refuse_writers(path: Path) -> None:
-    """A process may have a device open without a claim and without locks; whoever only reads it is no matter."""
-    if writers := find_users(path).writers:
-        what = ", ".join(user.what for user in writers[:3])
-        raise ImageInUseError(f"device {path} is in use: {what}", hint="Stop what has it open.")
 
 
 def _too_small(name: str, has: int, needs: int) -> RestoreError:

@@ -9,7 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from incbak import durable, newfile
-from incbak.disk.file import FileDisk, open_disk, probe_format
+from incbak.disk.file import FileDisk, open_disk
+from incbak.disk.formats import named_format, recognise
+from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, UsageError
 from incbak.serve.jobs import TargetError
 from incbak.serve.schema import QmpError
@@ -26,9 +28,14 @@ class FileTarget:
         try:
             if not existing and not self._made:
                 _refuse_anothers(path)
-            if existing and (found := probe_format(path)) != "raw":
-                raise QmpError(f"Image '{path}' is a {found} image, only raw ones can be written")
+            if existing:
+                _refuse_named(path)
             self._disk: FileDisk = open_disk(path)
+            try:
+                refuse_users(path)
+            except BaseException:
+                self._disk.close()
+                raise
         except BaseException:
             self.withdraw()
             raise
@@ -43,8 +50,7 @@ class FileTarget:
 
         def anew() -> None:
             os.ftruncate(self._disk.fd, 0)
-            os.ftruncate(self._disk.fd, self.size)
-            self._disk.size = self.size
+            self._disk.resize(self.size)
             durable.sync_dir(self.path.absolute().parent)
 
         if self._anew:
@@ -105,6 +111,12 @@ def _make(path: Path) -> bool:
     except (OSError, UsageError) as e:
         raise QmpError(f"Could not create '{path}': {e.strerror if isinstance(e, OSError) else e}") from e
     return True
+
+
+def _refuse_named(path: Path) -> None:
+    """What a raw disk holds is its guest's business, unless its name says the same. Raises `QmpError`, `DiskError`."""
+    if (form := named_format(path)) not in ("", "raw") and form == recognise(path):
+        raise QmpError(f"Image '{path}' is a {form} image, only raw ones can be written")
 
 
 def _refuse_foreign_links(path: Path) -> None:

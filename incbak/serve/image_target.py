@@ -21,6 +21,7 @@ from typing import Any
 
 from incbak import durable, newfile
 from incbak.disk.file import open_disk
+from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, IncbakError, UsageError
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
@@ -57,6 +58,8 @@ class ImageTarget(OwnTarget):
                 _look_at(self.path)
                 self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.{id(self):x}.tmp")
                 self._fd = _create(self._temporary, size)
+            elif self.path.exists():
+                _refuse_used(self.path)
             super().__init__(str(path), NbdUri("", path=str(path)))
         except BaseException:
             self.withdraw()
@@ -134,7 +137,13 @@ def _look_at(path: Path) -> None:
     if path.exists():
         if not path.is_file():
             raise QmpError(f"Could not create '{path}': not a file")
-        open_disk(path).close()
+        _refuse_used(path)
+
+
+def _refuse_used(path: Path) -> None:
+    """Raises `DiskError` where the lock is taken, or any process has it open: its image would be gone below it."""
+    open_disk(path).close()
+    refuse_users(path)
 
 
 def _create(path: Path, size: int) -> int:

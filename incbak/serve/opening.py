@@ -17,6 +17,7 @@ from incbak.bitmap.remembered import remembered_format
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.disk.formats import named_format, recognise
+from incbak.disk.users import WRITES, refuse_writers
 from incbak.errors import FormatError, IncbakError
 from incbak.fingerprint import without_ctime
 from incbak.serve.gate import DrainTimeoutError
@@ -32,12 +33,16 @@ HEARTBEAT = 0.1
 def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: bool = False) -> TrackedDisk:
     """Open an image with its bitmaps and enter it into ``vm``. Raises `DiskError`, `LockedError`.
 
+    Who else can write the image is looked for after its lock is ours, so of two servers that begin at once one is
+    refused. Such a writer would be recorded in no bitmap, and would write over what the guest writes.
+
     A bitmap that is not believed is durably so before the guest can write: nothing would be recorded in it.
     """
     _check_raw(vm, name, path, state_dir)
     disk = open_disk(path, read_only=read_only)
     store = BitmapStore(state_dir, vm.name, name)
     try:
+        refuse_writers(path, hint=WRITES)
         store.lock()
         store.note_image(path)
         good, bad = store.open_all(disk.fingerprint())

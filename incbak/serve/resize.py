@@ -16,6 +16,7 @@ import logging
 
 from incbak import durable
 from incbak.bitmap.file import Bitmap
+from incbak.extents import whole_sectors
 from incbak.reasons import Reason
 from incbak.serve.schema import QmpError
 from incbak.serve.tracker import TrackedDisk
@@ -31,10 +32,12 @@ _DRAIN_TIMEOUT = 30.0
 
 
 def resize(tracked: TrackedDisk, size: int) -> None:
-    """Give the disk ``size`` bytes. Raises `QmpError`, `BitmapError`, `DrainTimeoutError` or `OSError`; then the disk
-    has the size that it had, though its bitmaps may have become invalid, or a flush failed afterwards.
+    """Give the disk ``size`` bytes, in whole sectors. Raises `QmpError`, `BitmapError`, `DrainTimeoutError` or
+    `OSError`; then the disk has the size that it had, though its bitmaps may have become invalid, or a flush failed
+    afterwards.
     """
     _check(tracked, size)
+    size = whole_sectors(size)
     if size == tracked.size and size == tracked.disk.size:
         return
     for bitmap in tracked.bitmaps.values():

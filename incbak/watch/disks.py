@@ -14,14 +14,13 @@ from incbak import device, host
 from incbak.bitmap.continuity import may_repeat
 from incbak.bitmap.identity import RAW
 from incbak.bitmap.store import BitmapStore
-from incbak.disk.file import open_disk
 from incbak.disk.locks import writer_present
 from incbak.engine.base import EngineDisk, LeftOut
 from incbak.engine.qemu_disks import find_disks
 from incbak.engine.qemu_graph import Graph, read_graph, shareable
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
-from incbak.fingerprint import Fingerprint, of_content, without_ctime
+from incbak.fingerprint import Fingerprint, of_content, take_path, without_ctime
 from incbak.opening import open_image
 
 LOCK_SECONDS = 15.0
@@ -52,11 +51,7 @@ class Watched:
 
     def seen(self) -> Fingerprint:
         """Of the image, which may be open elsewhere; with the size of the *disk*. Raises `DiskError` or `OSError`."""
-        disk = open_disk(self.image, read_only=True, lock=False)
-        try:
-            found = disk.fingerprint()
-        finally:
-            disk.close()
+        found = take_path(self.image, raw=self.raw)
         return found if self.raw else of_content(found, self.size)
 
     def fingerprint(self) -> Fingerprint:

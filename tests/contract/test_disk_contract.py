@@ -18,6 +18,8 @@ from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import MAGICS, FileDisk, open_disk, probe_format
 from incbak.disk.memory import MemoryDisk
 from incbak.errors import DiskError
+from incbak.extents import whole_sectors
+from incbak.fingerprint import take_path
 from tests.kit.need import missing, need, need_root
 from tests.kit.serve import wait_until
 
@@ -121,8 +123,10 @@ def test_it_reads_as_what_was_written(disk: Disk) -> None:
 
 
 def test_it_is_cut_and_grows_with_zeroes(disk: Disk) -> None:
-    """faults rows 35 and 36. A device has the size that it has, and says so before anything is changed."""
+    """faults rows 35 and 36. A device has the size that it has, and says so before anything is changed; a file has
+    whole sectors."""
     size = disk.size
+    had = (lambda count: count) if isinstance(disk, MemoryDisk) else whole_sectors
     disk.write(b"x" * size, 0)
     if getattr(disk, "is_block", False):
         with pytest.raises(OSError, match=f"has {size} bytes"):
@@ -134,9 +138,9 @@ def test_it_is_cut_and_grows_with_zeroes(disk: Disk) -> None:
     for new in (size - 1, size // 2 + 1, size + 5000):
         disk.check_resize(new)
         disk.resize(new)
-        assert disk.fingerprint().size == disk.size == new
+        assert disk.fingerprint().size == disk.size == had(new)
     assert disk.fingerprint() != before
-    kept = min(size // 2 + 1, size - 1)
+    kept = min(had(size // 2 + 1), had(size - 1))
     assert disk.read(0, disk.size) == b"x" * kept + bytes(disk.size - kept)
     with pytest.raises(OSError, match="ends at"):
         disk.read(disk.size - 1, 2)
@@ -401,6 +405,35 @@ def test_an_image_that_is_cut_meanwhile_is_an_error_not_zeroes(tmp_path: Path) -
         disk.read(0, 8192)
     assert caught.value.errno == errno.EIO
     _check_extents(disk, bytes(8192), 0, 8192)
+    disk.close()
+
+
+@pytest.mark.parametrize("end", [1, 511, 65_536 + 3, (1 << 20) - 1])
+def test_the_last_sector_of_a_file_is_whole(tmp_path: Path, end: int) -> None:
+    """As in QEMU: what the file lacks of it reads as zeroes, can be written, and takes no space before that."""
+    path, data = tmp_path / "image", random.Random(6).randbytes(end)
+    path.write_bytes(data)
+    size = whole_sectors(end)
+    disk = open_disk(path)
+    assert disk.size == size
+    for at in (0, end - 1, end, size - 1, size):
+        assert disk.read(at, size - at) == data[at:] + bytes(size - max(at, end))
+    _check_extents(disk, data + bytes(size - end), 0, size)
+    assert next(disk.extents(end, size - end)).zero
+    before = disk.fingerprint()
+    assert (before.size, before) == (size, take_path(path, raw=True))
+    assert take_path(path, raw=False).size == path.stat().st_size == end
+    disk.write_zeroes(end, size - end, unmap=True)
+    disk.trim(end, size - end)
+    assert path.stat().st_size == end
+    with pytest.raises(OSError, match="ends at"):
+        disk.read(end, size - end + 1)
+    disk.write(b"x", size - 1)
+    assert disk.read(0, size) == data + bytes(size - end - 1) + b"x"
+    assert disk.fingerprint().sample != before.sample
+    os.truncate(path, end - 1)
+    with pytest.raises(OSError, match=f"ends at {end - 1}"):
+        disk.read(0, size)
     disk.close()
 
 

@@ -53,7 +53,7 @@ def plain(image: Path) -> bytes:
 
 
 def test_qcow2_images(engines: tuple[Engine, Engine]) -> None:
-    """A new one, and incrementals into it: with its format, and without, which is then looked for."""
+    """A new one, and incrementals into it: with its format, and without: QEMU looks into it, we at its name."""
     need("qemu-img", "qemu-nbd")
 
     def run(engine: Engine) -> list[Any]:

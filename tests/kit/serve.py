@@ -48,6 +48,18 @@ def listens(path: Path) -> bool:
     return any(len(row) == 8 and row[7] == str(path) and int(row[3], 16) & 0x10000 for row in rows)
 
 
+@contextmanager
+def holding(path: Path, mode: str) -> Iterator[int]:
+    """Another process that has ``path`` open in a mode of Python's, without locks."""
+    program = "import sys; f = open(sys.argv[1], sys.argv[2]); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(path), mode]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield process.pid
+        process.communicate()
+
+
 class Qmp:
     """A blocking QMP client, on `qemu.qmp.QMPClient` in a thread of its own. Events are kept in `events`."""
 

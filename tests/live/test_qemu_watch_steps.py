@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.guest import need_guest
-from tests.kit.live import eventually, running
+from tests.kit.live import device_write, eventually, running
 from tests.kit.need import missing, need, need_root
 from tests.kit.serve import raw_image, serving
 from tests.kit.watch import CLUSTER, WatchedVm
@@ -444,6 +444,54 @@ def test_images_and_serve_use_the_same_files(vm: WatchedVm) -> None:
     vm.guest.kill()
     with serving(vm.root, {"vda-dev": image}) as serve:
         assert vm.next_reads(f"qmp:{serve.monitor}") == {"vda": ("bitmap-missing", WHOLE)}
+
+
+def test_a_file_of_any_size_is_one_disk_on_and_off(tmp_path: Path) -> None:
+    """QEMU's disk has whole sectors, so ours has too: off, watched, served, off again, and nothing is read twice."""
+    need_guest()
+    end, size = (16 << 20) + 1000, (16 << 20) + 1024
+    vm = WatchedVm(tmp_path, "vda", size=end)
+    image = vm.images["vda"]
+    with image.open("r+b") as f:
+        f.seek(end - 4)
+        f.write(b"last")
+
+    def step(source: str, *options: str) -> tuple[str | None, int]:
+        """Of an incremental that restores to the disk: reason and clusters read."""
+        disk = vm.back_up("incremental", source, *options)["vda"]
+        vm.incbak("-q", "restore", "latest", tmp_path / "out.raw", "--force")
+        assert disk["size"] == size
+        assert (tmp_path / "out.raw").read_bytes() == image.read_bytes().ljust(size, b"\0")
+        return disk["reason"], -(-disk["read"] // CLUSTER)
+
+    try:
+        vm.back_up("full", str(image), "--disk", "vda-dev")
+        assert step(str(image)) == (None, 0)
+        watch = vm.begin()
+        vm.poke("vda", 5)
+        assert step("") == (None, 1)
+        assert image.stat().st_size == end
+        vm.fall_down(watch)
+        vm.guest.kill()
+        assert step(str(image)) == (None, 0)
+        with serving(vm.root, {"vda-dev": image}) as serve:
+            with closing(serve.connect("vda-dev")) as client:
+                assert client.size == size
+                assert client.read(size - 28, 28) == b"last" + bytes(24)
+                client.write(b"s", 9 * CLUSTER)
+            assert step(f"qmp:{serve.monitor}") == (None, 1)
+            assert serve.stop() == 0
+        assert image.stat().st_size == end
+        watch = vm.begin()
+        device_write(vm.qmp, "vda-dev", (image, "raw"), 0x77, size - 512, 512)
+        vm.fall_down(watch)
+        vm.guest.kill()
+        assert step(str(image)) == (None, 1)
+        assert image.stat().st_size == size
+        assert step(str(image)) == (None, 0)
+        vm.incbak("-q", "restore", "latest", image, "--in-place", "--force")
+    finally:
+        vm.close()
 
 
 @pytest.fixture

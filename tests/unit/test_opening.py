@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ USERS: dict[str, Callable[[Path], object]] = {
     "lock": lambda path: writer_present(str(path)),
     "sync": lambda path: _sync_files([str(path)]),
     "bitmap": view_file,
-    "fingerprint": take_path,
+    "fingerprint": partial(take_path, raw=True),
 }
 
 

@@ -85,7 +85,7 @@ _CREATING = (
     Fault(
         "restore-onto-a-device-that-others-write",
         "incbak/restore/targets.py",
-        "                _refuse_writers(path)\n",
+        "                refuse_users(path)\n",
         "                pass\n",
         unit("restore/test_device", "test_a_device_that_a_process_may_write_to_is_not_touched"),
     ),

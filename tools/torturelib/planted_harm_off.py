@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "off-raw-users-not-looked-for",
         _IMAGE,
-        "                refuse_writers(path)\n",
-        "",
+        "refuse_writers(path).doubt(path)",
+        '""',
         _off("test_an_image_that_a_qemu_without_locks_writes_is_refused"),
     ),
     Fault(
@@ -104,21 +104,21 @@ FAULTS = (
     Fault(
         "users-mappings-not-looked-at",
         _USERS,
-        " or list(_mappings(pid, keys))",
-        "",
+        "        uses += _mappings(pid, stack.keys)\n",
+        "        pass\n",
         _users("test_a_process_is_found_by_its_descriptors_and_mappings"),
     ),
     Fault(
         "users-loop-devices-not-looked-at",
-        _USERS,
-        "            for name, rdev, read_only in _loops(each):\n",
-        "            for name, rdev, read_only in ():\n",
+        "incbak/disk/stacking.py",
+        "        for loop in self.loops:\n            if loop.backing == key",
+        "        for loop in ():\n            if loop.backing == key",
         _users("test_a_loop_device_is_a_user_of_its_file"),
     ),
     Fault(
         "users-mounts-not-looked-at",
         _USERS,
-        "        found += _mounts(pid, keys)\n",
+        "        found += _mounts(pid, stack)\n",
         "        pass\n",
         _users("test_what_is_mounted"),
     ),

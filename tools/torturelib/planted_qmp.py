@@ -238,8 +238,8 @@ _WRITTEN = (
     Fault(
         "target-image-in-use-replaced",
         _IMAGE,
-        "        open_disk(path).close()\n",
-        "        pass\n",
+        "    open_disk(path).close()\n    refuse_users",
+        "    refuse_users",
         unit("serve/test_targets", "test_an_image_in_use_is_left_alone"),
     ),
     Fault(

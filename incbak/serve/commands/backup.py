@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from incbak.disk.file import probe_format
+from incbak.disk.formats import named_format
 from incbak.errors import IncbakError
 from incbak.nbd.uri import parse_uri
 from incbak.serve.backup_job import BackupJob, BackupSpec, BitmapMode
@@ -207,7 +207,7 @@ class DriveBackup(Backup):
         if "://" in target:
             return OwnTarget(target, parse_uri(target))
         existing = self.args.get("mode", "absolute-paths") == "existing"
-        form = self.args.get("format") or (probe_format(Path(target)) if existing else "raw")
+        form = self.args.get("format") or (_format_of(Path(target)) if existing else "raw")
         kind = ImageTarget if form == "qcow2" else FileTarget
         return kind(Path(target), self.tracked.size, existing=existing)
 
@@ -215,6 +215,13 @@ class DriveBackup(Backup):
         target.close()
         if isinstance(target, FileTarget | ImageTarget):
             target.withdraw()
+
+
+def _format_of(path: Path) -> str:
+    """What the name of an existing target says; a device is raw. Raises `QmpError` where QEMU looks at the content."""
+    if form := named_format(path) or ("raw" if path.is_block_device() else ""):
+        return form
+    raise QmpError(f"Parameter 'format' is missing: the format of existing '{path}' is not guessed by its content")
 
 
 @command("blockdev-backup", BLOCKDEV)

@@ -22,7 +22,7 @@ from incbak.fingerprint import Beat, Fingerprint
 from incbak.reasons import Reason
 
 CLUSTER = 65536
-SIZE = 4 * REGION + 1000
+SIZE = 4 * REGION + 1024
 NAME = "incbak-00000001-00000002"
 
 _SESSION = """

@@ -190,7 +190,7 @@ def test_of_an_image_of_another_format_the_disks_own_size_counts(
     """As `watch` leaves it: the size is the disk's, and not that of the file."""
     with scene.image.open("ab") as f:
         f.write(b"x" * 512)
-    found = of_content(take_path(scene.image), SIZE)
+    found = of_content(take_path(scene.image, raw=False), SIZE)
     scene.store.create(NAME, SIZE, CLUSTER, found).close(found)
     scene.store.note_image(scene.image, form)
     scene.store.unlock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -13,15 +14,22 @@ from pathlib import Path
 
 import pytest
 
-from incbak.disk.users import Users, _above, _kernel, find_users, key_of, refuse_users, refuse_writers
+from incbak.disk import users
+from incbak.disk.users import Users, _kernel, find_users, key_of, refuse_users, refuse_writers
 from incbak.errors import DiskError, ImageInUseError
-from tests.kit.need import need, need_root
+from tests.kit.need import missing, need, need_root
+from tests.kit.serve import wait_until
+from tests.kit.sysfs import Sysfs
 
 _HOLDER = """
-import mmap, os, sys
+import ctypes, mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR if "w" in sys.argv[2] else os.O_RDONLY)
-if "m" in sys.argv[2]:
-    kept = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ | (mmap.PROT_WRITE if "w" in sys.argv[2] else 0))
+if "m" in sys.argv[2]:  # not by the module, which keeps a descriptor of its own
+    mode = mmap.PROT_READ | (mmap.PROT_WRITE if "w" in sys.argv[2] else 0)
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    assert libc.mmap(None, 4096, mode, mmap.MAP_SHARED, fd, 0) != ctypes.c_void_p(-1).value
     os.close(fd)
 print("ready", flush=True)
 sys.stdin.read()
@@ -176,11 +184,146 @@ def test_the_kernel_tells_of_a_writer_that_no_table_shows(image: Path) -> None:
         assert hidden.writes
 
 
-def test_devices_on_devices_and_what_is_not_there(tmp_path: Path, image: Path) -> None:
-    with loop(image) as device:
-        assert list(_above(key_of(device))) == []
+def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="cannot look at image"):
         find_users(tmp_path / "missing")
+
+
+def test_a_writer_of_the_file_behind_a_loop_device(image: Path) -> None:
+    """One that only reads it is no matter: nothing that it keeps in memory is written back."""
+    with loop(image) as device:
+        assert find_users(device) == Users((), True)
+        with holder(image, "w") as pid:
+            assert f"process {pid}" in find_users(device).writers[0].what
+            with pytest.raises(ImageInUseError, match=f"process {pid}"):
+                refuse_writers(device)
+        with holder(image, "wm") as pid:
+            assert f"process {pid}" in find_users(device).writers[0].what
+        with holder(image, "r"), holder(image, "rm"):
+            assert find_users(device).found == ()
+
+
+def test_two_loop_devices_of_one_file_where_they_overlap(image: Path) -> None:
+    """A VM on one device, a backup of the other."""
+    with loop(image, "--sizelimit", "524288") as device, loop(image) as whole:
+        assert [user.what for user in find_users(device).writers] == [f"loop device {whole}"]
+        assert [user.what for user in find_users(whole).writers] == [f"loop device {device}"]
+    with loop(image, "--sizelimit", "524288") as device, loop(image, "--offset", "524288"):
+        assert find_users(device) == Users((), True)
+    with loop(image) as device, loop(image, "--read-only"):
+        assert find_users(device) == Users((), True)
+
+
+@contextmanager
+def partitions(device: Path, *extents: tuple[int, int]) -> Iterator[list[Path]]:
+    """Partitions of a device at (first sector, sectors), as the kernel knows them; no table is written."""
+    need("addpart", "delpart")
+    made = []
+    try:
+        for number, (start, length) in enumerate(extents, 1):
+            command = ["addpart", str(device), str(number), str(start), str(length)]
+            subprocess.run(command, check=True, timeout=20)
+            made.append(Path(f"{device}p{number}"))
+            wait_until(made[-1].exists, "the node of the partition")
+        yield made
+    finally:
+        for number in range(len(made), 0, -1):
+            subprocess.run(["delpart", str(device), str(number)], check=True, timeout=20)
+
+
+def test_a_partition_and_its_disk_and_not_its_neighbour(image: Path) -> None:
+    with loop(image) as device, partitions(device, (0, 512), (1024, 512)) as (first, second):
+        assert find_users(first) == find_users(device) == Users((), True)
+        with holder(device, "w") as pid:
+            assert f"process {pid}" in find_users(first).writers[0].what
+        with holder(first, "w") as pid:
+            assert f"process {pid}" in find_users(device).writers[0].what
+            assert find_users(second).found == ()
+        with holder(device, "r"):
+            assert find_users(first).found == ()
+        with holder(image, "w") as pid:
+            assert f"process {pid}" in find_users(second).writers[0].what
+        with loop(first) as inner:
+            assert f"loop device {inner}" in [user.what for user in find_users(device).writers]
+            assert find_users(second).found == ()
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "ro")])
+def test_a_disk_whose_partition_is_mounted(image: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """The disk is in use; its other partition is not."""
+    need("mkfs.ext4", "mount")
+    (place := tmp_path / "place").mkdir()
+    with loop(image) as device, partitions(device, (0, 1024), (1024, 1024)) as (first, second):
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(first)], check=True, timeout=20)
+        subprocess.run(["mount", *options, str(first), str(place)], check=True, timeout=20)
+        try:
+            assert any("mounted" in user.what for user in find_users(device).found)
+            assert bool(find_users(device).writers) == (not options)
+            assert find_users(second) == Users((), True)
+        finally:
+            subprocess.run(["umount", str(place)], check=True, timeout=20)
+
+
+def test_what_writes_below_a_device_mapper_device(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real devices, of which sysfs says that one is built on the other; a daemon of md is let be."""
+    (other := tmp_path / "other").write_bytes(bytes(1 << 20))
+    with loop(image) as upper, loop(other) as lower:
+        system = Sysfs(tmp_path / "sys", monkeypatch)
+        numbers = [os.stat(each).st_rdev for each in (upper, lower)]
+        system.device("dm-0", numbers[0])
+        system.device("sdx", numbers[1])
+        system.built("dm-0", on="sdx")
+        assert find_users(upper).found == ()
+        with holder(lower, "r"):
+            assert find_users(upper).found == ()
+        with holder(lower, "w") as pid:
+            assert f"process {pid}" in find_users(upper).writers[0].what
+            monkeypatch.setattr(users, "_MANAGERS", {(Path("/proc") / str(pid) / "comm").read_text().strip()})
+            assert find_users(upper).found == ()
+            assert f"process {pid}" in find_users(lower).writers[0].what
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Path]:
+    """A merged directory whose upper one is ``upper`` beside it."""
+    need_root()
+    need("mount")
+    below, *others = (tmp_path / name for name in ("below", "upper", "work", "merged"))
+    for each in (below, *others):
+        each.mkdir()
+    options = "lowerdir={},upperdir={},workdir={}".format(below, *others[:2])
+    command = ["mount", "-t", "overlay", "overlay", "-o", options, str(others[2])]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    if ran.returncode:
+        missing("root", f"no overlay can be mounted: {ran.stderr.strip()}")
+    yield others[2]
+    subprocess.run(["umount", str(others[2])], check=True, timeout=20)
+
+
+def test_a_file_that_is_shown_by_another_file_system(overlay: Path) -> None:
+    """By its other name it is another file; what cannot be seen is not taken for unused."""
+    image, upper = overlay / "disk.img", overlay.parent / "upper" / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with holder(upper, "w"):
+        users_ = refuse_writers(image)
+    assert not users_.complete
+    assert "overlay" in users_.unwritable()
+    assert "not noticed" in users_.doubt(image)
+    assert find_users(upper) == Users((), True)
+    with holder(image, "w"):
+        assert "cannot be seen has it open for writing" in find_users(upper).writers[0].what
+
+
+@pytest.mark.parametrize("kind", ["overlay", "ecryptfs", "fuse.mergerfs", "fuse.unionfs-fuse"])
+def test_file_systems_that_show_others(image: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Those that no kernel or package of the tests has, by the table of mounts."""
+    assert users._shown_by(image) == ""
+    text = users._text
+    table = r" - \S+ "
+    monkeypatch.setattr(
+        users, "_text", lambda path: re.sub(table, f" - {kind} ", text(path)) if "mountinfo" in path else text(path)
+    )
+    assert kind in find_users(image).unwritable()
 
 
 def test_it_is_quick(image: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from incbak.disk.file import FileDisk, open_disk
 from incbak.errors import DamagedError, DurabilityError, ImageInUseError, IncbakError, NbdError, RestoreError
+from incbak.extents import whole_sectors
 from incbak.restore import images
 from incbak.restore.images import InPlaceTarget, Qcow2Target
 from incbak.restore.restore import Restored, restore_disk
@@ -126,7 +127,7 @@ def test_in_place_only_what_differs_is_written(made: Made, tmp_path: Path, monke
 
 def test_in_place_refuses_what_it_cannot_do_and_changes_nothing(tmp_path: Path) -> None:
     other = raw_image(tmp_path / "small.raw", SIZE - 512, b"mine")
-    with pytest.raises(RestoreError, match=f"has {SIZE - 512} bytes"):
+    with pytest.raises(RestoreError, match=f"has {whole_sectors(SIZE) - 512} bytes"):
         InPlaceTarget(other, SIZE)
     qcow2 = raw_image(tmp_path / "disk.qcow2", SIZE, b"QFI\xfb")
     with pytest.raises(RestoreError, match="qcow2"):

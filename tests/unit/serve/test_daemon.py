@@ -29,7 +29,8 @@ from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
 from incbak.serve.daemon import Daemon, ServeOptions
 from incbak.serve.opening import close_tracked
-from tests.kit.serve import DEADLINE, Machine, Peer, Qmp, Serve, raw_image, serving, wait_until
+from tests.kit.need import need, need_root
+from tests.kit.serve import DEADLINE, Machine, Peer, Qmp, Serve, holding, raw_image, serving, wait_until
 
 GRAIN = 65536
 SIZE = 2 * REGION + 4096
@@ -400,6 +401,29 @@ def test_an_image_in_use_is_refused(tmp_path: Path, image: Path) -> None:
     with image.open("r+b") as f:
         lock_image(f.fileno(), str(image), write=True)
         assert _refused(tmp_path, f"vda={image}")[0] == 1
+
+
+@pytest.mark.root
+def test_an_image_that_others_write_without_locks_is_refused(tmp_path: Path, image: Path) -> None:
+    """What they write would be in no bitmap; also from where the bytes are, below the image. Readers are no matter."""
+    need_root()
+    need("losetup")
+    made = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=True)
+    device = Path(made.stdout.strip())
+    try:
+        with holding(device, "r+b") as pid:
+            for options in ((), ("--read-only",)):
+                code, text = _refused(tmp_path, *options, f"vda={device}")
+                assert (code, f"image {device} is in use: process {pid} " in text) == (1, True), text
+        with holding(image, "r+b") as pid:
+            code, text = _refused(tmp_path, f"vda={device}")
+            assert (code, f"process {pid} " in text) == (1, True), text
+        code, text = _refused(tmp_path, f"vda={image}")
+        assert (code, f"loop device {device}" in text) == (1, True), text
+        with holding(device, "rb"), holding(image, "rb"), serving(tmp_path, {"vda": device}) as serve:
+            assert serve.stop() == 0
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
 
 
 def test_two_servers_of_one_vm_cannot_share_its_bitmaps(tmp_path: Path, image: Path) -> None:

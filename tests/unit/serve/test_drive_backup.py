@@ -15,8 +15,8 @@ from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.memory import MemoryDisk
 from incbak.serve.schema import QmpError
-from tests.kit.need import need_root
-from tests.kit.serve import Machine, wait_until
+from tests.kit.need import need, need_root
+from tests.kit.serve import Machine, holding, wait_until
 
 GRAIN = 65536
 SIZE = 16 * GRAIN + 512
@@ -105,7 +105,8 @@ def test_the_disk_itself_is_no_target(tmp_path: Path) -> None:
         for name in ("vda.raw", "other-name", "link"):
             for mode in ("existing", "absolute-paths"):
                 with pytest.raises(QmpError, match="in use"):
-                    machine("drive-backup", device="vda", target=str(tmp_path / name), sync="full", mode=mode)
+                    more = {"sync": "full", "mode": mode, "format": "raw"}
+                    machine("drive-backup", device="vda", target=str(tmp_path / name), **more)
         assert image.read_bytes() == b"x" * SIZE
         assert machine("query-jobs") == []
 
@@ -125,10 +126,14 @@ def test_the_disk_itself_is_no_target(tmp_path: Path) -> None:
         ({"target": "a\0b"}, "Parameter 'target' expects a path"),
         ({"target": "{dir}"}, "Could not open .*: (cannot open image .*Is a directory|.*neither a file)"),
         ({"target": "{dir}/none/x"}, "Could not create '.*/none/x': No such file or directory"),
-        ({"target": "{dir}/none", "mode": "existing"}, "cannot read .*/none: No such file"),
-        ({"target": "{dir}/small", "mode": "existing"}, "Source and target image have different sizes"),
-        ({"target": "{dir}/qcow2", "mode": "existing", "format": "raw"}, "is a qcow2 image, only raw"),
-        ({"target": "{dir}/qcow2", "mode": "existing"}, "Could not open '.*/qcow2': .*Unsupported qcow2 version"),
+        ({"target": "{dir}/none", "mode": "existing", "format": "raw"}, "cannot open image .*/none: No such file"),
+        ({"target": "{dir}/small", "mode": "existing"}, "'format' is missing: .*'.*/small' is not guessed"),
+        (
+            {"target": "{dir}/small", "mode": "existing", "format": "raw"},
+            "Source and target image have different sizes",
+        ),
+        ({"target": "{dir}/x.qcow2", "mode": "existing", "format": "raw"}, "is a qcow2 image, only raw"),
+        ({"target": "{dir}/x.qcow2", "mode": "existing"}, "Could not open '.*/x.qcow2': .*Unsupported qcow2 version"),
         ({"target": "{dir}/fifo", "mode": "absolute-paths"}, "neither a file nor a block device|No such device"),
         ({"target": "/dev/no-such-disk"}, "nothing is made below /dev"),
         ({"target": "/dev/no-such-disk", "format": "qcow2"}, "nothing is made below /dev"),
@@ -144,7 +149,7 @@ def test_the_disk_itself_is_no_target(tmp_path: Path) -> None:
 def test_what_cannot_be(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     """Refused by name, and no file is made, emptied or left."""
     (tmp_path / "small").write_bytes(b"small")
-    (tmp_path / "qcow2").write_bytes(b"QFI\xfb" + bytes(SIZE - 4))
+    (tmp_path / "x.qcow2").write_bytes(b"QFI\xfb" + bytes(SIZE - 4))
     os.mkfifo(tmp_path / "fifo")
     with machine_of(tmp_path) as machine:
         before = sorted(p.name for p in tmp_path.iterdir())
@@ -155,6 +160,42 @@ def test_what_cannot_be(tmp_path: Path, arguments: dict[str, Any], message: str)
         assert sorted(p.name for p in tmp_path.iterdir()) == before
         assert (tmp_path / "small").read_bytes() == b"small"
         assert machine("query-jobs") == []
+
+
+@pytest.mark.parametrize("magic", [b"QFI\xfb\0\0\0\3", b"conectix", b"LUKS\xba\xbe"])
+@pytest.mark.parametrize("name", ["out", "out.raw"])
+def test_the_format_of_an_existing_file_is_not_its_content(tmp_path: Path, magic: bytes, name: str) -> None:
+    """It is that of a guest, which could have root open other files, or stop the backups of its own disk."""
+    out = tmp_path / name
+    with machine_of(tmp_path) as machine:
+        machine("block-dirty-bitmap-add", node="vda", name="b")
+        machine.guest["vda"].write(memoryview(magic), 0)
+        run(machine, out, format="raw")
+        for number in (1, 2):
+            machine.guest["vda"].write(memoryview(b"new"), number * GRAIN)
+            given = {"sync": "incremental", "bitmap": "b", "mode": "existing", "job_id": "j"}
+            if name == "out":
+                with pytest.raises(QmpError, match=r"'format' is missing: .* is not guessed by its content"):
+                    machine("drive-backup", device="vda", target=str(out), **given)
+                given["format"] = "raw"
+            assert "error" not in run(machine, out, **given)
+            assert out.read_bytes() == machine.disks["vda"].read(0, SIZE)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+@pytest.mark.parametrize("mode", ["absolute-paths", "existing"])
+def test_a_file_that_another_process_has_open_is_left_alone(tmp_path: Path, form: str, mode: str) -> None:
+    """Without locks, as a QEMU may; its image would be overwritten, or be another file than the one of that name."""
+    need_root()
+    need("qemu-img", "qemu-nbd")
+    out = tmp_path / "out"
+    out.write_bytes(b"theirs" + bytes(SIZE - 6))
+    with machine_of(tmp_path) as machine, holding(out, "rb") as pid:
+        with pytest.raises(QmpError, match=f"in use: process {pid} "):
+            machine("drive-backup", device="vda", target=str(out), sync="full", format=form, mode=mode)
+        assert out.read_bytes()[:6] == b"theirs"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "state"]
 
 
 @pytest.mark.root

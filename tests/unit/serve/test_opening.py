@@ -15,12 +15,13 @@ from incbak.bitmap.disown import disown
 from incbak.bitmap.file import Found
 from incbak.bitmap.remembered import remember_format
 from incbak.disk import file
-from incbak.errors import BitmapError, FormatError
+from incbak.errors import BitmapError, FormatError, ImageInUseError
 from incbak.fingerprint import take
 from incbak.reasons import Reason
 from incbak.serve.opening import close_tracked, open_tracked
 from incbak.serve.vm import Vm
-from tests.kit.serve import raw_image
+from tests.kit.need import need_root
+from tests.kit.serve import holding, raw_image
 
 GRAIN = 65536
 SIZE = 64 * GRAIN
@@ -102,6 +103,18 @@ def test_without_that_the_disk_is_not_served(image: Path, monkeypatch: pytest.Mo
         with pytest.raises(BitmapError, match="no"):
             open_tracked(Vm("web1", image.parent), "vda", image, image.parent / "state")
     assert _found(image) is Found.CLEAN
+
+
+@pytest.mark.root
+def test_an_image_that_another_process_writes_is_not_served(image: Path) -> None:
+    """Without locks: what it writes would be in no bitmap. Nothing is taken: it can be served afterwards."""
+    need_root()
+    with holding(image, "r+b") as pid:
+        with pytest.raises(ImageInUseError, match=f"process {pid} ") as caught:
+            open_tracked(Vm("web1", image.parent), "vda", image, image.parent / "state")
+        assert "Stop, unmount or detach" in caught.value.hint
+    with holding(image, "rb"), _session(image) as vm:
+        assert vm.disks["vda"].bitmaps
 
 
 @pytest.mark.parametrize("magic", [b"LUKS\xba\xbe", b"QFI\xfb\0\0\0\3", b"conectix"])

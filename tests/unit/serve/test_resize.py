@@ -24,7 +24,7 @@ from tests.kit.serve import Machine, Serve, raw_image, serving, wait_until
 
 GRAIN = 65536
 SIZE = 16 * GRAIN + 512
-GROWN, CUT = SIZE + 3 * GRAIN, 9 * GRAIN + 100
+GROWN, CUT = SIZE + 3 * GRAIN, 9 * GRAIN + 512
 
 
 @pytest.fixture
@@ -58,6 +58,14 @@ def test_bitmaps_in_files_are_not_believed_any_more(machine: Machine, size: int)
     told = machine.bitmap("vda", "file")
     assert (told["inconsistent"], told["x-incbak-reason"]) == (True, "resized")
     assert size_told(machine) == machine.disks["vda"].size == size
+
+
+def test_a_size_that_is_no_multiple_of_a_sector(machine: Machine, tmp_path: Path) -> None:
+    """It is the next one for image, clients and bitmaps alike, as in QEMU and at the next start."""
+    for _ in range(2):
+        machine("block_resize", node_name="vda", size=GROWN + 1)
+        assert size_told(machine) == machine.disks["vda"].size == GROWN + 512
+        assert machine.tracked["vda"].bitmaps["memory"].size == GROWN + 512
 
 
 def test_bitmaps_in_memory_have_the_new_end(machine: Machine) -> None:

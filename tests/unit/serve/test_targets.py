@@ -70,7 +70,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.qemu
 def test_a_new_image_and_an_incremental_into_it(tmp_path: Path, images: Path) -> None:
-    """The story of test 124 with one image: whole, and then what changed, by its format or by looking."""
+    """The story of test 124 with one image: whole, and then what changed, by its format or by its name."""
     out = images / "out.qcow2"
     with Machine(tmp_path, {"vda": _disk()}) as machine:
         machine("block-dirty-bitmap-add", node="vda", name="b")

@@ -1,0 +1,171 @@
+"""Planted faults: who else uses an image, what lies below and beside it, sizes and targets of raw disks."""
+
+from torturelib.planted import Fault, unit
+
+_STACKING, _USERS = "incbak/disk/stacking.py", "incbak/disk/users.py"
+
+
+def _users(test: str) -> tuple[str, ...]:
+    return unit("disk/test_users", test)
+
+
+def _stacking(test: str) -> tuple[str, ...]:
+    return unit("disk/test_stacking", test)
+
+
+FAULTS = [
+    Fault(
+        "stack-file-behind-a-loop-device",
+        _STACKING,
+        "            if loop.key == key:\n",
+        "            if False:\n",
+        _users("test_a_writer_of_the_file_behind_a_loop_device"),
+    ),
+    Fault(
+        "stack-disk-of-a-partition",
+        _STACKING,
+        '        if (place / "partition").exists() and (disk',
+        "        if False and (disk",
+        _users("test_a_partition_and_its_disk_and_not_its_neighbour"),
+    ),
+    Fault(
+        "stack-slaves",
+        _STACKING,
+        '        for slave in place.glob("slaves/*/dev"):\n',
+        "        for slave in ():\n",
+        _users("test_what_writes_below_a_device_mapper_device"),
+    ),
+    Fault(
+        "stack-not-sideways",
+        _STACKING,
+        "    known = {k: part for k, part in below.items() if part}\n",
+        "    known = {}\n",
+        _users("test_two_loop_devices_of_one_file_where_they_overlap"),
+    ),
+    Fault(
+        "stack-neighbours-are-the-image",
+        _STACKING,
+        "    return (start - shown[0], end - shown[0]) if start < end else None\n",
+        "    return (start - shown[0], end - shown[0])\n",
+        _users("test_a_partition_and_its_disk_and_not_its_neighbour"),
+    ),
+    Fault(
+        "stack-neighbours-on-a-physical-volume",
+        _STACKING,
+        "                yield lower, None\n",
+        "                yield lower, _WHOLE\n",
+        _stacking("test_a_logical_volume_is_not_its_neighbours"),
+    ),
+    Fault(
+        "stack-held-by-another-partition",
+        _STACKING,
+        "        if _covers(part, key):\n",
+        "        if True:\n",
+        _stacking("test_partitions_that_overlap"),
+    ),
+    Fault(
+        "stack-cut-off-is-complete",
+        _STACKING,
+        "        self.complete = False\n        return found\n\n    def _above",
+        "        return found\n\n    def _above",
+        _stacking("test_a_walk_has_bounds"),
+    ),
+    Fault(
+        "users-readers-below",
+        _USERS,
+        "    return writes or key in stack.image\n",
+        "    return True\n",
+        _users("test_a_writer_of_the_file_behind_a_loop_device"),
+    ),
+    Fault(
+        "users-managers-of-arrays",
+        _USERS,
+        "    if not uses or (_name(pid) in _MANAGERS",
+        "    if not uses or (False",
+        _users("test_what_writes_below_a_device_mapper_device"),
+    ),
+    Fault(
+        "serve-users-not-looked-for",
+        "incbak/serve/opening.py",
+        "        refuse_writers(path, hint=WRITES)\n",
+        "        pass\n",
+        unit("serve/test_opening", "test_an_image_that_another_process_writes_is_not_served"),
+    ),
+    Fault(
+        "drive-backup-format-by-content",
+        "incbak/serve/commands/backup.py",
+        '    if form := named_format(path) or ("raw" if path.is_block_device() else ""):\n',
+        "    from incbak.disk.file import probe_format\n\n    if form := probe_format(path):\n",
+        unit("serve/test_drive_backup", "test_the_format_of_an_existing_file_is_not_its_content"),
+    ),
+    Fault(
+        "drive-backup-stopped-by-its-guest",
+        "incbak/serve/file_target.py",
+        '(form := named_format(path)) not in ("", "raw") and form == recognise(path)',
+        '(form := recognise(path)) not in ("", "raw")',
+        unit("serve/test_drive_backup", "test_the_format_of_an_existing_file_is_not_its_content"),
+    ),
+    Fault(
+        "drive-backup-over-a-file-in-use",
+        "incbak/serve/file_target.py",
+        "                refuse_users(path)\n",
+        "                pass\n",
+        unit("serve/test_drive_backup", "test_a_file_that_another_process_has_open_is_left_alone"),
+    ),
+    Fault(
+        "drive-backup-qcow2-over-a-file-in-use",
+        "incbak/serve/image_target.py",
+        "    open_disk(path).close()\n    refuse_users(path)\n",
+        "    open_disk(path).close()\n",
+        unit("serve/test_drive_backup", "test_a_file_that_another_process_has_open_is_left_alone"),
+    ),
+    Fault(
+        "users-of-a-device-that-read",
+        _USERS,
+        "if user.writes or not (device and user.process)]:",
+        "if True]:",
+        unit("restore/test_device", "test_a_device_that_a_process_may_write_to_is_not_touched"),
+    ),
+    Fault(
+        "size-of-a-file-in-bytes",
+        "incbak/disk/file.py",
+        "        self.size = whole_sectors(self._end)\n",
+        "        self.size = self._end\n",
+        ("tests/contract/test_disk_contract.py::test_the_last_sector_of_a_file_is_whole",),
+    ),
+    Fault(
+        "size-cut-image-reads-as-zeroes",
+        "incbak/disk/file.py",
+        "            if count == 0 and offset + done >= self._end and",
+        "            if count == 0 and",
+        ("tests/contract/test_disk_contract.py::test_the_last_sector_of_a_file_is_whole",),
+    ),
+    Fault(
+        "size-of-a-watched-file-in-bytes",
+        "incbak/fingerprint.py",
+        "whole_sectors(size) if raw else size",
+        "size",
+        ("tests/contract/test_disk_contract.py::test_the_last_sector_of_a_file_is_whole",),
+    ),
+    Fault(
+        "size-of-a-qcow2-file-in-sectors",
+        "incbak/fingerprint.py",
+        "whole_sectors(size) if raw else size",
+        "whole_sectors(size)",
+        ("tests/contract/test_disk_contract.py::test_the_last_sector_of_a_file_is_whole",),
+    ),
+    Fault(
+        "size-resized-to-a-part-of-a-sector",
+        "incbak/serve/resize.py",
+        "    size = whole_sectors(size)\n",
+        "",
+        unit("serve/test_resize", "test_a_size_that_is_no_multiple_of_a_sector"),
+    ),
+    Fault(
+        "users-behind-an-overlay",
+        _USERS,
+        "    if shown := _shown_by(path):\n",
+        "    if shown := False:\n",
+        _users("test_file_systems_that_show_others"),
+    ),
+]
