@@ -76,6 +76,8 @@ class Options:
     attachments: Mapping[str, str] | None = None
     memory: Memory | None = None
     """What this host remembers of the repository, to be compared and brought up to date."""
+    trusted: Sequence[str] = ()
+    """Backing files that never change, as their owner says: see `Sources`."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ class _Attempt:
         for each in missed(description, self._options.disks, self._options.exclude):
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
-        self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
+        off, trusted = self._engine.kind == "image", self._options.trusted
+        self._sources = await asyncio.to_thread(Sources, description, off=off, trusted=trusted)
         notes = (*description.notes, *decrypted(disks, bool(self._repo.key)), *self._sources.notes())
         for note in notes:
             self._report(Warned(note))

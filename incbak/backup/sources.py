@@ -72,11 +72,11 @@ class Sources:
         return {name: facts for name, facts in found.items() if facts}
 
     def notes(self) -> list[str]:
-        """Return what is below the disks and not known: with it, each backup reads its disk whole."""
+        """Return what is below the disks and not known: with it, every backup reads its disk whole."""
         unknown = [(n, each[0]) for n, f in self.backing.items() for each in f if not is_known([each], self.trusted)]
-        return [
-            f"disk {name} is always read whole: nothing is known of what is below it: {what}" for name, what in unknown
-        ]
+        text = "disk {} is always read whole: nothing is known of what is below it: {}; "
+        text += "if that never changes, say so with --trust-backing"
+        return [text.format(name, what) for name, what in unknown]
 
     def confirm(self) -> None:
         """Raise `ImageChangedError` where another program wrote to a file since.

@@ -16,7 +16,7 @@ from incbak.backup.verify import Verified, Wanted, verify
 from incbak.bitmap.format import REGION, TOUCHED, Flag, layout
 from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, view, views
 from incbak.cli.backup import interruptible, open_waiting
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, printable, settings, trusts_backing
 from incbak.engine.detect import Source
 from incbak.errors import AuditError, BitmapError, UsageError
 from incbak.report.backups import table
@@ -207,10 +207,17 @@ def dirty(vm: str, disk: str | None, name: str | None) -> None:
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated.")
 @click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM.")
+@trusts_backing
 @click.option("--sample", metavar="PERCENT", default="100%", help="Read only so much, chosen by chance.")
 @common
 def verify_bitmap(
-    source: str, name: str | None, disks: tuple[str, ...], exclude: tuple[str, ...], lock_wait: str, sample: str
+    source: str,
+    name: str | None,
+    disks: tuple[str, ...],
+    exclude: tuple[str, ...],
+    lock_wait: str,
+    trust_backing: tuple[str, ...],
+    sample: str,
 ) -> None:
     """Read what was not written since the last backup of SOURCE, and compare it with that backup.
 
@@ -224,7 +231,7 @@ def verify_bitmap(
     here = settings()
     slices = max(parse_share(sample), 1)
     part = Slice(slices, random.randrange(slices))
-    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part)
+    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part, trust_backing)
     vm, verified = interruptible(_verify(here, Source(source, here.state_dir, name, disks), wanted))
     wrong = [v for v in verified if v.findings and v.findings.wrong]
     for each in verified:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ import pytest
 from tests.kit.cli import Incbak, differing
 from tests.kit.devices import written
 from tests.kit.guest import Guest, GuestDisk, need_guest
-from tests.kit.live import content_of, device_write
+from tests.kit.live import content_of, device_write, eventually
 
 pytestmark = pytest.mark.kvm
 SIZE = 4 << 20
@@ -37,8 +38,8 @@ def _image(path: Path, *options: str) -> Path:
     return path
 
 
-def _reason(incbak: Incbak, guest: Guest, kind: str = "incremental") -> str | None:
-    incbak(kind, f"qmp:{guest.monitor}", "--name", "vm")
+def _reason(incbak: Incbak, guest: Guest, kind: str = "incremental", *options: str) -> str | None:
+    incbak(kind, f"qmp:{guest.monitor}", "--name", "vm", *options)
     (disk,) = incbak.list()[-1]["disks"]
     return disk["reason"] or None
 
@@ -95,3 +96,20 @@ def test_a_backing_file_with_a_relative_name(
             assert differing(incbak.restored(), content_of(image)) == []
         guest.quit()
         written(base, 1 << 20)
+
+
+def test_a_backing_file_of_which_nothing_is_known(stack: ExitStack, tmp_path: Path, incbak: Incbak) -> None:
+    """An NBD export: each backup reads everything and says why, until the owner says that it never changes."""
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    command = ["qemu-nbd", "-r", "-f", "raw", "-k", tmp_path / "nbd", "-e", "5", "-t", tmp_path / "base"]
+    server = stack.enter_context(subprocess.Popen(command))
+    stack.callback(server.kill)
+    eventually((tmp_path / "nbd").exists, 10, "qemu-nbd listens")
+    name = f"nbd+unix://?socket={tmp_path}/nbd"
+    image = _image(tmp_path / "disk.qcow2", "-b", name, "-F", "raw")
+    guest = Guest(tmp_path / "guest", [GuestDisk("vda", image, format="qcow2")], arguments=["-S"])
+    stack.callback(guest.kill)
+    said = incbak("full", f"qmp:{guest.monitor}", "--name", "vm").err
+    (known,) = re.findall(r"nothing is known of what is below it: (\S+);", said)
+    assert _reason(incbak, guest) == "unproven"
+    assert _reason(incbak, guest, "incremental", "--trust-backing", known) is None

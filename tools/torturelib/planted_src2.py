@@ -220,4 +220,18 @@ FAULTS = [
         "self._seen = self._look()",
         _facts("test_a_time_that_may_come_again_is_waited_out"),
     ),
+    Fault(
+        "trusted-backing-file-not-passed-on",
+        "incbak/cli/backup.py",
+        "        trusted=trust_backing,\n",
+        "",
+        ("tests/live/test_qemu_sources.py::test_a_backing_file_of_which_nothing_is_known",),
+    ),
+    Fault(
+        "unknown-backing-file-not-told",
+        _SOURCES,
+        "        return [text.format(name, what) for name, what in unknown]\n",
+        "        return []\n",
+        _facts("test_a_device_below_tells_its_writes"),
+    ),
 ]
