@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from incbak.backup.sources import check_names
+from incbak.backup.sources import check_names, recorded, unproven
 from incbak.bitmap.lost import Lost
 from incbak.engine.base import (
     DECRYPTED,
@@ -52,6 +52,9 @@ class Known:
     """Per disk, why bitmaps that are not there are lost."""
     opened: Mapping[str, list[Any]] = field(default_factory=dict)
     """The images that a running engine has open: path and inode of each."""
+    data: Mapping[str, list[Any]] = field(default_factory=dict)
+    trusted: Collection[str] = frozenset()
+    """The disks' data files, and what is not looked at: see `incbak.backup.sources`."""
 
     def run(self, backup: str) -> str:
         """Return how the names of the bitmaps of the writes since ``backup`` begin."""
@@ -202,24 +205,18 @@ def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known)
         return Reason.BASE_DAMAGED
     if before.size != disk.size:
         return Reason.RESIZED
-    if _recorded(record, "backing", disk) != list(known.backing.get(disk.name, [])):
-        return Reason.BACKING_CHANGED
-    if _is_another(_recorded(record, "opened", disk), known.opened.get(disk.name, [])):
-        return Reason.DISK_CHANGED
     name = known.bitmap(record, before)
+    bitmap = disk.bitmap(name)
+    if reason := unproven(disk, record, bitmap, known):
+        return reason
+    if _is_another(recorded(record, "opened", disk.name), known.opened.get(disk.name, [])):
+        return Reason.DISK_CHANGED
     if disk.was_cut(name):
         return Reason.RESIZED
-    if bitmap := disk.bitmap(name):
+    if bitmap:
         return bitmap.trouble(known.cluster_size)
     another = any(run_of(b.name) == known.run(record.id) for b in disk.bitmaps)
     return Reason.WRONG_DISK if another else Reason.BITMAP_MISSING
-
-
-def _recorded(record: Record, what: str, disk: EngineDisk) -> list[Any]:
-    """Return what the record's configuration says of ``disk`` under ``what``: see `incbak.backup.sources`."""
-    facts = record.config.get(what)
-    found = facts.get(disk.name) if isinstance(facts, dict) else None
-    return list(found) if isinstance(found, list | tuple) else []
 
 
 def _is_another(before: Sequence[Any], now: Sequence[Any]) -> bool:

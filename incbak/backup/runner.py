@@ -78,6 +78,7 @@ class Options:
     attachments: Mapping[str, str] | None = None
     memory: Memory | None = None
     """What this host remembers of the repository, to be compared and brought up to date."""
+    trusted: Sequence[str] = ()  # backing files that never change: see `Sources`
     state_dir: Path | None = None
     """Where `incbak.bitmap.lost` finds why a bitmap is not there."""
 
@@ -202,15 +203,15 @@ class _Attempt:
         for each in missed(description, self._options.disks, self._options.exclude):
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
-        notes = (*description.notes, *decrypted(disks, bool(self._repo.key)))
+        off, trusted = self._engine.kind == "image", self._options.trusted
+        self._sources = await asyncio.to_thread(Sources, description, off=off, trusted=trusted)
+        notes = (*description.notes, *decrypted(disks, bool(self._repo.key)), *self._sources.notes())
         for note in notes:
             self._report(Warned(note))
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
-        self._sources = await asyncio.to_thread(Sources, description, off=self._engine.kind == "image")
         names, in_qemu = [d.name for d in disks], self._engine.kind == "qemu"
         lost = await asyncio.to_thread(lost_bitmaps, self._options.state_dir, self._vm, names, in_qemu=in_qemu)
-        known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing, lost=lost)
-        known = replace(known, opened=self._sources.opened)
+        known = replace(known, damaged=damaged, host=host_name(), lost=lost, **self._sources.now())
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
             for planned in self._planned:

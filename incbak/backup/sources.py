@@ -1,59 +1,105 @@
-"""Which image a disk is: two images are never one disk, nor two disks one name, and what lies below is compared.
+"""Which image a disk is: two images are never one disk, nor two disks one name; and what holds its bytes is compared.
 
-An overlay shows the guest what its backing files hold, and no bitmap marks a change of those. So their names, sizes,
-inodes and times of change are kept in the record, and compared with what they are when the record would be a base.
-Their ``ctime`` is not: managers of VMs change the owner of backing files at each start. A backing file that this host
-cannot look at is compared by its name only.
+What that is, and what of it is compared, is in `incbak.backup.facts`. It is kept in the record, and has to be the same
+when the record would be a base; and it has to be the same when a run commits as when it began.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from incbak.engine.base import Description
+from incbak.backup.facts import (
+    Facts,
+    Leaf,
+    Looked,
+    Part,
+    Peer,
+    are_one,
+    are_same,
+    compared,
+    facts_of,
+    is_known,
+    leaves,
+    settled,
+)
+from incbak.engine.base import BitmapInfo, Description, EngineDisk
 from incbak.errors import ImageChangedError, UsageError
+from incbak.reasons import Reason
 from incbak.repo.record import Record
 
-Facts = list[list[Any]]
-"""One entry for each file, from the top: path, size, inode, time of change; and for a run, ctime."""
-_DEEPEST = 200
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
+class Now(Protocol):
+    """What `unproven` has to know of the disks as they are: see `Sources`."""
+
+    @property
+    def backing(self) -> Mapping[str, Facts]:
+        """Of what is below."""
+
+    @property
+    def data(self) -> Mapping[str, Facts]:
+        """Of data files."""
+
+    @property
+    def trusted(self) -> Collection[str]:
+        """What is not looked at."""
+
+
 class Sources:
-    """What a run found of its disks, before it read anything. ``off``: nobody has them open."""
+    """What a run found of its disks, before it read anything. ``off``: nobody has them open.
 
-    def __init__(self, description: Description, *, off: bool) -> None:
-        self.backing = backing_of(description)
+    ``backing`` and ``data``: of each disk what `incbak.backup.facts` says of what is below it, and of its data files.
+    ``trusted``: the names below that never change, as their owner says.
+    """
+
+    def __init__(self, description: Description, *, off: bool, trusted: Collection[str] = ()) -> None:
+        self._off, self.trusted = off, frozenset(trusted)
         self.opened = {} if off else opened_of(description)
-        self._files = {d.name: _files(description, d.node) for d in description.disks} if off else {}
-        self._before = self._now()
+        self._leaves = {d.name: leaves(description, d.node) for d in description.disks}
+        self._peer = Peer(description.peer, [leaf.name for each in self._leaves.values() for leaf in each])
+        self._seen = settled(self._look)
+        self.backing, self.data = self._part(Part.BELOW), self._part(Part.DATA)
 
-    def _now(self) -> dict[str, Facts]:
-        return {name: [_facts(path, whole=True) for path in paths] for name, paths in self._files.items()}
+    def _look(self) -> Looked:
+        return {name: [(leaf, facts_of(leaf, self._peer)) for leaf in each] for name, each in self._leaves.items()}
+
+    def _part(self, part: Part) -> dict[str, Facts]:
+        found = {n: [compared(leaf, f) for leaf, f in each if leaf.part is part] for n, each in self._seen.items()}
+        return {name: facts for name, facts in found.items() if facts}
+
+    def notes(self) -> list[str]:
+        """Return what is below the disks and not known: with it, every backup reads its disk whole."""
+        unknown = [(n, each[0]) for n, f in self.backing.items() for each in f if not is_known([each], self.trusted)]
+        text = "disk {} is always read whole: nothing is known of what is below it: {}; "
+        text += "if that never changes, say so with --trust-backing"
+        return [text.format(name, what) for name, what in unknown]
 
     def confirm(self) -> None:
-        """Raise `ImageChangedError` where another program wrote to a file since."""
-        now = self._now()
-        for name, before in self._before.items():
-            if before != now[name]:
-                changed = next(b[0] for b, n in zip(before, now[name], strict=True) if b != n)
-                hint = "Find out which program has it open (fuser, lsof), and run again when it has ended."
-                raise ImageChangedError(f"another program wrote to {changed} while it was read", hint=hint)
+        """Raise `ImageChangedError` where another program wrote to a file since.
+
+        What a running engine writes to itself is not looked at.
+        """
+        now = self._look()
+        for name, seen in self._seen.items():
+            for (leaf, before), (_, after) in zip(seen, now[name], strict=True):
+                if self._written(leaf, before, after):
+                    hint = "Find out which program has it open (fuser, lsof), and run again when it has ended."
+                    raise ImageChangedError(f"another program wrote to {leaf.name} while it was read", hint=hint)
+
+    def _written(self, leaf: Leaf, before: list[Any], after: list[Any]) -> bool:
+        if self._off:
+            return before != after
+        is_still = leaf.part is Part.BELOW and leaf.read_only
+        return is_still and compared(leaf, before) != compared(leaf, after)
 
     def config(self) -> dict[str, Any]:
         """What the record keeps of it."""
-        kept = {"backing": self.backing, "opened": self.opened}
+        kept = {"backing": self.backing, "opened": self.opened, "data": self.data}
         return {name: facts for name, facts in kept.items() if facts}
-
-
-def backing_of(description: Description) -> dict[str, Facts]:
-    """Of each disk that has any: its backing files, from the top."""
-    found = {d.name: [_facts(p) for p in _files(description, d.node)[1:]] for d in description.disks}
-    return {name: facts for name, facts in found.items() if facts}
 
 
 def opened_of(description: Description) -> dict[str, list[Any]]:
@@ -72,30 +118,28 @@ def _inode(path: str) -> int | None:
         return None
 
 
-def _files(description: Description, node: str) -> list[str]:
-    """The paths of an image and its backing files."""
-    blocks: dict[str, Any] = {b["node"]: b for b in description.config.get("blocks", ())}
-    paths: list[str] = []
-    while node in blocks and len(paths) < _DEEPEST:
-        block = blocks[node]
-        children = block.get("children", {})
-        below = children.get("backing")
-        if below is None and "file" in children and "backing" in blocks.get(children["file"], {}).get("children", {}):
-            node = children["file"]  # a filter
-            continue
-        paths.append(str(block.get("file", "")))
-        node = below
-    return paths
+def unproven(disk: EngineDisk, record: Record, bitmap: BitmapInfo | None, now: Now) -> Reason | None:
+    """Return why a base says nothing of what the disk holds elsewhere than in its image: see `incbak.backup.facts`."""
+    below, data = now.backing.get(disk.name, []), now.data.get(disk.name, [])
+    if not are_same(recorded(record, "backing", disk.name), below, now.trusted):
+        return Reason.BACKING_CHANGED
+    if not is_known(below, now.trusted):
+        return Reason.UNPROVEN
+    before = recorded(record, "data", disk.name)
+    if not data or bitmap is None:
+        return None
+    if len(before) != len(data) or (bitmap.persistent and not is_known(data)):
+        return Reason.UNPROVEN
+    if bitmap.persistent:
+        return None if are_same(before, data) else Reason.DISK_CHANGED
+    return None if are_one(before, data) else Reason.DISK_CHANGED
 
 
-def _facts(path: str, *, whole: bool = False) -> list[Any]:
-    if not path.startswith("/"):
-        return [path]
-    try:
-        info = os.stat(path)
-    except OSError:
-        return [path]
-    return [path, info.st_size, info.st_ino, info.st_mtime_ns, *([info.st_ctime_ns] if whole else [])]
+def recorded(record: Record, what: str, disk: str) -> list[Any]:
+    """Return what the record's configuration says of ``disk`` under ``what``; it may hold anything."""
+    facts = record.config.get(what)
+    found = facts.get(disk) if isinstance(facts, dict) else None
+    return list(found) if isinstance(found, list | tuple) else []
 
 
 def check_names(description: Description) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from incbak.backup.audit import Findings, Slice, audit_disk
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan
-from incbak.backup.sources import backing_of, opened_of
+from incbak.backup.sources import Sources
 from incbak.backup.vm import locked, vm_name
 from incbak.bitmap.lost import lost_bitmaps
 from incbak.engine.base import Engine
@@ -20,13 +20,14 @@ from incbak.repo.repository import Repository, host_name
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which VM and disks, as the user said it, and which slice of the clean clusters."""
+    """Which VM and disks, as the user said it, and which slice of the clean clusters. ``trusted``: see `Sources`."""
 
     name: str | None = None
     disks: Sequence[str] = ()
     exclude: Sequence[str] = ()
     lock_wait: float = 0.0
     part: Slice = field(default_factory=Slice)
+    trusted: Collection[str] = ()
     state_dir: Path | None = None
 
 
@@ -51,13 +52,13 @@ async def verify(
     async with locked(repo, vm, wanted.lock_wait):
         records = [r for r in await asyncio.to_thread(repo.backups) if r.vm == vm]
         description = await engine.describe()
-        backing = await asyncio.to_thread(backing_of, description)
-        opened = {} if engine.kind == "image" else await asyncio.to_thread(opened_of, description)
+        found = await asyncio.to_thread(Sources, description, off=engine.kind == "image", trusted=wanted.trusted)
         damaged, unreadable = repo.damage().backups, tuple(repo.unreadable)
         lost = await asyncio.to_thread(
             lost_bitmaps, wanted.state_dir, vm, [d.name for d in description.disks], in_qemu=engine.kind == "qemu"
         )
-        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), backing, lost, opened)
+        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), lost=lost)
+        known = replace(known, **found.now())
         disks = choose(description, wanted.disks, wanted.exclude)
         verified = []
         for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):

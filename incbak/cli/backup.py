@@ -18,7 +18,7 @@ from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.encodable import refuse_unencodable
 from incbak.cli.prune import policy_of, prune_after
-from incbak.cli.settings import Settings, common, ignores_ctime, settings
+from incbak.cli.settings import Settings, common, ignores_ctime, settings, trusts_backing
 from incbak.cli.signals import ending
 from incbak.cli.surroundings import Surroundings
 from incbak.disk.formats import OFFERED
@@ -115,6 +115,7 @@ def _source_options(command: C) -> C:
             "--strict", is_flag=True, help="Refuse a VM whose monitor says another name; otherwise a warning."
         ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
+        trusts_backing,
         *_ENGINE_OPTIONS,
     )
     for option in reversed(options):
@@ -195,6 +196,7 @@ def _back_up_one(
     prunes: bool,
     strict: bool,
     dry_run: bool,
+    trust_backing: tuple[str, ...],
     **engine: Any,
 ) -> None:
     refuse_unencodable("a name or tag", [name or "", *disks, *exclude, *tags, *(path.name for path in attach)])
@@ -214,6 +216,7 @@ def _back_up_one(
         tags=tags,
         attachments=read_attachments(attach),
         memory=here.memory,
+        trusted=trust_backing,
         state_dir=here.state_dir,
     )
     console = here.reporter()

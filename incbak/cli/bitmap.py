@@ -20,7 +20,7 @@ from incbak.cli.backup import interruptible, open_waiting
 from incbak.cli.configured import Configured, source_of
 from incbak.cli.own_bitmaps import remove_named, source_for, source_options
 from incbak.cli.own_bitmaps import show as show_own
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, printable, settings, trusts_backing
 from incbak.engine.detect import Source
 from incbak.errors import AuditError, BitmapError, UsageError
 from incbak.report.backups import table
@@ -224,10 +224,17 @@ def dirty(vm: str, disk: str | None, name: str | None) -> None:
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated.")
 @click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM.")
+@trusts_backing
 @click.option("--sample", metavar="PERCENT", default="100%", help="Read only so much, chosen by chance.")
 @common
 def verify_bitmap(
-    source: str, name: str | None, disks: tuple[str, ...], exclude: tuple[str, ...], lock_wait: str, sample: str
+    source: str,
+    name: str | None,
+    disks: tuple[str, ...],
+    exclude: tuple[str, ...],
+    lock_wait: str,
+    trust_backing: tuple[str, ...],
+    sample: str,
 ) -> None:
     """Read what was not written since the last backup of SOURCE, and compare it with that backup.
 
@@ -241,7 +248,7 @@ def verify_bitmap(
     here = settings()
     slices = max(parse_share(sample), 1)
     part = Slice(slices, random.randrange(slices))
-    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part, here.state_dir)
+    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part, trust_backing, here.state_dir)
     vm, verified = interruptible(_verify(here, Source(source, here.state_dir, name, disks), wanted))
     wrong = [v for v in verified if v.findings and v.findings.wrong]
     for each in verified:

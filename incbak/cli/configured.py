@@ -28,6 +28,7 @@ _LISTS = {
     "tags": "--tag",
     "attach": "--attach",
     "allow_backing": "--allow-backing",
+    "trust_backing": "--trust-backing",
 }
 _TEXTS = {
     "lock_wait": "--lock-wait",

@@ -174,6 +174,14 @@ def common(command: F) -> F:
     return command
 
 
+trusts_backing = click.option(
+    "--trust-backing",
+    multiple=True,
+    metavar="NAME",
+    help="A backing file that never changes, as a warning names it, of which nothing is known here; may be repeated.",
+)
+"""Decorate a command that judges a bitmap: what it says of a disk that stands on something unknown."""
+
 ignores_ctime = click.option(
     "--ignore-ctime",
     is_flag=True,

@@ -79,17 +79,17 @@ def status(
     form, allowed = here.vm.format if here.vm else "", [Path(p) for p in here.vm.allow_backing] if here.vm else ()
     wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
     wanted = replace(wanted, format=form, allow_backing=allowed)
-    rows = _rows(here, wanted, tolerant=limit is not None)
+    rows = _rows(here, wanted, here.vm.trust_backing if here.vm else (), tolerant=limit is not None)
     _print(here, rows, several=False)
     if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):
         text = f"disks without a backup of the last {format_duration(limit)}: {', '.join(late)}"
         raise BackupError(text, hint="See why the last run failed; make one with: incbak incremental")
 
 
-def _rows(here: Settings, wanted: Source, *, tolerant: bool) -> list[dict[str, Any]]:
+def _rows(here: Settings, wanted: Source, trusted: Sequence[str], *, tolerant: bool) -> list[dict[str, Any]]:
     """One object for each disk; if ``tolerant``, of an engine that does not answer what the repository knows."""
     try:
-        outcome, last, proof = interruptible(_look(here.open(), wanted))
+        outcome, last, proof = interruptible(_look(here.open(), wanted, trusted))
     except (EngineError, DiskError) as e:
         if not (tolerant and wanted.name):
             raise
@@ -122,13 +122,20 @@ def _print(here: Settings, rows: Sequence[Mapping[str, Any]], *, several: bool) 
     here.say(table([["VM", *head] if several else head, *lines]), lines=True)
 
 
-async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Record], dict[str, Any]]:
+async def _look(
+    repo: Repository, source: Source, trusted: Sequence[str]
+) -> tuple[Outcome, dict[str, Record], dict[str, Any]]:
     """The plan of an incremental, the newest backup of each disk, and what proves that the backups are good."""
     source = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
     engine = await open_waiting(source, 0)
     try:
         options = Options(
-            incremental=True, name=source.name, disks=source.disks, dry_run=True, state_dir=source.state_dir
+            incremental=True,
+            name=source.name,
+            disks=source.disks,
+            dry_run=True,
+            trusted=trusted,
+            state_dir=source.state_dir,
         )
         outcome = await run(repo, engine, options)
         for each in await engine.leftovers():

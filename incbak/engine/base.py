@@ -142,7 +142,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Description:
-    """What an engine has. ``config`` is any JSON: what else a restore needs, for the backup record."""
+    """What an engine has. ``config`` is any JSON: what else a restore needs, for the backup record.
+
+    ``peer``: the process that made the monitor's socket, where it tells; not always the engine.
+    """
 
     vm: str | None
     disks: tuple[EngineDisk, ...]
@@ -150,6 +153,7 @@ class Description:
     config: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    peer: int | None = None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from incbak.bitmap.remembered import remember_format
 from incbak.engine.base import BitmapInfo, Description, DiskPlan, EngineDisk, run_of
 from incbak.engine.end_mark import add_end_mark
 from incbak.engine.private_daemon import NODE, PROGRAM, Daemon, Image, Writable
-from incbak.engine.qemu_disks import layout
+from incbak.engine.qemu_disks import holds_bitmaps, layout
 from incbak.engine.session import Session
 from incbak.engine.storage_daemon import StorageDaemonEngine, backup_of, disk_of
 from incbak.errors import DiskError, EngineError, FormatError
@@ -47,7 +47,7 @@ class OfflineEngine(StorageDaemonEngine):
     async def describe(self) -> Description:
         graph = await self._graph()
         node = graph.nodes[NODE]
-        disk = disk_of(self._image.disk, NODE, node)
+        disk = replace(disk_of(self._image.disk, NODE, node), can_persist=holds_bitmaps(node))
         notes: tuple[str, ...] = () if disk.can_persist else (f"a {self._image.format} image cannot store bitmaps",)
         if disk.can_persist and (why := await asyncio.to_thread(self._image.unwritable)):
             disk = replace(disk, can_persist=False)

@@ -103,7 +103,8 @@ class QemuEngine(Engine):
             "blocks": layout(graph),
             "devices": await self._devices(devices),
         }
-        return Description(name, tuple(disks), f"QEMU {config['qemu']}", config, tuple(left_out), state.notes)
+        peer = self._session.peer_pid()
+        return Description(name, tuple(disks), f"QEMU {config['qemu']}", config, tuple(left_out), state.notes, peer)
 
     async def _machine(self) -> str:
         try:

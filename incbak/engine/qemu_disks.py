@@ -95,7 +95,7 @@ def _disk(device: Raw, name: str, top: str, node: Raw) -> EngineDisk:
         node=node["node-name"],
         device=str(device.get("device") or device["qdev"]),
         format=node["drv"] + (DECRYPTED if node.get("encrypted") else ""),
-        can_persist=holds_bitmaps(node),
+        can_persist=keeps_bitmaps(node),
         bitmaps=bitmaps,
         extra={
             "qom": qom_path(device),
@@ -110,6 +110,11 @@ def holds_bitmaps(node: Raw) -> bool:
     """Whether the image is qcow2 of version 3."""
     data = node["image"].get("format-specific", {}).get("data", {})
     return bool(node["drv"] == "qcow2" and data.get("compat", _QCOW2_V2) != _QCOW2_V2)
+
+
+def keeps_bitmaps(node: Raw) -> bool:
+    """Return whether bitmaps of the image say all while nobody has it open: not where its data is in another file."""
+    return holds_bitmaps(node) and not node["image"].get("format-specific", {}).get("data", {}).get("data-file")
 
 
 def layout(graph: Graph) -> list[dict[str, Any]]:

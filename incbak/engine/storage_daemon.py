@@ -25,7 +25,7 @@ from incbak.engine.base import (
 from incbak.engine.end_mark import add_end_mark
 from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, wait_for_jobs, without_padding
 from incbak.engine.private_daemon import PROGRAM
-from incbak.engine.qemu_disks import bitmaps_by_node, holds_bitmaps, layout
+from incbak.engine.qemu_disks import bitmaps_by_node, keeps_bitmaps, layout
 from incbak.engine.qemu_graph import Graph
 from incbak.engine.served import bitmap_info
 from incbak.engine.session import CommandFailed, Session
@@ -60,7 +60,8 @@ class StorageDaemonEngine(Engine):
         version = (await self._session.execute("query-version"))["qemu"]
         engine = f"{PROGRAM} {version['major']}.{version['minor']}.{version['micro']}"
         config = {"images": {d.name: d.extra["image"] for d in disks}, "blocks": layout(graph)}
-        return Description(None, tuple(disks), engine, config, tuple(left_out))
+        peer = self._session.peer_pid()
+        return Description(None, tuple(disks), engine, config, tuple(left_out), peer=peer)
 
     async def _graph(self) -> Graph:
         nodes = await self._session.execute("query-named-block-nodes", {"flat": True})
@@ -166,7 +167,7 @@ def disk_of(name: str, node_name: str, node: Mapping[str, Any]) -> EngineDisk:
     bitmaps = tuple(bitmap_info(b) for b in node.get("dirty-bitmaps", ()) if b.get("name"))
     size = int(node["image"]["virtual-size"])
     extra = {"image": node.get("file", "")}
-    persist = holds_bitmaps(node)
+    persist = keeps_bitmaps(node)
     form = node["drv"] + (DECRYPTED if node.get("encrypted") else "")
     return EngineDisk(name, size, node_name, node_name, form, persist, bitmaps, extra)
 

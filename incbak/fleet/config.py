@@ -112,6 +112,7 @@ class Vm(Defaults, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_o
     watch: str = ""
     format: str = ""
     allow_backing: tuple[str, ...] = ()
+    trust_backing: tuple[str, ...] = ()
     serve: dict[str, str] = {}
 
 

@@ -148,6 +148,21 @@ def test_an_image_that_was_written_during_the_copy_is_not_written(tmp_path: Path
     assert bitmaps(image) == {}
 
 
+@pytest.mark.parametrize("which", ["d.raw", "base.raw", "base-d.raw"])
+def test_what_belongs_to_an_image_and_was_written_during_the_copy(tmp_path: Path, monkeypatch: Any, which: str) -> None:
+    """Data file, backing file and its data file."""
+    subprocess.run(["truncate", "-s", "8M", tmp_path / "base.raw"], check=True)
+    base = make(
+        tmp_path / "base.qcow2", "qcow2", "-o", f"data_file={tmp_path}/base-d.raw,backing_file=base.raw,backing_fmt=raw"
+    )
+    options = f"data_file={tmp_path}/d.raw,backing_file={base.name},backing_fmt=qcow2"
+    image = make(tmp_path / "disk.qcow2", "qcow2", "-o", options)
+    before_commit(monkeypatch, lambda: os.utime(tmp_path / which))
+    with pytest.raises(DiskError, match="another process has changed it"):
+        chain_of(str(image), tmp_path).full()
+    assert bitmaps(image) == {}
+
+
 def test_a_bitmap_beside_an_external_data_file(tmp_path: Path) -> None:
     options = f"data_file={tmp_path}/d.raw,data_file_raw=on"
     image = make(tmp_path / "disk.qcow2", "qcow2", "-o", options)

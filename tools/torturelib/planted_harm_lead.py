@@ -182,8 +182,8 @@ FAULTS = [
     Fault(
         "plan-what-is-open-is-not-recorded",
         "incbak/backup/sources.py",
-        '        kept = {"backing": self.backing, "opened": self.opened}\n',
-        '        kept = {"backing": self.backing}\n',
+        '        kept = {"backing": self.backing, "opened": self.opened, "data": self.data}\n',
+        '        kept = {"backing": self.backing, "data": self.data}\n',
         ("tests/live/test_qemu_identity.py::test_a_node_that_got_another_file",),
     ),
     Fault(

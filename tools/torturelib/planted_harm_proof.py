@@ -150,8 +150,8 @@ FAULTS = (
     ),
     Fault(
         "plan-backing-files-not-compared",
-        "incbak/backup/plan.py",
-        '    if _recorded(record, "backing", disk) != list(known.backing.get(disk.name, [])):\n',
+        "incbak/backup/sources.py",
+        '    if not are_same(recorded(record, "backing", disk.name), below, now.trusted):\n',
         "    if False:\n",
         _sources("test_a_backing_file_that_was_changed"),
     ),
@@ -186,8 +186,8 @@ FAULTS = (
     Fault(
         "sources-files-not-compared",
         "incbak/backup/sources.py",
-        "            if before != now[name]:\n",
-        "            if False:\n",
+        "            return before != after\n",
+        "            return False\n",
         _sources("test_what_tells_a_change"),
     ),
     Fault(

@@ -3,10 +3,15 @@
 from torturelib.planted import Fault, unit
 
 _DEVICE, _DAEMON = "incbak/device.py", "incbak/engine/private_daemon.py"
+_FACTS, _SOURCES = "incbak/backup/facts.py", "incbak/backup/sources.py"
 
 
 def _device(test: str) -> tuple[str, ...]:
     return unit("test_device", test)
+
+
+def _facts(test: str) -> tuple[str, ...]:
+    return unit("backup/test_facts", test)
 
 
 FAULTS = [
@@ -100,5 +105,133 @@ FAULTS = [
         "    return os.urandom(32)\n",
         "    return bytes(32)\n",
         unit("backup/test_image", "test_a_device_that_tells_nothing_is_backed_up_all_the_same"),
+    ),
+    Fault(
+        "data-file-is-no-part",
+        _FACTS,
+        """        if edge in _NO_DATA:
+""",
+        """        if edge in _NO_DATA or edge not in ("file", "backing"):
+""",
+        _facts("test_everything_below_a_node_holds_bytes_of_it"),
+    ),
+    Fault(
+        "data-file-of-a-backing-file-is-its-own",
+        _FACTS,
+        'elif edge not in ("file", "backing") and part is Part.IMAGE:',
+        'elif edge not in ("file", "backing"):',
+        _facts("test_everything_below_a_node_holds_bytes_of_it"),
+    ),
+    Fault(
+        "filter-by-backing-is-below",
+        _FACTS,
+        'if edge == "backing" and driver not in _THROUGH_BACKING:',
+        'if edge == "backing":',
+        _facts("test_everything_below_a_node_holds_bytes_of_it"),
+    ),
+    Fault(
+        "node-that-is-not-there-is-passed-over",
+        _FACTS,
+        "            found.append(Leaf(name, part, read_only=True))\n",
+        "",
+        _facts("test_everything_below_a_node_holds_bytes_of_it"),
+    ),
+    Fault(
+        "data-file-stored-bitmap-believed",
+        _SOURCES,
+        "    if bitmap.persistent:\n        return None if are_same(",
+        "    if bitmap.persistent:\n        return None if True or are_same(",
+        _facts("test_when_a_bitmap_is_believed_beside_a_data_file"),
+    ),
+    Fault(
+        "data-file-without-facts-believed",
+        _SOURCES,
+        "    if len(before) != len(data) or (bitmap.persistent and not is_known(data)):\n",
+        "    if False:\n",
+        _facts("test_when_a_bitmap_is_believed_beside_a_data_file"),
+    ),
+    Fault(
+        "data-file-another-in-the-engine",
+        _SOURCES,
+        "    return None if are_one(before, data) else Reason.DISK_CHANGED\n",
+        "    return None\n",
+        _facts("test_when_a_bitmap_is_believed_beside_a_data_file"),
+    ),
+    Fault(
+        "data-file-bitmap-stored-by-a-running-engine",
+        "incbak/engine/qemu_disks.py",
+        'return holds_bitmaps(node) and not node["image"].get("format-specific", {}).get("data", {}).get("data-file")',
+        "return holds_bitmaps(node)",
+        _facts("test_a_running_engine_stores_no_bitmap_beside_a_data_file"),
+    ),
+    Fault(
+        "data-file-without-ctime",
+        _FACTS,
+        "    return facts[:4] if leaf.part is Part.BELOW else facts\n",
+        "    return facts[:4]\n",
+        _facts("test_an_owner_below_may_change"),
+    ),
+    Fault(
+        "data-file-not-looked-at-before-a-bitmap-is-stored",
+        _DAEMON,
+        "for path in (layer.path, layer.data) if path]",
+        "for path in (layer.path,) if path]",
+        ("tests/interop/test_offline_harm.py::test_what_belongs_to_an_image_and_was_written_during_the_copy",),
+    ),
+    Fault(
+        "device-below-by-its-node",
+        _FACTS,
+        "    if stat.S_ISBLK(found.st_mode):\n        told",
+        "    if False:\n        told",
+        _facts("test_a_device_below_tells_its_writes"),
+    ),
+    Fault(
+        "unknown-below-is-unchanged",
+        _SOURCES,
+        "    if not is_known(below, now.trusted):\n        return Reason.UNPROVEN\n",
+        "",
+        unit("backup/test_sources", "test_what_is_not_known_is_never_unchanged"),
+    ),
+    Fault(
+        "name-that-the-engine-does-not-have-open",
+        _FACTS,
+        'if found is None or (_identity(found) not in self._open if self._open else not name.startswith("/")):',
+        "if found is None:",
+        _facts("test_what_an_engine_has_open_is_known"),
+    ),
+    Fault(
+        "another-process-taken-for-the-engine",
+        _FACTS,
+        "            self._open = frozenset()\n\n",
+        "            pass\n\n",
+        _facts("test_what_is_known_without_the_engine"),
+    ),
+    Fault(
+        "below-a-running-engine-not-looked-at-again",
+        _SOURCES,
+        "return is_still and compared(leaf, before) != compared(leaf, after)",
+        "return False",
+        _facts("test_what_is_written_during_a_run"),
+    ),
+    Fault(
+        "times-below-not-waited-out",
+        _SOURCES,
+        "self._seen = settled(self._look)",
+        "self._seen = self._look()",
+        _facts("test_a_time_that_may_come_again_is_waited_out"),
+    ),
+    Fault(
+        "trusted-backing-file-not-passed-on",
+        "incbak/cli/backup.py",
+        "        trusted=trust_backing,\n",
+        "",
+        ("tests/live/test_qemu_sources.py::test_a_backing_file_of_which_nothing_is_known",),
+    ),
+    Fault(
+        "unknown-backing-file-not-told",
+        _SOURCES,
+        "        return [text.format(name, what) for name, what in unknown]\n",
+        "        return []\n",
+        _facts("test_a_device_below_tells_its_writes"),
     ),
 ]

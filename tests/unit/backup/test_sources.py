@@ -13,7 +13,7 @@ import pytest
 
 from incbak.backup.plan import Known, Request, choose, make_plan
 from incbak.backup.runner import Options, run
-from incbak.backup.sources import Sources, backing_of, contradictions, other_images
+from incbak.backup.sources import Sources, contradictions, other_images
 from incbak.engine.base import BitmapInfo, Description, EngineDisk, run_name
 from incbak.errors import ImageChangedError, UsageError
 from incbak.events import Event, Warned
@@ -86,6 +86,35 @@ def test_a_backing_file_that_was_changed(then: dict[str, Any], now: dict[str, An
     assert _planned(known, _bitmap(OLD)) == (None if reason else OLD, reason)
 
 
+NBD = "nbd+unix:///?socket=/s"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "trusted", "reason"),
+    [
+        ([[NBD, None]], [[NBD, None]], (), Reason.UNPROVEN),
+        ([[NBD, None]], [[NBD, None]], (NBD,), None),
+        ([[NBD]], [[NBD, None]], (), Reason.UNPROVEN),
+        ([[NBD]], [[NBD, None]], (NBD,), None),
+        ([["nbd:other", None]], [[NBD, None]], (NBD,), Reason.BACKING_CHANGED),
+        ([["/base", 5, 6, 7]], [["/base", None]], (), Reason.UNPROVEN),
+        ([["/base", None]], [["/base", 5, 6, 7]], (), Reason.BACKING_CHANGED),
+        ([["/base", 5, 6, 7]], [["/base", 5, 6, 8]], ("/base",), None),
+        ([["/dev/x", 0, 6, 7]], [["/dev/x", "boot:1;2:3"]], (), Reason.BACKING_CHANGED),
+        (["rubbish"], [["/base", 5, 6, 7]], (), Reason.BACKING_CHANGED),
+        ([[]], [["/base", 5, 6, 7]], (), Reason.BACKING_CHANGED),
+        ({"no": "list"}, [["/base", 5, 6, 7]], (), Reason.BACKING_CHANGED),
+    ],
+)
+def test_what_is_not_known_is_never_unchanged(
+    then: Any, now: list[Any], trusted: tuple[str, ...], reason: Reason | None
+) -> None:
+    """Unless its owner says so; and an older record, or a damaged one, costs one full read."""
+    records = [_record(OLD, 1, config={"backing": {"vda": then}})]
+    known = Known(REPOSITORY, CLUSTER, records, backing={"vda": now}, trusted=trusted)
+    assert _planned(known, _bitmap(OLD)) == (None if reason else OLD, reason)
+
+
 def _chain(directory: Path) -> Description:
     """An overlay on a base, below a filter."""
     for name in ("overlay", "base"):
@@ -118,11 +147,11 @@ def _older(path: Path) -> None:
 def test_what_tells_a_change(tmp_path: Path, how: Callable[[Path], None], which: str) -> None:
     """Of a backing file between two runs; of all files during a run of an image that is off."""
     description = _chain(tmp_path)
-    before, run = backing_of(description), Sources(description, off=True)
-    assert [entry[0] for entry in before["vda"]] == [str(tmp_path / "base")]
+    run = Sources(description, off=True)
+    assert [entry[0] for entry in run.backing["vda"]] == [str(tmp_path / "base")]
     run.confirm()
     how(tmp_path / which)
-    assert (backing_of(description) == before) is (which == "overlay")
+    assert (Sources(description, off=True).backing == run.backing) is (which == "overlay")
     with pytest.raises(ImageChangedError, match=which):
         run.confirm()
     Sources(_chain(tmp_path), off=False).confirm()

@@ -39,6 +39,13 @@ def test_what_is_neither_true_nor_false_is_named(tmp_path: Path, value: str) -> 
         _config(tmp_path, "", f"strict = {value}")
 
 
+def test_what_is_below_is_trusted_by_name(tmp_path: Path) -> None:
+    vm = _config(tmp_path, "", 'trust-backing = ["nbd:a", "rbd:b"]').vm("web1")
+    assert list(_options(Settings(), "web1", vm, {"--trust-backing"}))[2:] == [
+        "--trust-backing", "nbd:a", "--trust-backing", "rbd:b",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("said", [True, False])
 def test_services_record_as_backups_do(tmp_path: Path, said: bool) -> None:
     """Of one image a serve, a watch and a backup that is off leave bitmaps for one another."""

@@ -1,0 +1,197 @@
+"""Which files and block devices hold bytes of a disk, what of them is compared, and what is believed.
+
+The rule: everything below a disk's node in the engine's graph holds bytes of it, through whatever child: a backing
+file, a data file, an extent, a member of a quorum. Only the targets and logs of filters do not. There are three parts:
+
+- **image**: the file that the disk's own format stands on. What is written there without the format's knowledge is
+  found by the format, or by the bitmap's owner; it is not compared between two runs;
+- **data**: other files that the disk's own node writes to, as the data file of a qcow2 image. A bitmap that the format
+  *stores* says nothing of who writes there while the image is closed. So it is believed only where all of these files
+  are what they were when its base was made of the image that was off: nobody has written at all since. A bitmap in an
+  engine's memory was never without its engine: a running engine gets only such bitmaps there, and they are believed as
+  long as it has the same files;
+- **below**: backing files and what they stand on. Nobody writes there, and no bitmap would mark it, so they must be
+  what they were.
+
+Of a file its size, inode and ``mtime`` are compared; of data files ``ctime`` too, and of all during a run. (Managers of
+VMs change the owner of backing files at each start.) Of a block device, what `incbak.device` tells. Of anything else
+nothing is known: an NBD export, a name that this host cannot look at, a file that a running engine does not have open
+under the name that it gives. What is not known is never believed, unless its owner says that the name never changes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from incbak import device
+from incbak.engine.base import Description
+
+Facts = list[list[Any]]
+"""One entry for each file or device, from the top: its name, and what is known; ``None``: it is not known."""
+Looked = dict[str, list[tuple["Leaf", list[Any]]]]
+"""Of each disk, by its name."""
+_SETTLE_SECONDS = 3.0
+_THROUGH_BACKING = frozenset({"mirror_top", "commit_top"})
+_NO_DATA = frozenset({"target", "log"})
+_PROTOCOL = re.compile(r"[^/]*:")  # as QEMU tells a protocol from a path
+
+
+class Part(StrEnum):
+    """What a file is to the disk: see the module."""
+
+    IMAGE = "image"
+    DATA = "data"
+    BELOW = "below"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A file or device at the end of the graph. ``read_only``: the engine does not write there now."""
+
+    name: str
+    part: Part
+    read_only: bool
+
+
+def leaves(description: Description, node: str) -> list[Leaf]:
+    """Return everything that holds bytes of the disk of ``node``, from the top."""
+    blocks: dict[str, Any] = {b["node"]: b for b in description.config.get("blocks", ())}
+    if node not in blocks:
+        return []
+    found: list[Leaf] = []
+    seen, to_do = {(node, Part.IMAGE)}, [(node, Part.IMAGE)]
+    while to_do:
+        name, part = to_do.pop()
+        block = blocks.get(name)
+        if block is None:  # a node of our own, which a dead run has left in the middle: another one next time
+            found.append(Leaf(name, part, read_only=True))
+            continue
+        below = list(_below(block, part))
+        if not below:
+            found.append(Leaf(str(block.get("file", "")), part, bool(block.get("read_only", True))))
+        to_do += [each for each in reversed(below) if each not in seen]
+        seen.update(below)
+    return found
+
+
+def _below(block: dict[str, Any], part: Part) -> Iterator[tuple[str, Part]]:
+    driver = block.get("driver", "")
+    for edge, child in block.get("children", {}).items():
+        if edge in _NO_DATA:
+            continue
+        if edge == "backing" and driver not in _THROUGH_BACKING:
+            yield child, Part.BELOW
+        elif edge not in ("file", "backing") and part is Part.IMAGE:
+            yield child, Part.DATA
+        else:
+            yield child, part
+
+
+class Peer:
+    """The process of an engine, of which is known what it has open; of another process than the engine, nothing is."""
+
+    def __init__(self, pid: int | None, names: Collection[str]) -> None:
+        self._pid = pid
+        self._open = frozenset(_open_files(pid)) if pid else frozenset()
+        if not any(_identity(found) in self._open for n in names if (found := self._stat(n))):
+            self._open = frozenset()
+
+    def look(self, name: str) -> tuple[Path, os.stat_result] | None:
+        """Return what the engine has under that name, as far as that is known."""
+        found = self._stat(name)
+        if found is None or (_identity(found) not in self._open if self._open else not name.startswith("/")):
+            return None
+        return self._path(name), found
+
+    def _path(self, name: str) -> Path:
+        return Path(name) if name.startswith("/") else Path(f"/proc/{self._pid}/cwd") / name
+
+    def _stat(self, name: str) -> os.stat_result | None:
+        if not name or (_PROTOCOL.match(name) and not name.startswith("/")):
+            return None
+        with suppress(OSError, ValueError):
+            return os.stat(self._path(name))
+        return None
+
+
+def _open_files(pid: int) -> Iterator[tuple[int, int]]:
+    with suppress(OSError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                yield _identity(fd.stat())
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    """Another mount namespace may have other nodes of a device."""
+    return (-1, found.st_rdev) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
+
+
+def facts_of(leaf: Leaf, peer: Peer) -> list[Any]:
+    """Return what is known of one, ``ctime`` last."""
+    looked = peer.look(leaf.name)
+    if looked is None:
+        return [leaf.name, None]
+    path, found = looked
+    if stat.S_ISBLK(found.st_mode):
+        told = ""
+        with suppress(OSError):
+            told = device.settled(path)
+        return [leaf.name, told or None]
+    if not stat.S_ISREG(found.st_mode):
+        return [leaf.name, None]
+    return [leaf.name, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def compared(leaf: Leaf, facts: list[Any]) -> list[Any]:
+    """Return what is compared between two runs."""
+    return facts[:4] if leaf.part is Part.BELOW else facts
+
+
+def settled(look: Callable[[], Looked]) -> Looked:
+    """Return what is found once a later write to a file must show: its times cannot come again."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        found = look()
+        times = [t for each in found.values() for _, facts in each for t in facts[3:]]
+        now = time.time_ns()
+        if not any(device.may_come_again(t, now) for t in times) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.002)
+
+
+def is_known(facts: Facts, trusted: Collection[str] = ()) -> bool:
+    """Whether something is known of each; ``trusted``: the names that need not be."""
+    return all(None not in each or each[0] in trusted for each in facts)
+
+
+def are_same(then: list[Any], now: Facts, trusted: Collection[str] = ()) -> bool:
+    """Whether nothing was changed, as far as it is known. ``then``: from a record, which may hold anything."""
+    if len(then) != len(now):
+        return False
+    for before, each in zip(then, now, strict=True):
+        if not isinstance(before, list | tuple) or not before or before[0] != each[0]:
+            return False
+        if list(before) != each and None not in each and each[0] not in trusted:
+            return False
+    return True
+
+
+def are_one(then: list[Any], now: Facts) -> bool:
+    """Whether they are the same files and devices, whatever was written to them."""
+    return [_identity_of(e) for e in then if isinstance(e, list | tuple)] == [_identity_of(e) for e in now]
+
+
+def _identity_of(facts: Sequence[Any]) -> list[Any]:
+    name, *known = facts or [None]
+    if known and isinstance(known[0], str):
+        return [name, known[0].partition(";")[0]]
+    return [name, *known[1:2]]
