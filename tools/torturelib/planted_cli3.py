@@ -1,0 +1,31 @@
+"""Planted faults: what the command line refuses before anything is done."""
+
+from __future__ import annotations
+
+from torturelib.planted import Fault, unit
+
+_NOT_OPENED = "test_a_name_of_something_else_is_not_opened"
+
+FAULTS = [
+    Fault(
+        "opening-format-of-anything",
+        "incbak/disk/formats.py",
+        'with open(open_image(path, os.O_RDONLY), "rb") as f:\n            head',
+        'with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:\n            head',
+        unit("test_opening", _NOT_OPENED),
+    ),
+    Fault(
+        "opening-text-of-any-fifo",
+        "incbak/opening.py",
+        "stat.S_ISFIFO(mode) and _nameless(info)",
+        "stat.S_ISFIFO(mode)",
+        unit("test_opening", "test_a_text_may_come_through_a_link_or_a_pipe_of_the_shell"),
+    ),
+    Fault(
+        "metrics-replace-an-image",
+        "incbak/fleet/metrics.py",
+        "    if head and head != _MARK:\n",
+        "    if False:\n",
+        unit("test_opening", "test_metrics_replace_metrics_only"),
+    ),
+]
