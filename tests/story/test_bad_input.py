@@ -66,6 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Incbak:
         (["serve", "--name", "vm", "vda"], 2, "not DISK=IMAGE"),
         (["serve", "--name", "vm", "vda={tmp}/none.raw"], 1, "cannot"),
         (["serve", "--name", "vm", "vda={tmp}/disk.raw", "vda={tmp}/disk.raw"], 2, "given twice"),
+        (["serve", "--name", "vm", "vda={tmp}/disk.raw", "vda:ro={tmp}/file"], 2, "not the name of a disk: vda:ro"),
         (["serve", "--name", "vm", "--scratch-limit", "x", "vda={tmp}/disk.raw"], 2, "not a size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -28,4 +28,18 @@ FAULTS = [
         "    if False:\n",
         unit("test_opening", "test_metrics_replace_metrics_only"),
     ),
+    Fault(
+        "watch-twice-by-another-name",
+        "incbak/watch/disks.py",
+        "    disk.claim.take(disk.image)\n",
+        "",
+        unit("watch/test_disks", "test_an_image_is_watched_once_whatever_the_vm_is_called"),
+    ),
+    Fault(
+        "serve-name-of-a-read-only-export",
+        "incbak/serve/daemon.py",
+        "if n.endswith(READ_ONLY_SUFFIX)",
+        "if False",
+        ("tests/unit/serve/test_daemon_names.py",),
+    ),
 ]
