@@ -111,7 +111,10 @@ def _source_options(command: C) -> C:
             "--prune", "prunes", is_flag=True, help="When it is made, prune the VM by its rules in the configuration."
         ),
         click.option(
-            "--strict", is_flag=True, help="Refuse a VM whose monitor says another name; otherwise a warning."
+            "--strict",
+            is_flag=True,
+            help="Refuse a VM whose monitor says another name or UUID, or that has backups under another name, unless "
+            "this one is the monitor's; otherwise a warning.",
         ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
         *_ENGINE_OPTIONS,

@@ -14,7 +14,7 @@ from incbak.backup.audit import Slice
 from incbak.backup.recorded import recorded_format
 from incbak.backup.verify import Verified, Wanted, verify
 from incbak.bitmap.format import REGION, TOUCHED, Flag, layout
-from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, view, views
+from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, views
 from incbak.cli.backup import interruptible, open_waiting
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.engine.detect import Source
@@ -88,11 +88,10 @@ def _as_json(found: BitmapView) -> dict[str, object]:
 
 
 def _pick(vm: str, disk: str | None, name: str | None) -> BitmapView:
-    """The one bitmap meant; the newest file when no name was given."""
+    """The one bitmap meant; the newest file when no name was given. A whole name counts more than parts of others."""
     here = settings()
-    if disk and name:
-        return view(here.state_dir, vm, disk, name)
     matching = [v for v in views(here.state_dir, vm) if disk in (None, v.disk) and (name is None or name in v.name)]
+    matching = [v for v in matching if v.name == name] or matching
     if not matching:
         raise UsageError(f"there is no such bitmap of {vm}", hint="See: incbak bitmap list")
     if len({v.disk for v in matching}) > 1:

@@ -16,6 +16,7 @@ from incbak.bitmap.continuity import changed, may_repeat
 from incbak.bitmap.file import Bitmap
 from incbak.bitmap.format import Flag
 from incbak.bitmap.look import views_in
+from incbak.bitmap.owner import Owner
 from incbak.bitmap.store import BitmapStore, BitmapView, component, views
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.users import refuse_writers
@@ -70,7 +71,7 @@ class ImageEngine(Engine):
             self._name = disk or _known_disk(state_dir, vm, self._found.inode)
             self._store = BitmapStore(state_dir, vm, self._name)
             if not look:
-                self._store.lock()
+                self._store.lock(Owner.RUN)
                 refuse_writers(path)
                 self._store.note_image(path)
         except OSError as e:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from incbak.bitmap.file import Bitmap, State
+from incbak.bitmap.owner import Owner
 from incbak.bitmap.remembered import remembered_format
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
@@ -37,7 +38,7 @@ def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: b
     disk = open_disk(path, read_only=read_only)
     store = BitmapStore(state_dir, vm.name, name)
     try:
-        store.lock()
+        store.lock(Owner.SERVE)
         store.note_image(path)
         good, bad = store.open_all(disk.fingerprint())
         if not read_only:

@@ -13,6 +13,7 @@ from pathlib import Path
 from incbak import host
 from incbak.bitmap.continuity import may_repeat
 from incbak.bitmap.identity import RAW
+from incbak.bitmap.owner import Owner
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.disk.locks import writer_present
@@ -153,7 +154,7 @@ async def lock_store(disk: Watched) -> None:
 def _lock(disk: Watched) -> None:
     disk.claim.take(disk.image)
     try:
-        disk.store.lock()
+        disk.store.lock(Owner.WATCH)
     except BaseException:
         disk.claim.leave()
         raise

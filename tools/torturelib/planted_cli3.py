@@ -42,4 +42,18 @@ FAULTS = [
         "if False",
         ("tests/unit/serve/test_daemon_names.py",),
     ),
+    Fault(
+        "wrong-name-speaks-for-itself",
+        "incbak/backup/runner.py",
+        "other_names(self._vm, description, all_backups, host_name(), self._options.disks)",
+        "[]",
+        ("tests/story/test_options.py::test_a_name_that_the_monitor_does_not_say",),
+    ),
+    Fault(
+        "served-monitor-says-no-name",
+        "incbak/engine/served.py",
+        ', "name": name})',
+        "})",
+        ("tests/story/test_options.py::test_a_name_that_the_monitor_does_not_say",),
+    ),
 ]
