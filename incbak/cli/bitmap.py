@@ -16,6 +16,7 @@ from incbak.backup.verify import Verified, Wanted, verify
 from incbak.bitmap.format import REGION, TOUCHED, Flag, layout
 from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, views
 from incbak.cli.backup import interruptible, open_waiting
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.engine.detect import Source
 from incbak.errors import AuditError, BitmapError, UsageError
@@ -32,7 +33,7 @@ def bitmap() -> None:
 
 
 @bitmap.command("list", short_help="List the bitmaps.")
-@click.option("--name", metavar="VM", help="Only of this VM.")
+@click.option("--name", type=VM_NAME, help="Only of this VM.")
 @common
 def list_bitmaps(name: str | None) -> None:
     """List all bitmaps with their state and dirty bytes.
@@ -202,7 +203,7 @@ def dirty(vm: str, disk: str | None, name: str | None) -> None:
 
 @bitmap.command("verify", short_help="Look whether what a bitmap calls clean is unchanged.")
 @click.argument("source", metavar="SOURCE")
-@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
+@click.option("--name", type=VM_NAME, help="What the VM is called.  [default: as the monitor or image says]")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated.")
 @click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM.")

@@ -52,8 +52,22 @@ FAULTS = [
     Fault(
         "served-monitor-says-no-name",
         "incbak/engine/served.py",
-        ', "name": name})',
-        "})",
+        '{"images": images, "name": name}',
+        '{"images": images}',
         ("tests/story/test_options.py::test_a_name_that_the_monitor_does_not_say",),
+    ),
+    Fault(
+        "given-tree-is-made",
+        "incbak/cli/given.py",
+        "    if not directory.exists() and not parent.exists():\n",
+        "    if False:\n",
+        unit("cli/test_refused", "test_it_is_a_usage_error_and_nothing_was_done"),
+    ),
+    Fault(
+        "given-name-is-empty",
+        "incbak/cli/given.py",
+        "        if not value:\n",
+        "        if False:\n",
+        unit("cli/test_refused", "test_it_is_a_usage_error_and_nothing_was_done"),
     ),
 ]
