@@ -27,7 +27,7 @@ from incbak.backup.audit import Slice, audit_disk
 from incbak.backup.pipeline import Pipeline
 from incbak.backup.plan import Known, Planned, Request, choose, decrypted, distrust, make_plan, missed
 from incbak.backup.sink import DiskSink
-from incbak.backup.sources import Sources, contradictions, other_images
+from incbak.backup.sources import Sources, contradictions, other_images, other_names
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.uncancelled import to_the_end
 from incbak.backup.vm import locked, vm_name
@@ -188,6 +188,7 @@ class _Attempt:
         keep = {known.run(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
         description = await self._engine.describe()
         self._contradicted = contradictions(self._vm, description, known.records)
+        self._contradicted += other_names(self._vm, description, all_backups, host_name(), self._options.disks)
         if self._engine.kind == "image" and not self._options.disks:
             claimed = self._options.name is not None and not self._options.incremental
             self._contradicted += other_images(description, known.records, host_name(), claimed=claimed)

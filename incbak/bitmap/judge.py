@@ -125,7 +125,7 @@ def judge_body(slot: Slot, found: Found, body: Bits, coarse: Bits) -> Reason | N
 def read_body(path: Path, slot: Slot) -> tuple[Bits, Bits]:
     """The body and the coarse map of a file that nobody has open for more than looking. Raises `OSError`."""
     _start, coarse, end = fmt.layout(slot)
-    with path.open("rb") as f:
+    with open(open_regular(path, os.O_RDONLY), "rb") as f:
         f.seek(fmt.HEADER)
         body = np.frombuffer(f.read(end - fmt.HEADER), dtype=np.uint8)
     if len(body) != end - fmt.HEADER:

@@ -20,6 +20,7 @@ from incbak.bitmap.identity import Identity, read_identity, write_identity
 from incbak.bitmap.judge import Header, judge, judge_body, read_header, said_invalid, why_put_aside
 from incbak.bitmap.look import BitmapView, get_dirty_blocks, view, view_file, views
 from incbak.bitmap.names import ABOUT, BURIED, SUFFIX, component, names_in
+from incbak.bitmap.owner import Owner, said_owner, say_owner
 from incbak.errors import BitmapError, LockedError
 from incbak.fingerprint import Fingerprint
 from incbak.reasons import Reason
@@ -46,16 +47,17 @@ class BitmapStore:
         self._lock_fd: int | None = None
         self.uuid = b""
 
-    def lock(self) -> None:
+    def lock(self, by: Owner = Owner.COMMAND) -> None:
         """Become the owner of this disk's bitmaps, until `unlock` or death. Raises `LockedError` if there is one."""
         durable.make_dir(self.directory)
         fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            who, hint = said_owner(fd)
             os.close(fd)
-            hint = "Stop the process that serves it, or use its monitor as the source."
-            raise LockedError(f"the bitmaps of disk {self.disk} of {self.vm} are in use", hint=hint) from None
+            raise LockedError(f"the bitmaps of disk {self.disk} of {self.vm} are in use{who}", hint=hint) from None
+        say_owner(fd, by)
         self._lock_fd = fd
         for left in self.directory.glob(".*.tmp"):
             left.unlink(missing_ok=True)

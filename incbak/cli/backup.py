@@ -14,9 +14,11 @@ import click
 
 from incbak.backup.recorded import recorded_format
 from incbak.backup.runner import Options, Outcome, run
+from incbak.backup.vm import refuse_unfit
 from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.encodable import refuse_unencodable
+from incbak.cli.given import VM_NAME
 from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, ignores_ctime, settings, trusts_backing
 from incbak.cli.signals import ending
@@ -83,7 +85,7 @@ def _source_options(command: C) -> C:
         click.option(
             "--jobs", type=click.IntRange(1, 64), default=2, help="With --all: so many at once.  [default: 2]"
         ),
-        click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]"),
+        click.option("--name", type=VM_NAME, help="What the VM is called.  [default: as the monitor or image says]"),
         click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated."),
         click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated."),
         click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM."),
@@ -112,7 +114,10 @@ def _source_options(command: C) -> C:
             "--prune", "prunes", is_flag=True, help="When it is made, prune the VM by its rules in the configuration."
         ),
         click.option(
-            "--strict", is_flag=True, help="Refuse a VM whose monitor says another name; otherwise a warning."
+            "--strict",
+            is_flag=True,
+            help="Refuse a VM whose monitor says another name or UUID, or that has backups under another name, unless "
+            "this one is the monitor's; otherwise a warning.",
         ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
         trusts_backing,
@@ -281,6 +286,7 @@ def engine_settings(
 async def _run(repo: Repository, source: Source, options: Options, console: Console, longest: float) -> Outcome:
     try:
         async with limited(longest):
+            await asyncio.to_thread(refuse_unfit, repo, options.name)
             known = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
             engine = await open_waiting(known, options.lock_wait)
             try:

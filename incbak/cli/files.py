@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.errors import DamagedError, DiskError, IncompleteError, UsageError
 from incbak.export.image import BackupImage
@@ -25,7 +26,7 @@ from incbak.units import format_size
 _which = (
     click.option("--disk", metavar="DISK", help="Which disk, when the backup has several."),
     click.option("--partition", type=int, metavar="N", help="Which partition, when several have file systems."),
-    click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository."),
+    click.option("--name", type=VM_NAME, help="Which VM's latest, when several share the repository."),
 )
 
 

@@ -9,6 +9,7 @@ import click
 from incbak import durable
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.errors import UsageError
+from incbak.opening import open_text
 from incbak.repo import keys
 from incbak.repo.repository import Config, Repository
 from incbak.repo.storage.local import LocalStorage
@@ -120,8 +121,11 @@ def import_(file: Path) -> None:
     """
     here = settings()
     storage, config = _encrypted(here)
-    with file.open("rb") as stream:
-        data = stream.read(1 << 20).rstrip(b"\n")
+    try:
+        with open_text(file) as stream:
+            data = stream.read(1 << 20).rstrip(b"\n")
+    except OSError as e:
+        raise UsageError(f"cannot read the key {file}: {e.strerror}") from e
     _told(here, keys.import_key(storage, config.id, data, here.passphrase(), config.opens), "is in the repository")
 
 

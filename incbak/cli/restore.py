@@ -13,6 +13,7 @@ from incbak import durable
 from incbak.bitmap.disown import disown
 from incbak.bitmap.store import component
 from incbak.cli import streams
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.cli.signals import interrupt_on_ending
 from incbak.errors import DamagedError, IncompleteError, RestoreError, UsageError
@@ -31,7 +32,7 @@ from incbak.units import format_size
 @click.argument("target")
 @click.option("--all", "everything", is_flag=True, help="The whole VM, into TARGET, a directory.")
 @click.option("--disk", metavar="DISK", help="Which disk, when the backup has several.")
-@click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository.")
+@click.option("--name", type=VM_NAME, help="Which VM's latest, when several share the repository.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option(
     "--format",

@@ -140,9 +140,20 @@ def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
     return callback
 
 
+def _config(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """One that is named on the command line is read at once: each command ends with 2 if it is not as it should be.
+
+    One in the environment or at its default place may be damaged while somebody restores: who needs it reads it.
+    """
+    kept = _keep("config")(ctx, param, value)
+    if value and ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
+        load(value)
+    return kept
+
+
 def common(command: F) -> F:
     """Decorate a command (or the group) with the common options."""
-    path = click.Path(path_type=Path)
+    path = click.Path(path_type=Path, readable=False)  # not looked at before it is needed
     options = (
         click.option(
             "-r", "--repository", type=path, metavar="DIR", envvar="INCBAK_REPOSITORY",
@@ -156,7 +167,7 @@ def common(command: F) -> F:
         click.option(
             "--config", type=path, metavar="FILE", envvar="INCBAK_CONFIG",
             help="The configuration.  [env: INCBAK_CONFIG]",
-            callback=_keep("config"), expose_value=False,
+            callback=_config, expose_value=False,
         ),
         click.option(
             "-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors.",

@@ -19,6 +19,7 @@ from incbak.backup.recorded import recorded_format
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.backup import interruptible, open_waiting
 from incbak.cli.configured import Configured, judge, run_all, source_of
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.engine.detect import Source
 from incbak.errors import BackupError, DiskError, EngineError, UsageError
@@ -38,7 +39,7 @@ from incbak.units import format_duration, format_size, parse_duration
 @click.option("--all", "all_vms", is_flag=True, help="Every VM of the configuration.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, help="With --all: so many at once.  [default: 2]")
 @click.option("--max-age", metavar="TIME", help="Exit with 1 if a disk's last backup is older or dated ahead, or none.")
-@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
+@click.option("--name", type=VM_NAME, help="What the VM is called.  [default: as the monitor or image says]")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--monitor-wait", metavar="TIME", default="20", help="Wait so long while another client has the monitor.")
 @common

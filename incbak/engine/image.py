@@ -17,6 +17,7 @@ from incbak.bitmap.continuity import changed, may_repeat
 from incbak.bitmap.file import Bitmap
 from incbak.bitmap.format import Flag
 from incbak.bitmap.look import views_in
+from incbak.bitmap.owner import Owner
 from incbak.bitmap.store import BitmapStore, BitmapView, component, views
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.users import refuse_writers
@@ -76,7 +77,7 @@ class ImageEngine(Engine):
             self._name = disk or _known_disk(state_dir, vm, self._found.inode)
             self._store = BitmapStore(state_dir, vm, self._name)
             if not look:
-                self._store.lock()
+                self._store.lock(Owner.RUN)
                 self._note = "; ".join(filter(None, (note, refuse_writers(path).doubt(path))))
                 self._store.note_image(path)
         except OSError as e:

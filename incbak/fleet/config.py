@@ -48,6 +48,7 @@ import msgspec
 from incbak.disk.formats import OFFERED
 from incbak.errors import UsageError
 from incbak.host import home
+from incbak.opening import open_text
 from incbak.units import parse_duration, parse_retention, parse_share, parse_size
 
 _LIMIT = 1 << 20
@@ -154,7 +155,7 @@ def default_path() -> Path:
 def load(path: Path) -> Config:
     """Read and check the file. Raises `UsageError` that names the file, the key, and what is expected."""
     try:
-        with path.open("rb") as file:
+        with open_text(path) as file:
             _check_owner(path, os.fstat(file.fileno()))
             raw = file.read(_LIMIT + 1)
     except OSError as e:
