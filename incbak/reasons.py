@@ -33,7 +33,6 @@ class Reason(StrEnum):
     TRACKING_FAILED = "tracking-failed"
     UNSAVED = "unsaved"
     UNWATCHED = "unwatched"
-    IN_USE = "in-use"
     AUDIT = "audit"
 
     @property
@@ -52,7 +51,7 @@ _TEXT = {
     Reason.BITMAP_BUSY: "another job uses the bitmap",
     Reason.BITMAP_DISABLED: "the bitmap was not recording",
     Reason.GRANULARITY: "the bitmap's granularity is not the repository's cluster size",
-    Reason.SUPERSEDED: "the newest backup of the disk was made elsewhere, without this bitmap",
+    Reason.SUPERSEDED: "the bitmap of the newest backup of the disk is not here, only an older one",
     Reason.BACKING_CHANGED: "a backing file of the disk was changed since the base",
     Reason.RESIZED: "the disk has another size than in the base",
     Reason.NEW_DISK: "the base does not have this disk",
@@ -66,8 +65,7 @@ _TEXT = {
     Reason.UNCLEAN_SHUTDOWN: "the host went down without a clean shutdown",
     Reason.INVALIDATED: "the bitmap was invalidated by hand",
     Reason.TRACKING_FAILED: "a write could not be recorded in the bitmap",
-    Reason.UNSAVED: "the VM did not end cleanly while incbak watch was there to save the bitmap",
+    Reason.UNSAVED: "incbak watch could not save the bitmap when QEMU ended, or load it at the next start",
     Reason.UNWATCHED: "the VM ran without incbak watch",
     Reason.AUDIT: "a cluster that the bitmap calls clean was found changed",
-    Reason.IN_USE: "another process has the bitmap open",
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from incbak.backup.sources import check_names, recorded, unproven
+from incbak.bitmap.lost import Lost
 from incbak.engine.base import (
     DECRYPTED,
     Description,
@@ -47,6 +48,8 @@ class Known:
     host: str = ""
     backing: Mapping[str, list[Any]] = field(default_factory=dict)
     """The backing files of the disks as they are now: see `incbak.backup.sources`."""
+    lost: Mapping[str, Lost] = field(default_factory=dict)
+    """Per disk, why bitmaps that are not there are lost."""
     opened: Mapping[str, list[Any]] = field(default_factory=dict)
     """The images that a running engine has open: path and inode of each."""
     data: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -202,11 +205,14 @@ def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known)
         return Reason.BASE_DAMAGED
     if before.size != disk.size:
         return Reason.RESIZED
-    bitmap = disk.bitmap(known.bitmap(record, before))
+    name = known.bitmap(record, before)
+    bitmap = disk.bitmap(name)
     if reason := unproven(disk, record, bitmap, known):
         return reason
     if _is_another(recorded(record, "opened", disk.name), known.opened.get(disk.name, [])):
         return Reason.DISK_CHANGED
+    if disk.was_cut(name):
+        return Reason.RESIZED
     if bitmap:
         return bitmap.trouble(known.cluster_size)
     another = any(run_of(b.name) == known.run(record.id) for b in disk.bitmaps)
@@ -235,7 +241,14 @@ def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
     had = ((r, d) for r in known.records if (d := r.disk(disk.name)))
     bitmaps = [b for r, d in had if (b := disk.bitmap(known.bitmap(r, d)))]
     older = any(b.trouble(known.cluster_size) is None for b in bitmaps)
-    if reason is Reason.BITMAP_MISSING and older and not stray:
-        return Reason.SUPERSEDED
     assert reason
-    return Reason.BASE_MISSING if reason is Reason.BITMAP_MISSING and stray else reason
+    if reason is not Reason.BITMAP_MISSING:
+        return reason
+    if stray or older:
+        return Reason.BASE_MISSING if stray else Reason.SUPERSEDED
+    return _why_lost(disk, *newest, known) or reason
+
+
+def _why_lost(disk: EngineDisk, record: Record, before: DiskRecord, known: Known) -> Reason | None:
+    lost, here = known.lost.get(disk.name), record.origin is None and record.host == known.host
+    return lost.why(known.bitmap(record, before), record.finished, here=here) if lost else None

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from incbak import __version__, durable
@@ -30,6 +31,7 @@ from incbak.backup.sources import Sources, contradictions, other_images
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.uncancelled import to_the_end
 from incbak.backup.vm import locked, vm_name
+from incbak.bitmap.lost import lost_bitmaps
 from incbak.engine.base import Description, DiskResult, Engine, RunResult
 from incbak.errors import (
     BackupError,
@@ -76,8 +78,9 @@ class Options:
     attachments: Mapping[str, str] | None = None
     memory: Memory | None = None
     """What this host remembers of the repository, to be compared and brought up to date."""
-    trusted: Sequence[str] = ()
-    """Backing files that never change, as their owner says: see `Sources`."""
+    trusted: Sequence[str] = ()  # backing files that never change: see `Sources`
+    state_dir: Path | None = None
+    """Where `incbak.bitmap.lost` finds why a bitmap is not there."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,9 @@ class _Attempt:
         for note in notes:
             self._report(Warned(note))
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
-        known = replace(known, damaged=damaged, host=host_name(), backing=self._sources.backing)
-        known = replace(known, opened=self._sources.opened, data=self._sources.data, trusted=self._sources.trusted)
+        names, in_qemu = [d.name for d in disks], self._engine.kind == "qemu"
+        lost = await asyncio.to_thread(lost_bitmaps, self._options.state_dir, self._vm, names, in_qemu=in_qemu)
+        known = replace(known, damaged=damaged, host=host_name(), lost=lost, **self._sources.now())
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if self._options.audit and not self._options.dry_run:
             for planned in self._planned:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from incbak.backup.audit import Findings, Slice, audit_disk
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan
 from incbak.backup.sources import Sources
 from incbak.backup.vm import locked, vm_name
-from incbak.engine.base import DiskPlan, Engine
+from incbak.bitmap.lost import lost_bitmaps
+from incbak.engine.base import Engine
 from incbak.events import Reporter, silent
+from incbak.reasons import Reason
 from incbak.repo.repository import Repository, host_name
 
 
@@ -25,6 +28,7 @@ class Wanted:
     lock_wait: float = 0.0
     part: Slice = field(default_factory=Slice)
     trusted: Collection[str] = ()
+    state_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class Verified:
 async def verify(
     repo: Repository, engine: Engine, wanted: Wanted, report: Reporter = silent
 ) -> tuple[str, list[Verified]]:
-    """The VM's name, and each disk. A bitmap that lied is removed: the next incremental reads that disk whole.
+    """Return the VM's name, and each disk.
+
+    A bitmap that is found wrong becomes invalid and keeps that reason: the next incremental reads the disk whole.
 
     Raises `BitmapError` where the engine keeps its bitmaps to itself, `DamagedError` when the base cannot be read.
     """
@@ -48,13 +54,16 @@ async def verify(
         description = await engine.describe()
         found = await asyncio.to_thread(Sources, description, off=engine.kind == "image", trusted=wanted.trusted)
         damaged, unreadable = repo.damage().backups, tuple(repo.unreadable)
-        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name())
-        known = replace(known, backing=found.backing, opened=found.opened, data=found.data, trusted=found.trusted)
+        lost = await asyncio.to_thread(
+            lost_bitmaps, wanted.state_dir, vm, [d.name for d in description.disks], in_qemu=engine.kind == "qemu"
+        )
+        known = Known(repo.id, repo.cluster_size, records, damaged, unreadable, host_name(), lost=lost)
+        known = replace(known, **found.now())
         disks = choose(description, wanted.disks, wanted.exclude)
         verified = []
         for planned in make_plan(disks, known, Request(incremental=True, backup="verify")):
             findings = await asyncio.to_thread(audit_disk, repo, planned, wanted.part, report)
             if findings and findings.wrong and (name := planned.plan.base_bitmap):
-                await engine.rollback([DiskPlan(planned.plan.disk, name, repo.cluster_size)])
+                await engine.invalidate(planned.plan.disk, name, Reason.AUDIT)
             verified.append(Verified(planned, findings))
         return vm, verified

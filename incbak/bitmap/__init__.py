@@ -53,6 +53,8 @@ found                                                means                      
 ===================================================  =======================================  ==========================
 no file, or only ``NAME.bitmap.invalid``             marking failed, nor could the header     invalid: tracking-failed
                                                      be written
+only ``NAME.bitmap.invalid``, its header damaged     the header was damaged, or of another    invalid: header, format
+                                                     version, when its disk was opened
 neither slot has our magic and version               another kind of file, a newer incbak     invalid: format, untouched
 neither slot verifies; the file cannot be read       rot                                      invalid: header
 the newest slot says invalid                         made invalid earlier                     invalid: the reason in it

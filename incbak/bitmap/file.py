@@ -287,7 +287,7 @@ class Bitmap:
         """
         self._begin()
         with self._syncing():
-            hurt = replace(self.slot, reason=Reason.INVALIDATED.value).with_flags(self._flags() | Flag.INVALID)
+            hurt = replace(self.slot, reason=Reason.BITMAP_INCONSISTENT.value).with_flags(self._flags() | Flag.INVALID)
             self._write_slots(hurt, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
             self._stored.put_bits(np.zeros_like(self._bits))
             self._stored.put_coarse(np.full_like(self._coarse, UNTOUCHED))

@@ -72,7 +72,17 @@ def said_invalid(slot: Slot) -> Reason | None:
     """The reason in a header that says invalid."""
     if not slot.flags & Flag.INVALID:
         return None
-    return Reason(slot.reason) if slot.reason in set(Reason) else Reason.INVALIDATED
+    return Reason(slot.reason) if slot.reason in set(Reason) else Reason.FORMAT
+
+
+def why_put_aside(path: Path) -> Reason:
+    """Return why the file ``path`` was renamed to ``*.invalid``: it is damaged, or its header could not be written."""
+    found = read_header(path)
+    if isinstance(found, Reason):
+        return found
+    if found.length != fmt.layout(found.slot)[2]:
+        return Reason.HEADER
+    return said_invalid(found.slot) or Reason.TRACKING_FAILED
 
 
 def judge(header: Header, name: str, disk_uuid: bytes, disk: Fingerprint | None) -> Found | Reason:

@@ -21,7 +21,7 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
 from incbak.bitmap.format import REGION, REGION_SHIFT, TOUCHED, Flag, Slot
 from incbak.bitmap.identity import RAW, Identity, read_identity
-from incbak.bitmap.judge import Found, Header, judge, judge_body, read_body, read_header, said_invalid
+from incbak.bitmap.judge import Found, Header, judge, judge_body, read_body, read_header, said_invalid, why_put_aside
 from incbak.bitmap.names import ABOUT, BURIED, SUFFIX, component, name_of, names_in
 from incbak.errors import BitmapError
 from incbak.extents import Extent
@@ -126,7 +126,7 @@ def view_file(path: Path, image: Fingerprint | None = None) -> BitmapView:
     if not path.exists():
         buried = path.with_name(path.name + BURIED)
         if buried.exists():
-            return BitmapView(vm, disk, name, buried, None, Reason.TRACKING_FAILED, in_use)
+            return BitmapView(vm, disk, name, buried, None, why_put_aside(buried), in_use)
         raise BitmapError(f"no bitmap {name} of disk {disk} of {vm}", hint="See: incbak bitmap list")
     header = read_header(path)
     if isinstance(header, Reason):

@@ -17,7 +17,7 @@ from incbak.bitmap.create import create_file, new_slot
 from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import Slot
 from incbak.bitmap.identity import Identity, read_identity, write_identity
-from incbak.bitmap.judge import Header, judge, judge_body, read_header, said_invalid
+from incbak.bitmap.judge import Header, judge, judge_body, read_header, said_invalid, why_put_aside
 from incbak.bitmap.look import BitmapView, get_dirty_blocks, view, view_file, views
 from incbak.bitmap.names import ABOUT, BURIED, SUFFIX, component, names_in
 from incbak.errors import BitmapError, LockedError
@@ -117,7 +117,8 @@ class BitmapStore:
         """The bitmap ``name`` if it may be believed, else why not. The table of the package docstring, row by row."""
         path = self.path(name)
         if not path.exists():
-            return Reason.TRACKING_FAILED
+            aside = path.with_name(path.name + BURIED)
+            return why_put_aside(aside) if aside.exists() else Reason.TRACKING_FAILED
         header = read_header(path)
         if isinstance(header, Reason):
             return header

@@ -217,6 +217,7 @@ def _back_up_one(
         attachments=read_attachments(attach),
         memory=here.memory,
         trusted=trust_backing,
+        state_dir=here.state_dir,
     )
     console = here.reporter()
     wanted = Source(source, here.state_dir, name, disks, look=dry_run, **engine_settings(**engine))

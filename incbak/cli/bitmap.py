@@ -7,6 +7,7 @@ import random
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import click
 
@@ -16,6 +17,9 @@ from incbak.backup.verify import Verified, Wanted, verify
 from incbak.bitmap.format import REGION, TOUCHED, Flag, layout
 from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, view, views
 from incbak.cli.backup import interruptible, open_waiting
+from incbak.cli.configured import Configured, source_of
+from incbak.cli.own_bitmaps import remove_named, source_for, source_options
+from incbak.cli.own_bitmaps import show as show_own
 from incbak.cli.settings import Settings, common, printable, settings, trusts_backing
 from incbak.engine.detect import Source
 from incbak.errors import AuditError, BitmapError, UsageError
@@ -25,23 +29,36 @@ from incbak.report.terrain import CELLS, draw
 from incbak.units import format_size, parse_duration, parse_share
 
 
-@click.group("bitmap", short_help="List, show and invalidate dirty bitmaps.")
+@click.group("bitmap", short_help="List, show, verify, invalidate and remove dirty bitmaps.")
 @common
 def bitmap() -> None:
     """Look at dirty bitmaps in the state directory; a bitmap is named after the backup it counts from."""
 
 
-@bitmap.command("list", short_help="List the bitmaps.")
-@click.option("--name", metavar="VM", help="Only of this VM.")
+@bitmap.command("list", cls=Configured, short_help="List the bitmaps, of this host or of SOURCE.")
+@click.argument("source", metavar="[SOURCE]", required=False)
+@click.option("--name", metavar="VM", help="Only of this VM; or what the VM of SOURCE is called.")
+@source_options
 @common
-def list_bitmaps(name: str | None) -> None:
-    """List all bitmaps with their state and dirty bytes.
+def list_bitmaps(
+    source: str | None, name: str | None, disks: tuple[str, ...], form: str | None, allow_backing: tuple[Path, ...]
+) -> None:
+    """List all bitmaps in the state directory with their state and dirty bytes.
+
+    With SOURCE (qmp:SOCKET, an image, or a VM of the configuration): list the bitmaps that incbak has made there, in
+    the memory of a running QEMU or stored in the image, also those of repositories that are gone.
 
     \b
     Example:
       incbak bitmap list --name web1
+      incbak bitmap list qmp:/run/web1.qmp
     """
     here = settings()
+    if source is not None:
+        show_own(here, source_for(here, source_of(here, source), name, form, allow_backing), disks)
+        return
+    if disks or form or allow_backing:
+        raise UsageError("--disk, --format and --allow-backing are for a SOURCE", hint="See: incbak bitmap list --help")
     found = views(here.state_dir, name)
     if here.json:
         for each in found:
@@ -221,8 +238,8 @@ def verify_bitmap(
 ) -> None:
     """Read what was not written since the last backup of SOURCE, and compare it with that backup.
 
-    The guest goes on meanwhile. A bitmap that lied is removed, so that the next incremental reads the whole disk; the
-    exit code is 5 then.
+    The guest goes on meanwhile. A bitmap that is wrong becomes invalid, so that the next incremental reads the whole
+    disk; the exit code is 5 then.
 
     \b
     Example:
@@ -231,7 +248,7 @@ def verify_bitmap(
     here = settings()
     slices = max(parse_share(sample), 1)
     part = Slice(slices, random.randrange(slices))
-    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part, trust_backing)
+    wanted = Wanted(name, disks, exclude, parse_duration(lock_wait), part, trust_backing, here.state_dir)
     vm, verified = interruptible(_verify(here, Source(source, here.state_dir, name, disks), wanted))
     wrong = [v for v in verified if v.findings and v.findings.wrong]
     for each in verified:
@@ -239,7 +256,7 @@ def verify_bitmap(
     if wrong:
         names = ", ".join(v.planned.name for v in wrong)
         raise AuditError(
-            f"the bitmap does not tell the truth about {names} of {vm}; it is removed",
+            f"the bitmap does not tell the truth about {names} of {vm}; it is invalid now",
             hint="The next incremental reads the whole disk. Find out who wrote to the image behind incbak's back.",
         )
 
@@ -291,3 +308,34 @@ def invalidate_bitmap(vm: str, disk: str | None, name: str | None) -> None:
     if here.json:
         here.tell({"vm": found.vm, "disk": found.disk, "name": found.name, "state": "invalid"})
     here.say(f"bitmap {found.name} of {found.disk} of {found.vm} is invalid now")
+
+
+@bitmap.command("remove", cls=Configured, short_help="Remove bitmaps by name, of repositories that are gone.")
+@click.argument("source", metavar="SOURCE")
+@click.argument("names", metavar="BITMAP...", nargs=-1, required=True)
+@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
+@source_options
+@click.option("--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@common
+def remove_bitmaps(
+    source: str,
+    names: tuple[str, ...],
+    name: str | None,
+    disks: tuple[str, ...],
+    form: str | None,
+    allow_backing: tuple[Path, ...],
+    yes: bool,
+) -> None:
+    """Remove each BITMAP from SOURCE: a running QEMU or incbak serve (qmp:SOCKET), or an image that is off.
+
+    A bitmap of a repository that is gone records every write of the guest for nothing. Only bitmaps that incbak has
+    made are removed, and none that a job uses. An image must be off, and neither dirty nor damaged.
+
+    \b
+    Example:
+      incbak bitmap remove qmp:/run/web1.qmp incbak-1f2e3d4c-99887766
+      incbak bitmap remove /vm/web1.qcow2 incbak-1f2e3d4c-99887766 --yes
+    """
+    here = settings()
+    wanted = source_for(here, source_of(here, source), name, form, allow_backing)
+    remove_named(here, replace(wanted, look=False, certain=True), names, disks, yes=yes)

@@ -41,6 +41,7 @@ _COMMANDS = MappingProxyType(
         "bitmap": "bitmap:bitmap",
         "serve": "serve:serve",
         "watch": "watch:watch",
+        "clean": "clean:clean",
         "doctor": "doctor:doctor",
         "config": "fleet:config",
         "schedule": "fleet:schedule",
@@ -52,7 +53,7 @@ _COMMANDS = MappingProxyType(
 
 _ACTS = frozenset(
     {
-        *("init", "full", "incremental", "inc", "restore", "check", "drill", "prune", "remove", "sync"),
+        *("init", "full", "incremental", "inc", "restore", "check", "drill", "prune", "remove", "sync", "clean"),
         *("pin", "unpin", "key", "report", "export", "serve", "watch"),
     }
 )

@@ -129,8 +129,19 @@ async def _look(
     source = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
     engine = await open_waiting(source, 0)
     try:
-        options = Options(incremental=True, name=source.name, disks=source.disks, dry_run=True, trusted=trusted)
+        options = Options(
+            incremental=True,
+            name=source.name,
+            disks=source.disks,
+            dry_run=True,
+            trusted=trusted,
+            state_dir=source.state_dir,
+        )
         outcome = await run(repo, engine, options)
+        for each in await engine.leftovers():
+            if not each.at_work:
+                text = f"incbak: a run that was killed has left {each} in QEMU; remove them: incbak clean {source.text}"
+                click.echo(one_line(text), err=True)
         last = {d.name: record for record in repo.backups(outcome.vm) for d in record.disks}
         return outcome, last, _proof(repo, outcome.vm)
     finally:

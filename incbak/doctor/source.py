@@ -12,7 +12,7 @@ from incbak.bitmap.look import owned
 from incbak.bitmap.store import BitmapStore
 from incbak.doctor import places
 from incbak.doctor.finding import Finding, Level, fault, ok, warning
-from incbak.engine.base import PREFIX, Description, Engine, EngineDisk
+from incbak.engine.base import PREFIX, Description, Engine, EngineDisk, Leftover
 from incbak.engine.detect import Source, open_engine
 from incbak.engine.qemu import QemuEngine
 from incbak.engine.session import Address
@@ -33,6 +33,7 @@ async def look_at_source(source: Source) -> list[Finding]:
     try:
         description = await engine.describe()
         called = await _name(engine, source.name)
+        leftovers = await engine.leftovers()
     except IncbakError as e:
         return [*found, fault(what, str(e), e.hint)]
     finally:
@@ -45,6 +46,7 @@ async def look_at_source(source: Source) -> list[Finding]:
     found.append(called)
     if isinstance(engine, QemuEngine):
         found += _qemu(source, description)
+    found += [_leftover(what, each) for each in leftovers]
     vm = called.text if called.level is Level.OK else source.name or ""
     found += [_disk(engine.kind, d, watched=bool(vm) and _held(source.state_dir, vm, d)) for d in description.disks]
     found += [warning(f"disk {each.name}", f"is left out: {each.why}") for each in description.left_out]
@@ -90,6 +92,13 @@ def _qemu(source: Source, description: Description) -> list[Finding]:
 def _room(where: Path, disks: Sequence[EngineDisk]) -> list[Finding]:
     """A tenth of the disks may be overwritten during a backup, as a rule of thumb, and half of what is free is used."""
     return places.roomy("scratch directory", where, sum(d.size for d in disks) // 5) if where.exists() else []
+
+
+def _leftover(what: str, each: Leftover) -> Finding:
+    if each.at_work:
+        return ok(what, f"a backup is at work: {each}")
+    text = f"a backup run that was killed has left {each} in QEMU, and a migration of the VM fails"
+    return warning(what, text, f"incbak clean {what} removes them, and so does the next backup into its repository.")
 
 
 def _held(state_dir: Path, vm: str, disk: EngineDisk) -> bool:

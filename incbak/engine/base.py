@@ -23,10 +23,12 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
+from incbak.errors import EngineError
 from incbak.reasons import Reason
 
 PREFIX = "incbak"
 _BITMAP = re.compile(f"({PREFIX}-[0-9a-f]{{8}}-[0-9a-f]{{8}})(?:-[0-9a-f]{{8}})?")
+_END_MARK = "-end"
 
 ProgressCallback = Callable[[str, int, int], None]  # disk, bytes done, bytes in all
 
@@ -46,8 +48,13 @@ def bitmap_name(run: str, disk: str) -> str:
 
 def run_of(bitmap: str) -> str:
     """Return the run of a bitmap; earlier versions gave the bitmaps of all disks its name. Other names stay."""
-    found = _BITMAP.fullmatch(bitmap)
+    found = _BITMAP.fullmatch(bitmap.removesuffix(_END_MARK))
     return found[1] if found else bitmap
+
+
+def end_mark_of(bitmap: str) -> str:
+    """Return the name of a bitmap's end mark: see `incbak.engine.end_mark`."""
+    return bitmap + _END_MARK
 
 
 def is_bitmap_name(name: str) -> bool:
@@ -63,7 +70,7 @@ def repository_prefix(repository: str) -> str:
 def superseded(plan: DiskPlan) -> list[str]:
     """The bitmaps of the same repository on the plan's disk that the new one replaces, once the backup exists."""
     prefix = plan.run.rpartition("-")[0] + "-"
-    return [b.name for b in plan.disk.bitmaps if b.name.startswith(prefix) and b.name != plan.new_bitmap]
+    return [b.name for b in plan.disk.bitmaps if b.name.startswith(prefix) and run_of(b.name) != plan.run]
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,11 @@ class EngineDisk:
     def bitmap(self, name: str) -> BitmapInfo | None:
         """The bitmap of that name."""
         return next((b for b in self.bitmaps if b.name == name), None)
+
+    def was_cut(self, name: str) -> bool:
+        """Return whether the disk has been shorter since the bitmap ``name`` began; only an end mark shows it."""
+        mark = self.bitmap(end_mark_of(name))
+        return mark is not None and not mark.inconsistent and mark.count == 0
 
 
 @dataclass(frozen=True)
@@ -203,6 +215,20 @@ class RunResult:
     left: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Leftover:
+    """What a backup run has in an engine. ``run``: how the names of its nodes and jobs begin; ``repository``: the
+    first digits of its id. ``at_work``: it has a job that has not ended."""
+
+    run: str
+    repository: str
+    nodes: tuple[str, ...]
+    at_work: bool
+
+    def __str__(self) -> str:
+        return f"{self.run} ({len(self.nodes)} nodes)"
+
+
 class Engine(ABC):
     """A process that serves disks and takes commands, or an image that nobody has open. Raises `EngineError`."""
 
@@ -240,6 +266,25 @@ class Engine(ABC):
     @abstractmethod
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         """There is no backup: the new bitmaps go, as far as the engine still answers."""
+
+    async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
+        """Return all bitmaps, also those on nodes that no backup reads. Changes nothing."""
+        return [(disk, bitmap) for disk in (await self.describe()).disks for bitmap in disk.bitmaps]
+
+    async def leftovers(self) -> list[Leftover]:
+        """Return the backup runs that have something in the engine, at work or dead. Changes nothing."""
+        return []
+
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        """Remove bitmaps by name, beside no job of a backup. Raises `EngineError` or `DiskError`."""
+        raise EngineError(f"bitmaps of {self.kind} are not removed by name")
+
+    async def invalidate(self, disk: EngineDisk, name: str, reason: Reason) -> None:
+        """Make it durable that the bitmap ``name`` of ``disk`` is wrong. It stays, to tell the reason.
+
+        Raises `EngineError` or `BitmapError` where that fails. An engine that cannot keep a reason removes the bitmap.
+        """
+        await self.rollback([DiskPlan(disk, name, 0)])
 
     async def close(self) -> None:  # noqa: B027
         """Let go of the engine. May be called at any time, more than once."""

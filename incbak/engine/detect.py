@@ -18,7 +18,7 @@ from incbak.engine.qemu import DEFAULT_SCRATCH, OLDEST, QemuEngine, QemuOptions
 from incbak.engine.served import ServedEngine
 from incbak.engine.session import GREETING_SECONDS, Address, Session
 from incbak.engine.storage_daemon import StorageDaemonEngine
-from incbak.errors import EngineError, UsageError
+from incbak.errors import EngineError, FormatError, UsageError
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Source:
     """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them.
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
-    ``look``: nothing is to be changed or owned. ``ignore_ctime``: see `incbak.bitmap.continuity`.
+    ``look``: nothing is to be changed or owned. ``certain``: a format that is only guessed is refused.
+    ``ignore_ctime``: see `incbak.bitmap.continuity`.
     ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`. Of an image:
     ``format`` as the user gave it, ``allow_backing`` as in `incbak.disk.chain`, ``recorded`` what the repository says.
     """
@@ -45,6 +46,7 @@ class Source:
     allow_backing: Sequence[Path] = ()
     recorded: Before | None = None
     look: bool = False
+    certain: bool = False
     ignore_ctime: bool = False
 
     def qemu_options(self) -> QemuOptions:
@@ -74,6 +76,8 @@ async def open_engine(source: Source) -> Engine:
 async def _image(source: Source, path: Path, disk: str | None) -> Engine:
     vm = source.name or path.stem
     decision = decide(path, source.format, _before(source, vm, disk, path))
+    if source.certain and decision.guessed:
+        raise FormatError(f"nothing but its content says that {path} is qcow2", hint="Say so: --format qcow2")
     if decision.format == "raw":
         options = {"look": source.look, "ignore_ctime": source.ignore_ctime}
         return ImageEngine(path, source.state_dir, vm, disk, source.speed, decision.note, **options)

@@ -175,6 +175,21 @@ class ImageEngine(Engine):
         for plan in plans:
             self._remove(plan.new_bitmap)
 
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        for _disk, name in bitmaps:
+            self._remove(name)
+
+    async def invalidate(self, disk: EngineDisk, name: str, reason: Reason) -> None:
+        await asyncio.to_thread(self._invalidate, name, reason)
+
+    def _invalidate(self, name: str, reason: Reason) -> None:
+        if bitmap := self._bitmaps.pop(name, None):
+            bitmap.invalidate(reason)
+            bitmap.close(None)
+        else:
+            self._store.give_up(name, reason)
+        self._bad[name] = reason
+
     def _remove(self, name: str) -> None:
         if bitmap := self._bitmaps.pop(name, None):
             bitmap.close(None)

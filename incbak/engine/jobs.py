@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from incbak.engine.base import DiskResult, ProgressCallback
+from incbak.engine.base import PREFIX, DiskResult, ProgressCallback
 from incbak.engine.headway import LONG_STALL_SECONDS, Headway
 from incbak.engine.session import CommandFailed, EngineSilent, Session
+from incbak.errors import EngineError
 
 _POLL = 0.5
 JOB_CLUSTER = 65536  # of a QEMU backup job whose target is an NBD node
@@ -77,6 +78,13 @@ async def without_padding(session: Session, target: str, size: int, result: Disk
     stats = await session.execute("query-blockstats", {"query-nodes": True})
     reached = next((s["stats"]["wr_highest_offset"] for s in stats if s.get("node-name") == target), 0)
     return DiskResult(result.copied - padding) if reached >= size else result
+
+
+async def refuse_beside_backup(session: Session) -> None:
+    """Raise `EngineError` where a job of a backup is in the engine."""
+    if ours := [job["id"] for job in await session.execute("query-jobs") if job["id"].startswith(f"{PREFIX}-")]:
+        hint = "Run again when the backup has ended. Where none runs, the next backup removes what a dead one has left."
+        raise EngineError(f"a backup is at work in the engine: job {ours[0][:80]}", hint=hint)
 
 
 async def cancel_jobs(session: Session, prefix: str, timeout: float = 30.0) -> list[str]:

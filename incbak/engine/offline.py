@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from incbak.bitmap.remembered import remember_format
-from incbak.engine.base import Description, DiskPlan, run_of
+from incbak.engine.base import BitmapInfo, Description, DiskPlan, EngineDisk, run_of
+from incbak.engine.end_mark import add_end_mark
 from incbak.engine.private_daemon import NODE, PROGRAM, Daemon, Image, Writable
 from incbak.engine.qemu_disks import holds_bitmaps, layout
 from incbak.engine.session import Session
 from incbak.engine.storage_daemon import StorageDaemonEngine, backup_of, disk_of
-from incbak.errors import EngineError, FormatError
+from incbak.errors import DiskError, EngineError, FormatError
 
 
 class OfflineEngine(StorageDaemonEngine):
@@ -65,6 +66,16 @@ class OfflineEngine(StorageDaemonEngine):
             hint = f"Convert it: qemu-img convert -O qcow2 {image.path} NEW"
             raise FormatError(f"{image.path} is a {image.format} image with a backing file: {backing}", hint=hint)
 
+    async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
+        return [(disk, bitmap) for disk in (await self.describe()).disks for bitmap in disk.bitmaps]
+
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        await asyncio.to_thread(self._image.check)
+        if why := await asyncio.to_thread(self._image.unwritable):
+            raise DiskError(f"nothing is removed from image {self._image.path}: {why}")
+        async with self._writable():
+            await super().remove_bitmaps(bitmaps)
+
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         (disk,) = (await self.describe()).disks
         strays = [b for b in disk.bitmaps if b.name.startswith(prefix) and run_of(b.name) not in keep]
@@ -90,6 +101,7 @@ class OfflineEngine(StorageDaemonEngine):
         async with self._writable():
             add = {"node": NODE, "name": plan.new_bitmap, "granularity": plan.granularity, "persistent": True}
             await self._session.execute("block-dirty-bitmap-add", add)
+            await add_end_mark(self._session, plan, 0, persistent=True)
             await super().commit(plans)
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,18 +14,24 @@ from typing import Any, TypeVar
 from incbak.durable import crash_point, declare
 from incbak.engine.agent import Agent, Frozen, connected, frozen_inside
 from incbak.engine.base import (
+    BitmapInfo,
     Description,
     DiskPlan,
     DiskResult,
     Engine,
+    EngineDisk,
+    Leftover,
     ProgressCallback,
     RunResult,
     Target,
+    end_mark_of,
     superseded,
 )
+from incbak.engine.end_mark import add_end_mark
 from incbak.engine.headway import STALL_SECONDS, Headway
-from incbak.engine.jobs import cancel_jobs, without_padding
-from incbak.engine.qemu_disks import find_disks, layout
+from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, without_padding
+from incbak.engine.leftovers import find_leftovers
+from incbak.engine.qemu_disks import bitmaps_by_node, find_disks, layout
 from incbak.engine.qemu_filter import DiskFilter
 from incbak.engine.qemu_graph import qom_path, read_graph, shareable
 from incbak.engine.qemu_guard import Guard
@@ -115,6 +121,17 @@ class QemuEngine(Engine):
         disks = [{"block": qom_path(b), "drive": str(b.get("device", ""))} for b in blocks if b.get("qdev")]
         return named + disks
 
+    async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
+        return bitmaps_by_node(await self._session.execute("query-block"), await read_graph(self._session))
+
+    async def leftovers(self) -> list[Leftover]:
+        return await find_leftovers(self._session)
+
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        await refuse_beside_backup(self._session)
+        for disk, name in bitmaps:
+            await self._remove_bitmap(disk.node, name)
+
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         return await remove_leftovers(self._session, prefix, keep)
 
@@ -148,7 +165,7 @@ class QemuEngine(Engine):
                     await disk.prepare()
                 crash_point("qemu.prepared")
                 for disk in disks:
-                    notes += await self._add_bitmap(disk.plan)
+                    notes += await self._add_bitmap(disk.plan, disk.number)
                 await self._flush(disks)
                 crash_point("qemu.recording")
                 async with frozen_inside(agent, guard, frozen):
@@ -193,15 +210,17 @@ class QemuEngine(Engine):
         listeners = [disk.open_door() for disk in disks]
         return Guard(self._session.duplicate(), listeners, agent.duplicate() if agent else None)
 
-    async def _add_bitmap(self, plan: DiskPlan) -> list[str]:
+    async def _add_bitmap(self, plan: DiskPlan, number: int) -> list[str]:
         one = {"node": plan.disk.node, "name": plan.new_bitmap}
         add = one | {"granularity": plan.granularity, "persistent": plan.disk.can_persist}
         try:
             await self._session.execute("block-dirty-bitmap-add", add)
+            await add_end_mark(self._session, plan, number, persistent=plan.disk.can_persist)
         except CommandFailed as e:
             if not plan.disk.can_persist:
                 raise
             await self._session.execute("block-dirty-bitmap-add", add | {"persistent": False})
+            await add_end_mark(self._session, plan, number, persistent=False)
             return [f"disk {plan.disk.name}: its bitmap is lost when QEMU ends, the image cannot store it: {e}"]
         return []
 
@@ -218,7 +237,7 @@ class QemuEngine(Engine):
         before, inside, after = (lambda d: d.add_filter()), (lambda d: d.insert()), (lambda d: d.add_access())
         if not still:
             await _each(disks, before)
-        async with stopped(self._session, guard) if still or len(disks) > 1 else _nothing():
+        async with stopped(self._session, guard) if still or len(disks) > 1 else nullcontext():
             for step in (before, inside, after) if still else (inside,):
                 await _each(disks, step)
                 crash_point("qemu.filtering")
@@ -303,7 +322,8 @@ class QemuEngine(Engine):
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            await self._remove_bitmap(plan.disk.node, plan.new_bitmap)
+            for name in (plan.new_bitmap, end_mark_of(plan.new_bitmap)):
+                await self._remove_bitmap(plan.disk.node, name)
 
     async def _remove_bitmap(self, node: str, name: str) -> None:
         try:
@@ -329,11 +349,6 @@ def _explain(disk: DiskFilter, error: str) -> str:
 async def _each(disks: Sequence[DiskFilter], step: Callable[[DiskFilter], Coroutine[Any, Any, None]]) -> None:
     for disk in disks:
         await step(disk)
-
-
-@asynccontextmanager
-async def _nothing() -> AsyncIterator[None]:
-    yield
 
 
 def _sync_files(paths: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from incbak.engine.base import DECRYPTED, PREFIX, EngineDisk, LeftOut
+from incbak.engine.base import DECRYPTED, PREFIX, BitmapInfo, EngineDisk, LeftOut
 from incbak.engine.qemu_graph import Graph, Raw, backend_name, qom_path
 from incbak.engine.qemu_shared import why_shared
 from incbak.engine.served import bitmap_info
@@ -55,6 +55,17 @@ def find_disks(
         taken[node] = name
         disks.append(_disk(device, name, top, graph.nodes[node]))
     return disks, left_out
+
+
+def bitmaps_by_node(devices: Sequence[Raw], graph: Graph) -> list[tuple[EngineDisk, BitmapInfo]]:
+    """Return the bitmaps of every node but ours; a node that is no disk of a backup has its own name."""
+    disks = {disk.node: disk for disk in find_disks(devices, graph)[0]}
+    found = []
+    for name, node in graph.nodes.items():
+        if not name.startswith(f"{PREFIX}-"):
+            disk = disks.get(name) or EngineDisk(name, int(node["image"]["virtual-size"]), name, format=node["drv"])
+            found += [(disk, bitmap_info(b)) for b in node.get("dirty-bitmaps", ()) if b.get("name")]
+    return found
 
 
 def _why_not(device: Raw, node: Raw | None, name: str) -> str:

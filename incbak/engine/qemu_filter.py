@@ -36,7 +36,7 @@ from pathlib import Path
 from socket import socket
 from typing import Any
 
-from incbak.engine.base import DiskPlan, Target
+from incbak.engine.base import PREFIX, DiskPlan, Target
 from incbak.engine.guard import cut_off
 from incbak.engine.headway import Headway
 from incbak.engine.jobs import JOB_CLUSTER
@@ -214,6 +214,11 @@ class DiskFilter:
         """
         extra = self.plan.disk.extra
         now = (await read_graph(self.session, timeout=_WINDOW_COMMAND)).root(extra["backend"])
+        if now and now.startswith(f"{PREFIX}-") and now != extra["top"]:
+            raise EngineError(
+                f"disk {self.disk}: a run into another repository has node {now} above it",
+                hint="Run again when it has ended. If it was killed, remove what it has left: incbak clean qmp:...",
+            )
         if now != extra["top"]:
             raise EngineError(
                 f"disk {self.disk}: another program moved it from node {extra['top']} to {now} since the run began",

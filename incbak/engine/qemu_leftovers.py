@@ -16,18 +16,19 @@ log = logging.getLogger(__name__)
 
 _READERS = ("nbd", "snapshot-access")
 _FILTER = "copy-before-write"
-_FROM_THE_TOP = {_FILTER: 0, "qcow2": 1}
+_FROM_THE_TOP = {_FILTER: 0, "qcow2": 1, "null-co": 3}
 
 
 async def remove_leftovers(session: Session, prefix: str, keep: Collection[str]) -> list[str]:
     """See `Engine.cleanup`. In the order of `DiskFilter.remove`: targets are cut first, so that nothing waits for them,
     and nobody reads a point in time any more when the devices are moved back."""
     graph = await read_graph(session)
-    drivers = {name: str(node["drv"]) for name, node in graph.nodes.items() if name.startswith(prefix)}
-    for node, driver in drivers.items():
+    for node, driver in _drivers(graph, prefix).items():
         if driver == "nbd":
             await cut_target(session, node)
     done = await cancel_jobs(session, prefix)
+    graph = await read_graph(session)  # the filter of a job went with it
+    drivers = _drivers(graph, prefix)
     done += await _remove_nodes(session, [n for n, driver in drivers.items() if driver in _READERS])
     for node in [n for n, driver in drivers.items() if driver == _FILTER]:
         try:
@@ -39,6 +40,11 @@ async def remove_leftovers(session: Session, prefix: str, keep: Collection[str])
     done += await _remove_nodes(session, sorted(rest, key=lambda n: _FROM_THE_TOP.get(drivers[n], 2)))
     await remove_fds(session, prefix)
     return done + await _remove_bitmaps(session, graph, prefix, keep)
+
+
+def _drivers(graph: Graph, prefix: str) -> dict[str, str]:
+    """Return the driver of each of our nodes."""
+    return {name: str(node["drv"]) for name, node in graph.nodes.items() if name.startswith(prefix)}
 
 
 async def _remove_nodes(session: Session, nodes: Sequence[str]) -> list[str]:

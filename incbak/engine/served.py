@@ -17,7 +17,7 @@ from incbak.engine.base import (
     run_of,
     superseded,
 )
-from incbak.engine.jobs import cancel_jobs, wait_for_jobs
+from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, wait_for_jobs
 from incbak.engine.session import CommandFailed, Session
 from incbak.errors import EngineError
 from incbak.reasons import Reason
@@ -84,6 +84,20 @@ class ServedEngine(Engine):
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
             await self.cleanup(plan.run, ())
+
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        await refuse_beside_backup(self._session)
+        for disk, name in bitmaps:
+            await self._remove(disk.node, name)
+
+    async def invalidate(self, disk: EngineDisk, name: str, reason: Reason) -> None:
+        arguments = {"node": disk.node, "name": name, "reason": str(reason)}
+        try:
+            await self._session.execute("x-incbak-bitmap-invalidate", arguments)
+        except CommandFailed as e:
+            if e.error_class != "CommandNotFound":
+                raise
+            await self._remove(disk.node, name)
 
     async def _remove(self, node: str, name: str) -> None:
         try:

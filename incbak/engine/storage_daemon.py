@@ -9,6 +9,7 @@ from typing import Any
 
 from incbak.engine.base import (
     DECRYPTED,
+    BitmapInfo,
     Description,
     DiskPlan,
     Engine,
@@ -17,12 +18,14 @@ from incbak.engine.base import (
     ProgressCallback,
     RunResult,
     Target,
+    end_mark_of,
     run_of,
     superseded,
 )
-from incbak.engine.jobs import cancel_jobs, wait_for_jobs, without_padding
+from incbak.engine.end_mark import add_end_mark
+from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, wait_for_jobs, without_padding
 from incbak.engine.private_daemon import PROGRAM
-from incbak.engine.qemu_disks import keeps_bitmaps, layout
+from incbak.engine.qemu_disks import bitmaps_by_node, keeps_bitmaps, layout
 from incbak.engine.qemu_graph import Graph
 from incbak.engine.served import bitmap_info
 from incbak.engine.session import CommandFailed, Session
@@ -63,6 +66,14 @@ class StorageDaemonEngine(Engine):
     async def _graph(self) -> Graph:
         nodes = await self._session.execute("query-named-block-nodes", {"flat": True})
         return Graph.of(nodes, await self._session.execute("x-debug-query-block-graph"))
+
+    async def bitmaps(self) -> list[tuple[EngineDisk, BitmapInfo]]:
+        return bitmaps_by_node((), await self._graph())
+
+    async def remove_bitmaps(self, bitmaps: Sequence[tuple[EngineDisk, str]]) -> None:
+        await refuse_beside_backup(self._session)
+        for disk, name in bitmaps:
+            await self._remove(disk.node, name)
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         done = await cancel_jobs(self._session, prefix)
@@ -106,6 +117,8 @@ class StorageDaemonEngine(Engine):
             add["persistent"] = plan.disk.can_persist
             actions.append({"type": "block-dirty-bitmap-add", "data": add})
             actions.append({"type": "blockdev-backup", "data": backup_of(ident, plan, self._speed)})
+        for number, plan in enumerate(jobs.values()):
+            await add_end_mark(self._session, plan, number, persistent=plan.disk.can_persist)
         await self._session.execute("transaction", {"actions": actions})
 
     async def _abandon(self, jobs: Mapping[str, DiskPlan]) -> None:
@@ -125,7 +138,8 @@ class StorageDaemonEngine(Engine):
 
     async def rollback(self, plans: Sequence[DiskPlan]) -> None:
         for plan in plans:
-            await self._remove(plan.disk.node, plan.new_bitmap)
+            for name in (plan.new_bitmap, end_mark_of(plan.new_bitmap)):
+                await self._remove(plan.disk.node, name)
 
     async def _remove(self, node: str, name: str) -> bool:
         try:

@@ -39,7 +39,8 @@ no disk to watch                           the VM is started if that was asked f
 What QEMU has is trusted as `incbak incremental` trusts it: only bitmaps with our names that record and are neither busy
 nor inconsistent. A reset of the guest changes nothing. A guest that panics has shut down, unless that is asked for to
 be otherwise: told to pause at a shutdown, QEMU pauses then too. ``quit`` by somebody else, or a signal to QEMU, ends it
-at once: the bitmaps are lost, and the next backup reads everything.
+at once: the bitmaps are lost, and the next backup reads everything. Watch notes when and why (`incbak.bitmap.lost`), so
+that the reason in the next record is the true one.
 
 A VM that ran without watch is told by its image's times of change. A manager of VMs that changes the owner or label of
 the image at each start and end (libvirt) moves its ctime, and then nothing shows that nobody wrote: the disk is read

@@ -25,12 +25,16 @@ _FRESH = "prelaunch"
 
 @dataclass
 class Outcome:
-    """What became of the bitmaps of one disk: those that QEMU has now, and why others are lost."""
+    """What became of the bitmaps of one disk: those that QEMU has now, and why others are lost.
+
+    ``detail`` is why none could be loaded, or saved, and ``reason`` what the next record says of that.
+    """
 
     disk: str
     kept: list[str] = field(default_factory=list)
     lost: dict[str, Reason] = field(default_factory=dict)
     detail: str = ""
+    reason: Reason = Reason.UNSAVED
 
 
 @dataclass

@@ -149,7 +149,7 @@ def _write(each: _Disk) -> Outcome:
         disk.sync()
         fingerprint = disk.settled()
         if why := _why_not_closed(each, fingerprint):
-            outcome.detail = why
+            outcome.detail, outcome.reason = why, Reason.DISK_CHANGED
             return outcome
         for place, bits in zip(each.places, each.bits, strict=True):
             write_clean(disk.store, place.name, place.granularity, bits, fingerprint)
@@ -157,6 +157,7 @@ def _write(each: _Disk) -> Outcome:
         crash_point("watch.written")
         if disk.fingerprint() != fingerprint or _opened(disk, fingerprint):
             outcome.detail = f"{disk.image} was written or opened again too early"
+            outcome.reason = Reason.DISK_CHANGED
             for name in outcome.kept:
                 disk.store.give_up(name, Reason.DISK_CHANGED)
             return outcome

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from incbak.bitmap.lost import note_end, note_left, note_saved, note_watched
 from incbak.engine.session import Address, CommandFailed, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError, UsageError
 from incbak.reasons import Reason
@@ -130,6 +131,10 @@ class _Attached:
             await remove_leftovers(self._session)
             await self._attach()
             return await self._wait()
+        except EngineGone:
+            for disk in self._disks.values():
+                note_end(disk.store.directory, Reason.UNSAVED)
+            raise
         finally:
             unlock_stores(self._disks.values())
 
@@ -169,6 +174,7 @@ class _Attached:
                 self._disks[disk.name] = replace(disk, store=known.store)
                 continue
             await lock_store(disk)
+            note_watched(disk.store.directory)
             self._disks[disk.name] = disk
             new.append(disk)
         for name in self._disks.keys() - {disk.name for disk in found}:
@@ -300,6 +306,8 @@ class _Attached:
             await self._session.execute("set-action", {"shutdown": "poweroff"})
         if self._is_down(status := await self._status()):
             return await self._save(status)
+        for disk in self._disks.values():
+            note_left(disk.store.directory)
         self._tell("left", "left alone; if it ends now, its bitmaps are lost")
         return True
 
@@ -312,9 +320,12 @@ class _Attached:
         await self._look_for_new()
         outcomes = await save_and_quit(self._session, list(self._disks.values()), self._ran, status=status)
         for outcome in outcomes:
+            directory = self._disks[outcome.disk].store.directory
             if outcome.detail:
+                note_end(directory, outcome.reason)
                 self._tell("lost", f"disk {outcome.disk}: not saved: {outcome.detail}", disk=outcome.disk)
             else:
+                note_saved(directory)
                 text = f"disk {outcome.disk}: {len(outcome.kept)} bitmaps saved"
                 self._tell("saved", text, disk=outcome.disk, bitmaps=outcome.kept)
         return not any(outcome.detail for outcome in outcomes)

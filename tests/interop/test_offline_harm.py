@@ -124,6 +124,22 @@ def test_an_image_that_became_dirty_during_the_copy_is_not_written(tmp_path: Pat
     assert b"incbak-" not in image.read_bytes()
 
 
+def test_an_image_that_was_shrunk_and_has_its_size_again(tmp_path: Path) -> None:
+    """qemu-img cuts the bitmaps, and marks nothing of what comes back, which is zero."""
+    image = make(tmp_path / "disk.qcow2", size=4 << 20)
+    write(image, "write -P 1 0 4M")
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    incbak("full", image)
+    for size in ("2M", "4M"):
+        subprocess.run(["qemu-img", "resize", "-q", "--shrink", image, size], check=True, timeout=20)
+    for reason in ("resized", None):
+        incbak("incremental", image)
+        assert incbak.list()[-1]["disks"][0]["reason"] == reason
+        incbak("restore", "latest", tmp_path / "out.raw", "--force")
+        assert (tmp_path / "out.raw").read_bytes() == content(image)
+
+
 def test_an_image_that_was_written_during_the_copy_is_not_written(tmp_path: Path, monkeypatch: Any) -> None:
     image = make(tmp_path / "disk.qcow2")
     before_commit(monkeypatch, lambda: os.utime(image))

@@ -161,6 +161,8 @@ def _scratch_files(guest: Guest) -> list[str]:
 
 
 def bitmaps_of(guest: Guest, node: str) -> list[str]:
-    """The names of a node's bitmaps."""
+    """The names of a node's bitmaps, without the end mark that each of ours has beside it."""
     nodes = guest.qmp("query-named-block-nodes", flat=True)
-    return sorted(b["name"] for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", []))
+    found = (b for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", []))
+    names = {b["name"] for b in found if "name" in b}
+    return sorted(name for name in names if not (name.endswith("-end") and name.removesuffix("-end") in names))

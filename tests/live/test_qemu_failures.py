@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -33,7 +34,9 @@ class Vm:
     def __init__(self, root: Path, iothread: bool) -> None:
         self.iothread = iothread
         self.image = raw_image(root / "vda.raw", SIZE, random.Random(1).randbytes(24 << 20))
-        self.guest = Guest(root / "guest", [GuestDisk("vda", self.image, iothread=iothread)])
+        self.second = root / "second"
+        monitor = ["-qmp", f"unix:{self.second},server=on,wait=off"]
+        self.guest = Guest(root / "guest", [GuestDisk("vda", self.image, iothread=iothread)], arguments=monitor)
         self.chain = Chain(Incbak(root), WRITES)
         self.chain.incbak("init")
         WRITES.start(self.guest)
@@ -90,6 +93,70 @@ def test_the_runner_is_killed_at_each_step(vm: Vm) -> None:
     for step in AFTER:
         ran = incbak.run("incremental", f"qmp:{vm.guest.monitor}", "--name", "vm", env={"INCBAK_CRASH_AT": step})
         assert ran.code == -signal.SIGKILL, (step, ran)
+    vm.good_again()
+
+
+def _told(vm: Vm, command: str) -> str:
+    """What ``doctor`` or ``status`` says of leftovers."""
+    ran = vm.chain.incbak.run(command, f"qmp:{vm.guest.monitor}", "--name", "vm")
+    return next((line for line in (ran.out + ran.err).splitlines() if "killed has left" in line), "")
+
+
+def test_what_a_killed_run_has_left_is_told_and_taken_out(vm: Vm) -> None:
+    """Without a backup; the bitmaps stay, so the chain goes on, and the guest does not notice."""
+    incbak, source = vm.chain.incbak, f"qmp:{vm.guest.monitor}"
+    assert (_told(vm, "doctor"), _told(vm, "status")) == ("", "")
+    assert "nothing of incbak" in incbak("clean", source, "--name", "vm").out
+    for step in ("qemu.copying", "runner.committed"):
+        kind = "full" if step == "qemu.copying" else "incremental"
+        ran = incbak.run(kind, source, "--name", "vm", env={"INCBAK_CRASH_AT": step})
+        assert ran.code == -signal.SIGKILL
+        left = step == "qemu.copying"
+        assert bool(ours_in(vm.guest)) == left
+        if left:
+            eventually(lambda: _told(vm, "doctor"), 20, "the job meets the end of its target")
+            named = f"{ours_in(vm.guest)[0].rpartition('-')[0]}-0123abcd"  # as the bitmap of one disk of that run
+            vm.guest.qmp("block-dirty-bitmap-add", node="vda", name=named)
+        assert bool(_told(vm, "status")) == left
+        before = bitmaps_of(vm.guest, "vda")
+        assert len(before) >= 2
+        ran = incbak("clean", source, "--name", "vm")
+        assert ("still in use" in ran.err, bool(ran.out.strip())) == (False, True)
+        assert (ours_in(vm.guest), bitmaps_of(vm.guest, "vda")) == ([], before)
+        unharmed(vm.guest, "w")
+    assert (_told(vm, "doctor"), _told(vm, "status")) == ("", "")
+    vm.good_again()
+
+
+def test_what_a_run_into_a_repository_that_is_gone_has_left(vm: Vm, tmp_path: Path) -> None:
+    """Only after a question; a run that is at work is not touched, neither one of the repository at hand."""
+    if vm.iothread:
+        return
+    source, other = f"qmp:{vm.guest.monitor}", Incbak(tmp_path)
+    other("init")
+    other_id = json.loads((other.repo / "config").read_text())["id"][:8]
+    ran = other.run("full", source, "--name", "vm", env={"INCBAK_CRASH_AT": "qemu.copying"})
+    assert ran.code == -signal.SIGKILL
+    incbak = vm.chain.incbak
+    eventually(lambda: _told(vm, "doctor"), 20, "the job meets the end of its target")
+    ran = incbak.run("full", source, "--name", "vm")
+    assert (ran.code, "a run into another repository" in ran.err, "incbak clean" in ran.err) == (1, True, True), ran
+    ran = incbak.run("clean", source, "--name", "vm")
+    assert (ran.code, "not at hand" in ran.err, "--yes" in ran.err) == (2, True, True), ran
+    assert ours_in(vm.guest)
+    unharmed(vm.guest, "w")
+    incbak("clean", source, "--name", "vm", "--yes")
+    assert ours_in(vm.guest) == []
+    process = vm.start()
+    eventually(vm.copying, 20, "a job")
+    ran = incbak.run("clean", f"qmp:{vm.second}", "--name", "vm", "--yes")
+    assert ran.code == 11, ran
+    ran = other.run("clean", f"qmp:{vm.second}", "--name", "vm", "--yes")
+    assert (ran.code, "a backup is at work" in ran.err) == (11, True), ran
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    (gone,) = {b["name"] for b in incbak("--json", "bitmap", "list", source).objects() if b["repository"] == other_id}
+    incbak("bitmap", "remove", source, gone, "--yes")
     vm.good_again()
 
 
@@ -153,6 +220,31 @@ def test_a_runner_that_is_stopped_for_long_is_cut_off(vm: Vm) -> None:
     assert "no backup was made" in err
     assert "Traceback" not in err
     vm.guest.figures("w")
+    vm.good_again()
+
+
+@pytest.mark.parametrize("how", ["100 kB/s", "1 B/s", "paused"])
+def test_a_copy_that_never_ends_is_ended_by_the_longest_duration(vm: Vm, how: str) -> None:
+    """Another client of QEMU slows the job down, to a trickle that is progress, or to none; nothing of ours stays."""
+    if vm.iothread == (how == "1 B/s"):
+        return
+    vm.guest.figures("w")
+    base = bitmaps_of(vm.guest, "vda")
+    process = vm.start("full", "--max-duration", "5s")
+    eventually(vm.copying, 20, "a job")
+    (job,) = (j["device"] for j in vm.guest.qmp("query-block-jobs"))
+    if how == "paused":
+        vm.guest.qmp("block-job-pause", device=job)
+    else:
+        vm.guest.qmp("block-job-set-speed", device=job, speed=1 if how == "1 B/s" else 100_000)
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 1, err
+    assert "took longer than 5.00 s" in err
+    assert "--max-duration TIME" in err
+    assert "Traceback" not in err
+    assert ours_in(vm.guest) == []
+    assert vm.guest.failures == []
+    assert bitmaps_of(vm.guest, "vda") == base
     vm.good_again()
 
 

@@ -1,4 +1,4 @@
-"""Disks of a running QEMU whose images are exchanged: no bitmap is taken for another disk's. No guest is booted."""
+"""Disks of a running QEMU whose images are exchanged or resized between two backups. No guest is booted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.kit.cli import Incbak, differing
 from tests.kit.guest import Guest, GuestDisk, need_guest
-from tests.kit.live import content_of, qcow2_image
+from tests.kit.live import content_of, ours_in, qcow2_image
 from tests.kit.serve import raw_image
 
 pytestmark = pytest.mark.kvm
@@ -75,3 +75,22 @@ def test_a_node_that_got_another_file(stack: ExitStack, tmp_path: Path) -> None:
     incbak("incremental", f"qmp:{guest.monitor}", "--name", "vm")
     assert _reasons(incbak) == ["disk-changed"]
     assert differing(incbak.restored(), content_of(b)) == []
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_a_disk_that_was_shrunk_and_has_its_size_again(stack: ExitStack, tmp_path: Path, form: str) -> None:
+    """What it has got back is zero now, and QEMU has not marked it. After that run, and one more, all is well again."""
+    image = tmp_path / f"vda.{form}"
+    _filled(image, 1) if form == "qcow2" else raw_image(image, SIZE, b"a" * SIZE)
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    guest = Guest(tmp_path / "guest", [GuestDisk("vda", image, format=form)], arguments=["-S"])
+    stack.callback(guest.kill)
+    incbak("full", f"qmp:{guest.monitor}", "--name", "vm")
+    for size in (SIZE // 2, SIZE):
+        guest.qmp("block_resize", **{"node-name": "vda", "size": size})
+    for reasons in (["resized"], [None]):
+        incbak("incremental", f"qmp:{guest.monitor}", "--name", "vm")
+        assert _reasons(incbak) == reasons
+        assert differing(incbak.restored(), content_of(image)) == []
+    assert ours_in(guest) == []

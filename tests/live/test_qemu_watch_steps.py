@@ -67,7 +67,7 @@ def test_watch_is_killed_while_it_loads(vm: WatchedVm, point: str) -> None:
     whole = point != "watch.loaded"
     assert ready["bitmaps"] == (0 if whole else 1)
     assert [each["reason"] for each in watch.heard("invalid")] == (["unsaved"] if whole else [])
-    assert vm.next_reads() == {"vda": ("bitmap-missing", WHOLE) if whole else (None, 3)}
+    assert vm.next_reads() == {"vda": ("unsaved", WHOLE) if whole else (None, 3)}
     nodes = [n["node-name"] for n in vm.qmp("query-named-block-nodes", flat=True)]
     assert [n for n in nodes if "watch" in n] == []
     vm.poke("vda", 9)
@@ -95,7 +95,7 @@ def test_watch_is_killed_while_it_saves(vm: WatchedVm, point: str) -> None:
     assert vm.files() == {"vda": "clean" if valid else "invalid unsaved"}
     watch = vm.begin()
     vm.poke("vda", 500)
-    assert vm.next_reads() == {"vda": (None, 4) if valid else ("bitmap-missing", WHOLE)}
+    assert vm.next_reads() == {"vda": (None, 4) if valid else ("unsaved", WHOLE)}
 
 
 def test_qemu_is_killed(vm: WatchedVm) -> None:
@@ -109,6 +109,13 @@ def test_qemu_is_killed(vm: WatchedVm) -> None:
     assert watch.ended() == 1
     assert watch.events()[-1] == "lost"
     assert vm.files() == {"vda": "invalid unsaved"}
+    for _ in range(2):  # first the bitmap that was loaded, then one that had no file yet
+        watch = vm.begin()
+        (row,) = vm.incbak("--json", "status", f"qmp:{vm.guest.monitor}", "--name", "vm").objects()
+        assert row["reason"] == "unsaved"
+        assert vm.next_reads() == {"vda": ("unsaved", WHOLE)}
+        vm.guest.process.kill()
+        assert watch.ended() == 1
     for _ in range(4):
         watch = vm.begin()
         vm.next_reads()
@@ -144,7 +151,7 @@ def test_a_vm_that_ran_before(vm: WatchedVm) -> None:
     assert watch.wait("ready")["bitmaps"] == 0
     (lost,) = watch.heard("invalid")
     assert (lost["reason"], lost["detail"]) == ("unwatched", "the VM has run already: it is running")
-    assert vm.next_reads() == {"vda": ("bitmap-missing", WHOLE)}
+    assert vm.next_reads() == {"vda": ("unwatched", WHOLE)}
     vm.fall_down(watch)
     vm.start()
     vm.qmp("cont")
@@ -159,7 +166,7 @@ def test_a_vm_that_ran_before(vm: WatchedVm) -> None:
     (lost,) = watch.heard("invalid")
     assert (lost["reason"], lost["detail"]) == ("unwatched", "the VM has run already: it has written, and was reset")
     assert not running(vm.guest)
-    assert vm.next_reads() == {"vda": ("bitmap-missing", WHOLE)}
+    assert vm.next_reads() == {"vda": ("unwatched", WHOLE)}
 
 
 def test_an_incoming_migration(vm: WatchedVm) -> None:
@@ -200,7 +207,7 @@ def test_the_guest_starts_while_its_bitmaps_are_loaded(vm: WatchedVm) -> None:
     recording = [b for n in vm.qmp("query-named-block-nodes", flat=True) for b in n.get("dirty-bitmaps", [])]
     assert [b["count"] for b in recording] == [CLUSTER]
     vm.watch("--once").wait("ready")
-    assert vm.next_reads() == {"vda": ("bitmap-missing", WHOLE)}
+    assert vm.next_reads() == {"vda": ("unsaved", WHOLE)}
 
 
 @pytest.mark.parametrize("how", ["written", "older copy", "replaced", "grown"])
@@ -227,8 +234,7 @@ def test_the_image_is_changed_while_the_vm_is_off(vm: WatchedVm, how: str) -> No
     watch.wait("ready")
     expected = "resized" if how == "grown" else "disk-changed"
     assert [each["reason"] for each in watch.heard("invalid")] == [expected]
-    reads = vm.next_reads()
-    assert reads == {"vda": ("resized", WHOLE + 1) if how == "grown" else ("bitmap-missing", WHOLE)}
+    assert vm.next_reads() == {"vda": (expected, WHOLE + (how == "grown"))}
 
 
 @pytest.mark.parametrize("option", [(), ("--ignore-ctime",)])
@@ -328,7 +334,7 @@ def test_disks_that_come_and_go(vm: WatchedVm) -> None:
     assert [(e["disk"], e["reason"]) for e in watch.heard("invalid")] == [("vdb-dev", "unwatched")]
     assert vm.files() == {"vda": "invalid unsaved", "vdb": "invalid unwatched"}
     vm.images["vdb"] = image
-    assert vm.next_reads() == {"vda": (None, 0), "vdb": ("bitmap-missing", WHOLE)}
+    assert vm.next_reads() == {"vda": (None, 0), "vdb": ("unwatched", WHOLE)}
     vm.poke("vdb", 6, 7)
     vm.fall_down(watch)
     watch = vm.begin()
@@ -361,7 +367,7 @@ def test_other_formats(vm: WatchedVm) -> None:
     run("qemu-io", "-c", "write 0 64k", str(vm.images["old"]))
     watch = vm.begin()
     assert [(e["disk"], e["reason"]) for e in watch.heard("invalid")] == [("old-dev", "disk-changed")]
-    assert vm.next_reads() == {"vda": (None, 0), "old": ("bitmap-missing", WHOLE), "new": (None, 0)}
+    assert vm.next_reads() == {"vda": (None, 0), "old": ("disk-changed", WHOLE), "new": (None, 0)}
 
 
 def run(*argv: str) -> None:
@@ -443,7 +449,7 @@ def test_images_and_serve_use_the_same_files(vm: WatchedVm) -> None:
     watch.end(signal.SIGKILL)
     vm.guest.kill()
     with serving(vm.root, {"vda-dev": image}) as serve:
-        assert vm.next_reads(f"qmp:{serve.monitor}") == {"vda": ("bitmap-missing", WHOLE)}
+        assert vm.next_reads(f"qmp:{serve.monitor}") == {"vda": ("unwatched", WHOLE)}
 
 
 def test_a_file_of_any_size_is_one_disk_on_and_off(tmp_path: Path) -> None:
@@ -533,7 +539,7 @@ def test_a_block_device(vm: WatchedVm, device: Path) -> None:
     assert vm.guest.quit() == 0
     watch = vm.begin()
     assert [each["reason"] for each in watch.heard("invalid")] == ["disk-changed"]
-    assert vm.next_reads() == {"vda": ("bitmap-missing", WHOLE)}
+    assert vm.next_reads() == {"vda": ("disk-changed", WHOLE)}
     vm.fall_down(watch)
     vm.start()
     vm.qmp("cont")

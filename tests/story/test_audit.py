@@ -116,7 +116,7 @@ def test_a_guest_that_writes_is_no_lie(story: Story) -> None:
             thread.join()
 
 
-def test_verify_finds_it_too_and_removes_the_bitmap(story: Story) -> None:
+def test_verify_finds_it_too_and_the_bitmap_stays_invalid(story: Story) -> None:
     """With a monitor and with an image that is off; exit code 5; the next run reads everything."""
     with story.serving() as serve:
         story.back_up(serve, "full")
@@ -132,9 +132,30 @@ def test_verify_finds_it_too_and_removes_the_bitmap(story: Story) -> None:
     assert "does not tell the truth" in ran.err
     again = story.incbak("bitmap", "verify", story.image, *name)
     assert "nothing to verify" in again.out
+    (row,) = story.incbak("--json", "status", story.image, *name).objects()
+    (shown,) = story.incbak("--json", "bitmap", "list").objects()
+    assert (row["reason"], shown["state"], shown["reason"]) == ("audit", "invalid", "audit")
     disk = story.back_up(story.image)
-    assert (disk["kind"], disk["reason"]) == ("full", "bitmap-missing")
+    assert (disk["kind"], disk["reason"]) == ("full", "audit")
     story.verify()
+
+
+def test_what_verify_found_beside_a_guest_is_the_reason_of_the_record(story: Story) -> None:
+    """Served: the server keeps the reason over its end, and the bitmap records no more."""
+    with story.serving() as serve:
+        story.back_up(serve, "full")
+        _write_behind(story)
+        assert story.incbak.run("bitmap", "verify", f"qmp:{serve.monitor}").code == 5
+        story.write(serve, WRITTEN)
+        (shown,) = story.incbak("--json", "bitmap", "list").objects()
+        (row,) = story.incbak("--json", "status", f"qmp:{serve.monitor}").objects()
+        assert (shown["reason"], row["reason"], row["dirty"]) == ("audit", "audit", SIZE)
+        assert serve.stop() == 0
+    with story.serving() as serve:
+        disk = story.back_up(serve)
+        assert (disk["kind"], disk["reason"]) == ("full", "audit")
+        assert story.back_up(serve)["reason"] is None
+        story.verify()
 
 
 @pytest.mark.parametrize("share", ["-1", "101", "x", "0.0001%"])

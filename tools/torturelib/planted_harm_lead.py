@@ -200,4 +200,32 @@ FAULTS = [
         "        return named or run\n",
         unit("backup/test_plan", "test_the_name_of_a_bitmap_in_a_record_is_believed_only_for_its_own_backup"),
     ),
+    Fault(
+        "end-mark-not-looked-at",
+        _PLAN,
+        "    if disk.was_cut(name):\n        return Reason.RESIZED\n",
+        "",
+        ("tests/interop/test_offline_harm.py::test_an_image_that_was_shrunk_and_has_its_size_again",),
+    ),
+    Fault(
+        "end-mark-not-made-in-qemu",
+        "incbak/engine/qemu.py",
+        "            await add_end_mark(self._session, plan, number, persistent=plan.disk.can_persist)\n",
+        "",
+        ("tests/live/test_qemu_identity.py::test_a_disk_that_was_shrunk_and_has_its_size_again",),
+    ),
+    Fault(
+        "end-mark-of-an-image-that-is-off-not-made",
+        "incbak/engine/offline.py",
+        "            await add_end_mark(self._session, plan, 0, persistent=True)\n",
+        "",
+        ("tests/interop/test_offline_harm.py::test_an_image_that_was_shrunk_and_has_its_size_again",),
+    ),
+    Fault(
+        "end-mark-nodes-stay",
+        "incbak/engine/end_mark.py",
+        '            for letter in "wns":\n',
+        '            for letter in "":\n',
+        ("tests/live/test_qemu_identity.py::test_a_disk_that_was_shrunk_and_has_its_size_again",),
+    ),
 ]

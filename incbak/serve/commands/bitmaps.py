@@ -12,10 +12,11 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap.file import Bitmap, State
 from incbak.bitmap.format import NAME_LIMIT
 from incbak.errors import IncbakError
+from incbak.reasons import Reason
 from incbak.serve.commands.registry import Args, command
 from incbak.serve.memory_bitmap import AnyBitmap, MemoryBitmap
 from incbak.serve.regrain import regrain
-from incbak.serve.schema import BOOL, STR, UINT32, Alternate, Fields, List, Opt, QmpError
+from incbak.serve.schema import BOOL, STR, UINT32, Alternate, Enum, Fields, List, Opt, QmpError
 from incbak.serve.tracker import TrackedDisk
 from incbak.serve.transaction import Action, Transaction, log
 from incbak.serve.vm import Vm, check_usable
@@ -273,6 +274,18 @@ def disable(vm: Vm, args: Args) -> object:
 def merge(vm: Vm, args: Args) -> object:
     """Merge bitmaps into one."""
     Transaction(vm).run([Merge(vm, args)])
+    return None
+
+
+@command("x-incbak-bitmap-invalidate", {**ONE, "reason": Enum(*Reason)})
+def invalidate(vm: Vm, args: Args) -> object:
+    """Make a persistent bitmap invalid, durably; it stays to tell the reason until it is removed."""
+    tracked = vm.node(args["node"])
+    bitmap = Transaction(vm).bitmap(tracked, args["name"])
+    if not isinstance(bitmap, Bitmap):
+        raise QmpError(f"Bitmap '{bitmap.name}' is not persistent")
+    check_usable(tracked, bitmap)
+    bitmap.invalidate(Reason(args["reason"]))
     return None
 
 

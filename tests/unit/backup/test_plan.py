@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace as changed
 
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan, missed
+from incbak.bitmap.lost import Lost
 from incbak.engine.base import BitmapInfo, Description, EngineDisk, LeftOut, bitmap_name
 from incbak.errors import UsageError
 from incbak.reasons import Reason
-from incbak.repo.record import DiskRecord, Record
+from incbak.repo.record import DiskRecord, Origin, Record
 
 CLUSTER = 65536
 SIZE = 100 * CLUSTER
@@ -100,6 +102,33 @@ def test_a_bitmap_that_cannot_be_believed(trouble: dict[str, Any], reason: Reaso
     planned = _plan(_disk(_bitmap(BASE, **trouble)))
     assert (planned.base, planned.plan.reason) == (None, reason)
     assert planned.before is KNOWN.records[1].disks[0], "what is at its place is not stored again"
+
+
+@pytest.mark.parametrize(
+    ("older", "strays", "expected"),
+    [
+        ((), (), Reason.UNSAVED),
+        ((), (("vda", _name("4" * 32)),), Reason.BASE_MISSING),
+        ((_bitmap(OLD),), (), Reason.SUPERSEDED),
+        ((_bitmap(BASE, inconsistent=True),), (), Reason.BITMAP_INCONSISTENT),
+    ],
+)
+def test_a_bitmap_that_is_not_there_has_the_reason_that_this_host_remembers(
+    older: tuple[BitmapInfo, ...], strays: tuple[tuple[str, str], ...], expected: Reason
+) -> None:
+    """Unless the disk's other bitmaps tell more: what was noted of the last end of the VM may be long ago."""
+    lost = {"vda": Lost({_name(BASE): Reason.UNSAVED})}
+    assert _plan(_disk(*older), _with(lost=lost), strays=strays).plan.reason is expected
+
+
+@pytest.mark.parametrize(("host", "origin"), [("elsewhere", None), ("here", Origin("r", 1)), ("here", None)])
+def test_only_a_backup_of_this_host_is_lost_with_its_vm(host: str, origin: Origin | None) -> None:
+    finished = "2020-01-01T00:00:00.000Z"
+    record = msgspec.structs.replace(KNOWN.records[1], host=host, origin=origin, finished=finished)
+    lost = {"vda": Lost({}, float("inf"), Reason.UNSAVED)}
+    known = _with(records=[record], host="here", lost=lost)
+    expected = Reason.UNSAVED if (host, origin) == ("here", None) else Reason.BITMAP_MISSING
+    assert _plan(_disk(), known).plan.reason is expected
 
 
 def _with(**more: Any) -> Known:

@@ -329,6 +329,34 @@ def test_a_buried_bitmap_is_known_to_be_lost(scene: Scene) -> None:
     assert scene.opened().found is Found.RECOVERED
 
 
+@pytest.mark.parametrize(("content", "reason"), [(b"INCBAKBM" + bytes(5000), Reason.HEADER), (b"hello", Reason.FORMAT)])
+def test_a_damaged_file_that_was_put_aside_keeps_its_reason(scene: Scene, content: bytes, reason: Reason) -> None:
+    """A served disk puts aside what it cannot mark as invalid: the next look still says what was wrong."""
+    scene.clean(*BEFORE)
+    scene.path.write_bytes(content)
+    assert scene.open() is reason
+    scene.store.give_up(NAME, reason)
+    assert not scene.path.exists()
+    assert (scene.open(), view(scene.state, "vm", "disk", NAME).reason) == (reason, reason)
+
+
+def test_a_reason_of_a_newer_version_is_not_said_to_be_by_hand(scene: Scene) -> None:
+    scene.clean(*BEFORE)
+    bitmap = scene.opened()
+    bitmap.slot = replace(bitmap.slot, reason="unheard-of").with_flags(bitmap.slot.flags | Flag.INVALID)
+    bitmap._write_slots(bitmap.slot, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
+    bitmap.close(None)
+    assert scene.open() is Reason.FORMAT
+
+
+def test_a_clear_that_was_killed_is_not_said_to_be_by_hand(scene: Scene) -> None:
+    scene.clean(*BEFORE)
+    bitmap = scene.opened()
+    bitmap.begin_clear()
+    bitmap.close(None)
+    assert scene.open() is Reason.BITMAP_INCONSISTENT
+
+
 def test_open_all_tells_good_from_bad(scene: Scene) -> None:
     scene.clean(*BEFORE)
     scene.store.path("rotten").write_bytes(b"INCBAKBM" + bytes(5000))

@@ -112,6 +112,21 @@ def test_of_a_transaction_that_stops_nothing_is_left(
     machine("transaction", actions=[FIRSTS[first]])
 
 
+def test_a_bitmap_that_is_found_wrong_stays_with_the_reason(machine: Machine) -> None:
+    """It records no more, is told as invalid, cannot be used, and can be removed."""
+    arguments = {"node": "vda", "name": "kept", "reason": "audit"}
+    machine("x-incbak-bitmap-invalidate", **arguments)
+    machine.guest["vda"].write(memoryview(b"y"), 9 * GRAIN)
+    told = {b["name"]: b for b in machine("query-block")[0]["inserted"]["dirty-bitmaps"]}
+    assert (told["kept"]["inconsistent"], told["kept"]["recording"]) == (True, False)
+    assert (told["kept"]["x-incbak-reason"], told["memory"].get("x-incbak-reason")) == ("audit", None)
+    for change, error in (({"name": "memory"}, "is not persistent"), ({"name": "none"}, "not found"), ({}, "incons")):
+        with pytest.raises(QmpError, match=error):
+            machine("x-incbak-bitmap-invalidate", **(arguments | change))
+    machine("block-dirty-bitmap-remove", node="vda", name="kept")
+    assert "kept" not in machine.tracked["vda"].bitmaps
+
+
 def test_two_backups_of_which_the_second_cannot_begin(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     from incbak.serve.backup_job import BackupJob
 
