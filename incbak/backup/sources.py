@@ -71,6 +71,10 @@ class Sources:
         found = {n: [compared(leaf, f) for leaf, f in each if leaf.part is part] for n, each in self._seen.items()}
         return {name: facts for name, facts in found.items() if facts}
 
+    def now(self) -> dict[str, Any]:
+        """Return what a plan has to know of it."""
+        return {"backing": self.backing, "opened": self.opened, "data": self.data, "trusted": self.trusted}
+
     def notes(self) -> list[str]:
         """Return what is below the disks and not known: with it, every backup reads its disk whole."""
         unknown = [(n, each[0]) for n, f in self.backing.items() for each in f if not is_known([each], self.trusted)]

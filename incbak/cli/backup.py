@@ -151,7 +151,8 @@ def full(source: str | None, **options: Any) -> None:
     "--audit",
     metavar="PERCENT",
     default="0",
-    help="Also read so much of what was not written and compare it with the base, another part each time: 1%.",
+    help="Also read so much of what was not written and compare it with the base, another part each time: 1%. "
+    "Of incbak serve and raw images that are off.",
 )
 @common
 def incremental(source: str | None, no_fallback: bool, audit: str, **options: Any) -> None:

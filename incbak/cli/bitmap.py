@@ -238,6 +238,8 @@ def verify_bitmap(
 ) -> None:
     """Read what was not written since the last backup of SOURCE, and compare it with that backup.
 
+    Of incbak serve, and of raw images and block devices that are off: the bitmaps of others are in no file of incbak.
+
     The guest goes on meanwhile. A bitmap that is wrong becomes invalid, so that the next incremental reads the whole
     disk; the exit code is 5 then.
 

@@ -353,16 +353,12 @@ async def _each(disks: Sequence[DiskFilter], step: Callable[[DiskFilter], Corout
 
 def _sync_files(paths: Sequence[str]) -> None:
     for path in paths:
-        try:
+        with suppress(OSError):
             fd = open_image(path, os.O_RDONLY)  # QEMU names it
-        except OSError:
-            continue
-        try:
-            os.fdatasync(fd)
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
 
 
 async def _together(copies: Iterable[Coroutine[Any, Any, DiskResult]]) -> list[DiskResult]:

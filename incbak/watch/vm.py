@@ -173,7 +173,7 @@ class _Attached:
             if known := self._disks.get(disk.name):
                 self._disks[disk.name] = replace(disk, store=known.store, claim=known.claim)
                 continue
-            await lock_store(disk)
+            await self._own(disk)
             note_watched(disk.store.directory)
             self._disks[disk.name] = disk
             new.append(disk)
@@ -181,6 +181,15 @@ class _Attached:
             unlock_stores([self._disks.pop(name)])
             self._leave_out(name, "the VM has it no more, or not with this image")
         return new
+
+    async def _own(self, disk: Watched) -> None:
+        """Lock the files of ``disk``. The watch that held them may have saved, and ended QEMU: then none is lost."""
+        await lock_store(disk)
+        try:
+            await self._status()
+        except BaseException:
+            unlock_stores([disk])
+            raise
 
     def _leave_out(self, disk: str, why: str) -> None:
         if (disk, why) not in self._left_out:

@@ -169,8 +169,8 @@ _TO_QEMU = (
     Fault(
         "watch-files-not-locked",
         _VM,
-        "            await lock_store(disk)\n",
-        "            disk.store.uuid = disk.store._identity()\n",
+        "        await lock_store(disk)\n",
+        "        disk.store.uuid = disk.store._identity()\n",
         _live("test_a_second_watch_is_refused"),
     ),
     Fault(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from incbak.bitmap.look import owned
+from incbak.bitmap.store import BitmapStore
 from incbak.engine.session import Address, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError
 from incbak.watch import vm
+from incbak.watch.disks import Watched
 from incbak.watch.vm import Watcher, WatchOptions
 
 
@@ -63,3 +67,33 @@ def test_a_vm_of_which_nothing_is_watched_loses_nothing(monkeypatch: pytest.Monk
 
 def test_without_once_the_next_run_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert watched(monkeypatch, tmp_path, False, EngineGone("gone"), True, once=False) == (True, ["ended"])
+
+
+def test_a_watch_that_waited_for_another_until_the_vm_had_ended_lost_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The other one has saved, and let go of the files when QEMU was gone."""
+    disk = Watched("vda", "vda", 1 << 20, tmp_path / "a.raw", "raw", BitmapStore(tmp_path / "state", "vm", "vda"))
+
+    class Gone:
+        async def execute(self, command: str, *_: object) -> list[object]:
+            if command == "query-status":
+                raise EngineGone("the engine went away")
+            return []
+
+    async def found(*_: object) -> tuple[list[Watched], list[object]]:
+        return [disk], []
+
+    async def lock(each: Watched) -> None:
+        each.store.lock()
+
+    monkeypatch.setattr(vm, "find_watched", found)
+    monkeypatch.setattr(vm, "lock_store", lock)
+    told: list[str] = []
+    options = WatchOptions(Address(path="m"), "vm", tmp_path / "state", lambda e, *_: told.append(e))
+    attached = vm._Attached(cast(Session, Gone()), options, asyncio.Event())
+    with pytest.raises(EngineGone) as gone:
+        asyncio.run(attached._find())
+    assert (attached.gone(gone.value), told) == (True, ["ended"])
+    assert not owned(disk.store.directory), "the next one can have them"
+    assert not (disk.store.directory / "watch.json").exists()
