@@ -37,6 +37,8 @@ class Known:
     host: str = ""
     backing: Mapping[str, list[Any]] = field(default_factory=dict)
     """The backing files of the disks as they are now: see `incbak.backup.sources`."""
+    sampling: bool = False
+    """Whether a provisional bitmap may be planned with: see `incbak.backup.sample`."""
 
     def bitmap(self, backup: str) -> str:
         """The name of the bitmap of the writes since ``backup``."""
@@ -84,10 +86,10 @@ class Request:
     strays: Collection[tuple[str, str]] = field(default=frozenset())
 
 
-def distrust(planned: Planned, detail: str) -> None:
-    """The bitmap was found to lie: the disk is read whole."""
+def distrust(planned: Planned, detail: str, reason: Reason = Reason.AUDIT) -> None:
+    """The bitmap was found wrong: the disk is read whole."""
     planned.base, planned.detail = None, detail
-    planned.plan.base_bitmap, planned.plan.reason = None, Reason.AUDIT
+    planned.plan.base_bitmap, planned.plan.reason = None, reason
 
 
 def choose(description: Description, include: Sequence[str], exclude: Sequence[str]) -> tuple[EngineDisk, ...]:
@@ -179,7 +181,7 @@ def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known)
     if list(record.config.get("backing", {}).get(disk.name, [])) != list(known.backing.get(disk.name, [])):
         return Reason.BACKING_CHANGED
     bitmap = disk.bitmap(known.bitmap(record.id))
-    return bitmap.trouble(known.cluster_size) if bitmap else Reason.BITMAP_MISSING
+    return bitmap.trouble(known.cluster_size, sampling=known.sampling) if bitmap else Reason.BITMAP_MISSING
 
 
 def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
@@ -194,7 +196,7 @@ def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
         return Reason.NEW_DISK if known.records else Reason.NO_BASE
     reason = _trouble(disk, newest[1], newest[0], known)
     bitmaps = [b for r in known.records if (b := disk.bitmap(known.bitmap(r.id)))]
-    older = any(b.trouble(known.cluster_size) is None for b in bitmaps)
+    older = any(b.trouble(known.cluster_size, sampling=known.sampling) is None for b in bitmaps)
     if reason is Reason.BITMAP_MISSING and older and not stray:
         return Reason.SUPERSEDED
     assert reason

@@ -22,6 +22,7 @@ from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.engine.detect import Source
 from incbak.errors import BackupError, DiskError, EngineError, UsageError
+from incbak.fleet.config import SAMPLE
 from incbak.repo.drills import drills_of, read_drills
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
@@ -78,7 +79,8 @@ def status(
     wait = max(parse_duration(monitor_wait), 0.5)
     form, allowed = here.vm.format if here.vm else "", [Path(p) for p in here.vm.allow_backing] if here.vm else ()
     wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
-    wanted = replace(wanted, format=form, allow_backing=allowed)
+    sampling = here.vm is not None and here.vm.trust_after_boot == SAMPLE
+    wanted = replace(wanted, format=form, allow_backing=allowed, sampling=sampling)
     rows = _rows(here, wanted, tolerant=limit is not None)
     _print(here, rows, several=False)
     if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):
@@ -127,7 +129,9 @@ async def _look(repo: Repository, source: Source) -> tuple[Outcome, dict[str, Re
     source = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
     engine = await open_waiting(source, 0)
     try:
-        options = Options(incremental=True, name=source.name, disks=source.disks, dry_run=True)
+        options = Options(
+            incremental=True, name=source.name, disks=source.disks, dry_run=True, sampling=source.sampling
+        )
         outcome = await run(repo, engine, options)
         last = {d.name: record for record in repo.backups(outcome.vm) for d in record.disks}
         return outcome, last, _proof(repo, outcome.vm)
@@ -158,6 +162,7 @@ def _facts(vm: str, planned: Planned, last: Record | None) -> dict[str, Any]:
         "persistent": bitmap.persistent if bitmap else None,
         "dirty": dirty,
         "reason": plan.reason,
+        "sample": bitmap is not None and bitmap.provisional,
     }
 
 
@@ -182,7 +187,7 @@ def _age_text(row: Mapping[str, Any]) -> str:
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    why = f" [{row['reason']}]" if row["reason"] else ""
+    why = f" [{row['reason']}]" if row["reason"] else " if a sample agrees" if row.get("sample") else ""
     return [
         row["disk"],
         format_size(row["size"]),

@@ -26,7 +26,8 @@ class Source:
     """``qmp:...`` or an image; ``name`` of the VM and ``disks`` as the user gave them.
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
-    ``look``: nothing is to be changed or owned. ``ignore_ctime``: see `incbak.bitmap.continuity`.
+    ``look``: nothing is to be changed or owned. ``ignore_ctime`` and ``sampling`` are as
+    in `ImageEngine`.
     ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`. Of an image:
     ``format`` as the user gave it, ``allow_backing`` as in `incbak.disk.chain`, ``recorded`` what the repository says.
     """
@@ -46,6 +47,7 @@ class Source:
     recorded: Before | None = None
     look: bool = False
     ignore_ctime: bool = False
+    sampling: bool = False
 
     def qemu_options(self) -> QemuOptions:
         """What of it concerns a running QEMU."""
@@ -75,7 +77,7 @@ async def _image(source: Source, path: Path, disk: str | None) -> Engine:
     vm = source.name or path.stem
     decision = decide(path, source.format, _before(source, vm, disk, path))
     if decision.format == "raw":
-        options = {"look": source.look, "ignore_ctime": source.ignore_ctime}
+        options = {"look": source.look, "ignore_ctime": source.ignore_ctime, "sampling": source.sampling}
         return ImageEngine(path, source.state_dir, vm, disk, source.speed, decision.note, **options)
     allowed = Allowed(source.allow_backing, beside=not decision.guessed)
     image = Image(path, decision.format, vm, disk or DEFAULT_DISK, allowed, decision.note)
