@@ -115,8 +115,11 @@ class BitmapStore:
         """The names of all bitmap files here, sorted."""
         return sorted(names_in(self.directory))
 
-    def open(self, name: str, disk: Fingerprint) -> Bitmap | Reason:
-        """The bitmap ``name`` if it may be believed, else why not. The table of the package docstring, row by row."""
+    def open(self, name: str, disk: Fingerprint, *, sampling: bool = False) -> Bitmap | Reason:
+        """The bitmap ``name`` if it may be believed, else why not. The table of the package docstring, row by row.
+
+        With ``sampling`` also one that is `Found.PROVISIONAL`, which stays as it is on disk: close it with ``None``.
+        """
         path = self.path(name)
         if not path.exists():
             aside = path.with_name(path.name + BURIED)
@@ -124,7 +127,7 @@ class BitmapStore:
         header = read_header(path)
         if isinstance(header, Reason):
             return header
-        verdict = judge(header, name, self.uuid, disk)
+        verdict = judge(header, name, self.uuid, disk, sampling=sampling)
         if isinstance(verdict, Reason):
             return verdict
         try:
@@ -132,12 +135,12 @@ class BitmapStore:
         except OSError:  # a sector that cannot be read, or a full disk that takes no store
             return Reason.HEADER
 
-    def open_all(self, disk: Fingerprint) -> tuple[list[Bitmap], dict[str, Reason]]:
-        """Every bitmap that may be believed, and why the others may not. Never raises for what a file holds."""
+    def open_all(self, disk: Fingerprint, *, sampling: bool = False) -> tuple[list[Bitmap], dict[str, Reason]]:
+        """Every bitmap that `open` gives, and why it does not give the others. Never raises for what a file holds."""
         good: list[Bitmap] = []
         bad: dict[str, Reason] = {}
         for name in self.names():
-            found = self.open(name, disk)
+            found = self.open(name, disk, sampling=sampling)
             if isinstance(found, Bitmap):
                 good.append(found)
             else:
@@ -179,14 +182,15 @@ def _openable(header: Header | Reason, path: Path) -> Bitmap:
 
 def _taken(path: Path, slot: Slot, found: Found, disk: Fingerprint) -> Bitmap | Reason:
     """The bitmap, its body judged too, as this owner's."""
-    bitmap = Bitmap(path, slot, found, State.CLEAN if found is Found.CLEAN else State.DIRTY)
+    untouched = found in (Found.CLEAN, Found.PROVISIONAL)
+    bitmap = Bitmap(path, slot, found, State.CLEAN if untouched else State.DIRTY)
     if reason := judge_body(slot, found, bitmap._body, bitmap._coarse):
         bitmap.close(None)
         return reason
     if found is Found.COARSE:
         bitmap.mark_touched_regions()
     bitmap.trust_coarse_map()
-    if found is not Found.CLEAN:
+    if not untouched:
         bitmap.adopt(disk)
     return bitmap
 

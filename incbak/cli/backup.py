@@ -27,6 +27,7 @@ from incbak.disk.formats import OFFERED
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
 from incbak.errors import BackupError, IncbakError, IncompleteError, LockedError, UsageError
+from incbak.fleet.config import SAMPLE, TRUST
 from incbak.repo.repository import Repository
 from incbak.repo.retention import Policy
 from incbak.report.backups import as_json, disk_line
@@ -154,8 +155,15 @@ def full(source: str | None, **options: Any) -> None:
     help="Also read so much of what was not written and compare it with the base, another part each time: 1%. "
     "Of incbak serve and raw images that are off.",
 )
+@click.option(
+    "--trust-after-boot",
+    type=click.Choice(TRUST),
+    default=TRUST[0],
+    show_default=True,
+    help="Of a block device in another boot or set-up: read it whole, or believe its bitmap after a random sample.",
+)
 @common
-def incremental(source: str | None, no_fallback: bool, audit: str, **options: Any) -> None:
+def incremental(source: str | None, no_fallback: bool, audit: str, trust_after_boot: str, **options: Any) -> None:
     """Back up what the disks' bitmaps say was written since the last backup of SOURCE.
 
     A disk without a bitmap that can be believed is read whole; the reason is printed and kept in the record.
@@ -165,7 +173,8 @@ def incremental(source: str | None, no_fallback: bool, audit: str, **options: An
       incbak -r /backup incremental qmp:/run/incbak/web1/qmp.sock
       incbak -q incremental --all
     """
-    _back_up(source, "incremental", fallback=not no_fallback, audit=parse_share(audit), **options)
+    sampling = trust_after_boot == SAMPLE
+    _back_up(source, "incremental", fallback=not no_fallback, audit=parse_share(audit), sampling=sampling, **options)
 
 
 def _back_up(source: str | None, kind: str, *, all_vms: bool, jobs: int, **options: Any) -> None:
@@ -191,6 +200,7 @@ def _back_up_one(
     *,
     fallback: bool,
     audit: int = 0,
+    sampling: bool = False,
     name: str | None,
     disks: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -216,6 +226,7 @@ def _back_up_one(
         exclude=exclude,
         fallback=fallback,
         audit=audit,
+        sampling=sampling,
         strict=strict,
         lock_wait=wait,
         dry_run=dry_run,
@@ -226,7 +237,7 @@ def _back_up_one(
         state_dir=here.state_dir,
     )
     console = here.reporter()
-    wanted = Source(source, here.state_dir, name, disks, look=dry_run, **engine_settings(**engine))
+    wanted = Source(source, here.state_dir, name, disks, look=dry_run, sampling=sampling, **engine_settings(**engine))
     with Surroundings(here.vm, name or source, kind, metrics, dry_run=dry_run) as around:
         try:
             outcome = interruptible(_run(here.open(), wanted, options, console, longest))

@@ -38,6 +38,7 @@ _TEXTS = {
     "scratch_dir": "--scratch-dir",
     "scratch_limit": "--scratch-limit",
     "audit": "--audit",
+    "trust_after_boot": "--trust-after-boot",
     "agent_socket": "--agent-socket",
     "format": "--format",
 }

@@ -23,6 +23,7 @@ from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.engine.detect import Source
 from incbak.errors import BackupError, DiskError, EngineError, UsageError
+from incbak.fleet.config import SAMPLE
 from incbak.repo.drills import drills_of, read_drills
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
@@ -79,7 +80,8 @@ def status(
     wait = max(parse_duration(monitor_wait), 0.5)
     form, allowed = here.vm.format if here.vm else "", [Path(p) for p in here.vm.allow_backing] if here.vm else ()
     wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
-    wanted = replace(wanted, format=form, allow_backing=allowed)
+    sampling = here.vm is not None and here.vm.trust_after_boot == SAMPLE
+    wanted = replace(wanted, format=form, allow_backing=allowed, sampling=sampling)
     rows = _rows(here, wanted, here.vm.trust_backing if here.vm else (), tolerant=limit is not None)
     _print(here, rows, several=False)
     if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):
@@ -137,6 +139,7 @@ async def _look(
             dry_run=True,
             trusted=trusted,
             state_dir=source.state_dir,
+            sampling=source.sampling,
         )
         outcome = await run(repo, engine, options)
         for each in await engine.leftovers():
@@ -172,6 +175,7 @@ def _facts(vm: str, planned: Planned, last: Record | None) -> dict[str, Any]:
         "persistent": bitmap.persistent if bitmap else None,
         "dirty": dirty,
         "reason": plan.reason,
+        "sample": bitmap is not None and bitmap.provisional,
     }
 
 
@@ -196,7 +200,7 @@ def _age_text(row: Mapping[str, Any]) -> str:
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    why = f" [{row['reason']}]" if row["reason"] else ""
+    why = f" [{row['reason']}]" if row["reason"] else " if a sample agrees" if row.get("sample") else ""
     return [
         row["disk"],
         format_size(row["size"]),
