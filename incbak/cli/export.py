@@ -63,6 +63,8 @@ def export(
     """
     here = settings()
     refuse_unencodable_path("--socket", [socket] if socket else [])
+    if socket:
+        here.refuse_own(socket, socket=True)
     tls = tls_of(tls_certs, tls_verify_peer)
     repo = here.open()
     exports = _exports(repo, backup, name, disks, scratch_dir if writable else None)

@@ -65,6 +65,8 @@ def serve(
     """
     refuse_unencodable("a name or address", [name, tcp or "", *(text.partition("=")[0] for text in disks)])
     refuse_unencodable_path("a path", [*(text.partition("=")[2] for text in disks), *filter(None, [nbd, monitor])])
+    for each in filter(None, [nbd, monitor]):
+        settings().refuse_own(each, socket=True)
     runtime = host.runtime_dir() / component(name)
     options = ServeOptions(
         name=name,
