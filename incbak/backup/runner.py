@@ -205,24 +205,23 @@ class _Attempt:
         for each in missed(description, self._options.disks, self._options.exclude):
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
-        off, trusted = self._engine.kind == "image", self._options.trusted
-        self._sources = await asyncio.to_thread(Sources, description, off=off, trusted=trusted)
+        off = self._engine.kind == "image"
+        self._sources = await asyncio.to_thread(Sources, description, off=off, trusted=self._options.trusted)
         notes = (*description.notes, *decrypted(disks, bool(self._repo.key)), *self._sources.notes())
         for note in notes:
             self._report(Warned(note))
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
-        names, in_qemu = [d.name for d in disks], self._engine.kind == "qemu"
-        lost = await asyncio.to_thread(lost_bitmaps, self._options.state_dir, self._vm, names, in_qemu=in_qemu)
-        known = replace(known, damaged=damaged, host=host_name(), lost=lost, sampling=self._options.sampling)
-        known = replace(known, **self._sources.now())
+        where, names = self._options.state_dir, [d.name for d in disks]
+        lost = await asyncio.to_thread(lost_bitmaps, where, self._vm, names, in_qemu=self._engine.kind == "qemu")
+        known = replace(known, damaged=damaged, host=host_name(), lost=lost, **self._sources.now())
+        known = replace(known, sampling=self._options.sampling)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
         if not self._options.dry_run:
             notes = (*notes, *await self._look_closer())
-        if not self._options.fallback and (bad := next((p for p in self._planned if p.plan.reason), None)):
-            reason = bad.plan.reason
-            assert reason
-            message = f"disk {bad.name} would have to be read whole: {reason.text} ({reason})"
-            raise FallbackRefusedError(message, reason=reason, hint="Run without --no-fallback, or make a full.")
+        for planned in () if self._options.fallback else self._planned:
+            if reason := planned.plan.reason:
+                message = f"disk {planned.name} would have to be read whole: {reason.text} ({reason})"
+                raise FallbackRefusedError(message, reason=reason, hint="Run without --no-fallback, or make a full.")
         return replace(description, notes=notes)
 
     async def _look_closer(self) -> list[str]:

@@ -22,7 +22,7 @@ from incbak.cli.given import VM_NAME
 from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, ignores_ctime, settings, trusts_backing
 from incbak.cli.signals import ending
-from incbak.cli.surroundings import Surroundings
+from incbak.cli.surroundings import Surroundings, refuse_own_metrics
 from incbak.disk.formats import OFFERED
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
@@ -216,6 +216,7 @@ def _back_up_one(
     **engine: Any,
 ) -> None:
     refuse_unencodable("a name or tag", [name or "", *disks, *exclude, *tags, *(path.name for path in attach)])
+    refuse_own_metrics(here, metrics)
     policy = _policy(here) if prunes else None
     wait = parse_duration(lock_wait)
     longest = parse_duration(max_duration)

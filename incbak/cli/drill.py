@@ -14,6 +14,7 @@ from incbak.cli.configured import Configured, judge, run_all
 from incbak.cli.given import VM_NAME, refuse_without
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.cli.signals import interrupt_on_ending
+from incbak.cli.surroundings import refuse_own_metrics
 from incbak.drill.boot import BUSES, Boot
 from incbak.drill.drill import Options, drill, place_of
 from incbak.errors import DamagedError, DrillError, IncbakError, UsageError
@@ -101,6 +102,7 @@ def drill_command(source: str | None, all_vms: bool, jobs: int, name: str | None
 
 def _drill(here: Settings, name: str | None, *, backup: str, metrics: Path | None, **options: Any) -> None:
     wanted = _options(**options)
+    refuse_own_metrics(here, metrics)
     configured = Path(here.vm.metrics) if here.vm and here.vm.metrics else None
     with closing(here.open()) as repo:
         records = _records(repo, backup, name)

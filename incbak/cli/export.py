@@ -67,6 +67,7 @@ def export(
     if socket and tcp:
         raise UsageError("--socket and --tcp exclude each other", hint="An export is on one of them.")
     if socket:
+        here.refuse_own(socket, socket=True)
         refuse_tree("the directory of the socket,", socket.parent)
     if not writable:
         refuse_without("--writable", "scratch_dir")

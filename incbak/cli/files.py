@@ -101,6 +101,7 @@ def cp(
       incbak -r /backup files cp latest --partition 2 -R /home/anna /srv/back
     """
     here = settings()
+    here.refuse_own(target)
     if not target.is_dir():
         raise UsageError(f"{target} is not a directory", hint=f"Make it first: mkdir {target}")
     console = here.reporter()
@@ -111,7 +112,8 @@ def cp(
             if not recursive:
                 raise UsageError(f"{_text(whole[0].name) or '/'} is a directory", hint="Copy it with -R.")
             nodes = [each for n in nodes for each in ([n] if n.name else listed(library, n))]
-        copier = Copier(library, target, which.size, force=force, setuid=setuid, report=console)
+        copier = Copier(library, target, which.size, force=force, setuid=setuid, report=console,
+                        refuse=here.refuse_own)  # fmt: skip
         try:
             done = copier.copy(nodes)
         finally:

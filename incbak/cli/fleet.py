@@ -85,6 +85,8 @@ def show(kind: str, to: Path | None) -> None:
       incbak schedule show systemd --to /etc/systemd/system && systemctl daemon-reload
     """
     here = settings()
+    if to:
+        here.refuse_own(to)
     found, path = _read(here)
     refuse_unencodable_path("the path of the configuration", [path])
     for each in schedules.left_out(kind, found):

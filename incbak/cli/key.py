@@ -94,6 +94,7 @@ def export(file: Path, ident: str | None) -> None:
       incbak -r /backup key export /root/incbak-backup.key
     """
     here = settings()
+    here.refuse_own(file)
     storage, config = _encrypted(here)
     passphrase = here.passphrase()
     opened = [k for k in keys.read_keys(storage)[0] if ident is None or k.id.startswith(ident)]

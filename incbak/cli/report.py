@@ -40,6 +40,7 @@ def report(file: Path) -> None:
       incbak -r /backup report --html /var/www/incbak.html
     """
     here = settings()
+    here.refuse_own(file)
     mode = _replaceable(file)
     with closing(here.open()) as repo:
         made = page(collect(repo, str(here.repository_path()), datetime.now(UTC)))

@@ -12,6 +12,7 @@ from incbak.cli.given import VM_NAME, refuse_tree
 from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.errors import DamagedError, DurabilityError, UsageError
 from incbak.repo import check as checks
+from incbak.repo import outputs
 from incbak.repo.pins import read_pins
 from incbak.repo.record import Record
 from incbak.repo.repository import DEFAULT_CLUSTER, Repository
@@ -43,6 +44,7 @@ def init(path: Path | None, cluster_size: str, encrypt: bool) -> None:
         raise UsageError(f"two places for the repository: {path} and -r {here.repository}", hint="Leave one of them.")
     where = path or here.repository_path()
     refuse_tree("the repository", where)
+    outputs.refuse_own(where.absolute().parent, {})
     if not encrypt and (source := here.passphrase.source):
         said = f"incbak: it will not be encrypted, though {source} is set; with it, other commands will refuse it"
         click.echo(said, err=True)

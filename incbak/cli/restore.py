@@ -80,6 +80,8 @@ def restore(
     if to_stdout:
         _refuse_for_stdout({"--all": everything, "--force": force, "--in-place": in_place, "--salvage": salvage,
                             "--format qcow2": form == "qcow2", "--json": here.json})  # fmt: skip
+    elif not _SCHEME.match(target):
+        here.refuse_own(Path(target))
     form = (form or "raw") if everything else form_of(target, form, in_place=in_place)
     how = _How(form, force, in_place, salvage)
     interrupt_on_ending()
@@ -217,6 +219,8 @@ def _pairs(record: Record, target: str, disk: str | None, form: str) -> list[tup
 
 
 def _one(here: Settings, repo: Repository, record: Record, disk: DiskRecord, where: str, how: _How) -> Restored:
+    if not _SCHEME.match(where):
+        here.refuse_own(Path(where))
     opened = how.open(where, disk.size)
     console = here.reporter()
     try:

@@ -71,6 +71,7 @@ def serve(
     refuse_unfit_name(name, settings().state_dir)
     for each in filter(None, [nbd, monitor]):
         refuse_tree("the directory of a socket,", each.parent)
+        settings().refuse_own(each, socket=True)
     runtime = host.runtime_dir() / component(name)
     options = ServeOptions(
         name=name,

@@ -18,6 +18,7 @@ from incbak import host
 from incbak.cli.passphrase import Passphrase
 from incbak.errors import DurabilityError, UsageError, WrongPassphraseError
 from incbak.fleet.config import Config, Defaults, Vm, default_path, load
+from incbak.repo import outputs
 from incbak.repo.memory import Memory
 from incbak.repo.repository import Repository
 from incbak.report.console import Console
@@ -107,6 +108,18 @@ class Settings:
             with suppress(DurabilityError, OSError):
                 self.memory.note_place(path, config, repo.key)
         return repo
+
+    def refuse_own(self, path: Path, *, socket: bool = False) -> None:
+        """Raise `UsageError` where nothing is written whatever is forced, as `outputs.refuse_own` says.
+
+        A ``socket`` may be in the state directory, where those of users without a runtime directory are.
+        """
+        own: dict[str, Path] = {}
+        with suppress(UsageError):
+            own["the repository"] = self.repository_path()
+        with suppress(UsageError):
+            own |= {} if socket else {"the state directory": self.state_dir}
+        outputs.refuse_own(path, own)
 
     def reporter(self) -> Console:
         """For the library's events."""
