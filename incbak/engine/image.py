@@ -13,12 +13,12 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from incbak import device
-from incbak.bitmap.continuity import changed, may_repeat
+from incbak.bitmap.continuity import changed
 from incbak.bitmap.file import Bitmap, Found
 from incbak.bitmap.format import Flag
 from incbak.bitmap.look import views_in
 from incbak.bitmap.owner import Owner
+from incbak.bitmap.settle import settled
 from incbak.bitmap.store import BitmapStore, BitmapView, component, views
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.users import refuse_writers
@@ -37,11 +37,10 @@ from incbak.engine.base import (
 )
 from incbak.errors import DiskError, ImageChangedError, IncbakError, UsageError
 from incbak.extents import Extent, StatusExtent, align_out, intersect, merge, total
-from incbak.fingerprint import Fingerprint, without_ctime
+from incbak.fingerprint import without_ctime
 from incbak.reasons import Reason
 
 CHUNK = 4 << 20
-_SETTLE_SECONDS = 3.0  # more than the grain of any file system; who writes all the time is found by `confirm`
 _FIND = "Find out which program has it open (fuser, lsof), and run again when it has ended."
 DEFAULT_DISK = "disk0"
 
@@ -74,7 +73,7 @@ class ImageEngine(Engine):
         self._bitmaps: dict[str, Bitmap] = {}
         self._bad: dict[str, Reason] = {}
         try:
-            self._found = _settled(self._disk)
+            self._found, _ = settled(self._disk)  # who writes all the time is found by `confirm`
             self._kept = without_ctime(self._found) if ignore_ctime else self._found
             self._name = disk or _known_disk(state_dir, vm, self._found.inode)
             self._store = BitmapStore(state_dir, vm, self._name)
@@ -216,17 +215,6 @@ class ImageEngine(Engine):
         self._bitmaps = {}
         self._store.unlock()
         self._disk.close()
-
-
-def _settled(disk: FileDisk) -> Fingerprint:
-    """What the image is, when the clock has gone past its time of change: any later write shows."""
-    if disk.is_block:
-        disk.flush()
-        device.settle(disk.proc)
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while may_repeat(found := disk.fingerprint(), time.time_ns()) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    return found
 
 
 def pieces(disk: FileDisk, wanted: list[Extent], granularity: int) -> Iterator[StatusExtent]:

@@ -59,8 +59,9 @@ class Image:
         """Raise `DiskError` where the image must not even be read, `ImageInUseError` where another may write it."""
         for path in self._paths():
             refuse_writers(path, (self._daemon,))
-        if self.format == "qcow2" and qcow2.Feature.CORRUPT & (header := qcow2.read_header(self.path)).features:
-            raise DiskError(f"image {self.path} is damaged: {header.unwritable()}", hint=qcow2.repair_hint(self.path))
+        for path in (layer.path for layer in self._layers if layer.format == "qcow2"):
+            if qcow2.Feature.CORRUPT & (header := qcow2.read_header(path)).features:
+                raise DiskError(f"image {path} is damaged: {header.unwritable()}", hint=qcow2.repair_hint(path))
 
     def unwritable(self) -> str:
         """Why nothing may be written to the image, or an empty string."""

@@ -15,11 +15,12 @@ from pathlib import Path
 from incbak.bitmap.file import Bitmap, State
 from incbak.bitmap.owner import Owner
 from incbak.bitmap.remembered import remembered_format
+from incbak.bitmap.settle import settled
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.disk.formats import named_format, recognise
 from incbak.disk.users import WRITES, refuse_writers
-from incbak.errors import FormatError, IncbakError
+from incbak.errors import FormatError, ImageChangedError, IncbakError
 from incbak.fingerprint import without_ctime
 from incbak.serve.gate import DrainTimeoutError
 from incbak.serve.tracker import TrackedDisk
@@ -89,8 +90,10 @@ def close_tracked(tracked: TrackedDisk, timeout: float, *, ignore_ctime: bool = 
         tracked.gate.shut(timeout)
         if not tracked.read_only:
             tracked.disk.flush_times()
-        fingerprint = tracked.disk.fingerprint()
-        fingerprint = without_ctime(fingerprint) if ignore_ctime else fingerprint
+        found, shows = settled(tracked.disk)
+        if not shows:
+            raise ImageChangedError("another program writes to it")
+        fingerprint = without_ctime(found) if ignore_ctime else found
     except (DrainTimeoutError, IncbakError, OSError) as e:
         log.error("disk %s: not closed cleanly, its bitmaps are recovered at the next start: %s", tracked.name, e)
         clean = False

@@ -105,6 +105,14 @@ def test_a_corrupt_image_is_refused_unread(tmp_path: Path) -> None:
     assert digest(image) == before
 
 
+def test_a_backing_file_that_is_corrupt_is_refused_unread(tmp_path: Path) -> None:
+    base = make(tmp_path / "base.qcow2")
+    image = make(tmp_path / "disk.qcow2", "qcow2", "-b", str(base), "-F", "qcow2")
+    set_bits(base, 2)
+    with pytest.raises(DiskError, match=f"{base} is damaged"):
+        chain_of(str(image), tmp_path, allow_backing=[base]).full()
+
+
 def before_commit(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Do ``act`` when the copy is complete."""
     commit = OfflineEngine.commit

@@ -228,4 +228,25 @@ FAULTS = [
         '            for letter in "":\n',
         ("tests/live/test_qemu_identity.py::test_a_disk_that_was_shrunk_and_has_its_size_again",),
     ),
+    Fault(
+        "serve-end-in-the-tick-of-a-write",
+        "incbak/bitmap/settle.py",
+        "        if time.monotonic() > deadline:\n            return found, False\n",
+        "        return found, True\n",
+        unit("serve/test_opening", "test_a_write_in_the_same_tick_as_the_clean_end_shows"),
+    ),
+    Fault(
+        "serve-end-of-an-image-that-others-write",
+        "incbak/serve/opening.py",
+        "        if not shows:\n",
+        "        if False:\n",
+        unit("serve/test_opening", "test_an_image_that_is_written_all_the_time_is_not_closed_cleanly"),
+    ),
+    Fault(
+        "off-corrupt-backing-file-is-read",
+        "incbak/engine/private_daemon.py",
+        '        for path in (layer.path for layer in self._layers if layer.format == "qcow2"):\n',
+        '        for path in [self.path] if self.format == "qcow2" else []:\n',
+        ("tests/interop/test_offline_harm.py::test_a_backing_file_that_is_corrupt_is_refused_unread",),
+    ),
 ]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from incbak.bitmap import judge
+from incbak.bitmap import judge, settle
 from incbak.bitmap import store as module
 from incbak.bitmap.disown import disown
-from incbak.bitmap.file import Found
+from incbak.bitmap.file import Bitmap, Found
 from incbak.bitmap.remembered import remember_format
 from incbak.disk import file
 from incbak.errors import BitmapError, FormatError, ImageInUseError
-from incbak.fingerprint import take
+from incbak.fingerprint import Fingerprint, take
 from incbak.reasons import Reason
 from incbak.serve.opening import close_tracked, open_tracked
 from incbak.serve.vm import Vm
@@ -32,7 +32,7 @@ WHERE = 3 * GRAIN + 512
 @pytest.fixture(autouse=True)
 def _no_ctime(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `_session` puts back would show in it."""
-    monkeypatch.setattr(file, "take", lambda fd, size: take(fd, size)._replace(ctime_ns=0))
+    monkeypatch.setattr(file, "take", lambda *args: take(*args)._replace(ctime_ns=0))
 
 
 @pytest.fixture
@@ -132,3 +132,40 @@ def test_an_image_of_another_format_is_not_served(tmp_path: Path) -> None:
     named = raw_image(tmp_path / "vdb.qcow2", SIZE, b"QFI\xfb\0\0\0\3")
     with pytest.raises(FormatError, match=r"vdb\.qcow2 is a qcow2 image"):
         open_tracked(Vm("web1", tmp_path), "vdb", named, tmp_path / "state")
+
+
+def test_a_write_in_the_same_tick_as_the_clean_end_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint is taken when the clock has gone past the image's times: here a file system of whole seconds."""
+    image = raw_image(tmp_path / "vda.raw", SIZE)
+    coarse = lambda *args: _in_seconds(take(*args))  # noqa: E731
+    monkeypatch.setattr(file, "take", coarse)
+    tracked = open_tracked(Vm("web1", tmp_path), "vda", image, tmp_path / "state")
+    assert tracked.store
+    tracked.bitmaps["b"] = tracked.store.create("b", SIZE, GRAIN, tracked.disk.fingerprint())
+    os.utime(image)
+    assert close_tracked(tracked, 5)
+    os.utime(image)  # what a write does
+    tracked = open_tracked(Vm("web1", tmp_path), "vda", image, tmp_path / "state")
+    assert "b" not in tracked.bitmaps
+    close_tracked(tracked, 5)
+
+
+def _in_seconds(found: Fingerprint) -> Fingerprint:
+    second = 10**9
+    return found._replace(mtime_ns=found.mtime_ns // second * second, ctime_ns=found.ctime_ns // second * second)
+
+
+def test_an_image_that_is_written_all_the_time_is_not_closed_cleanly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = raw_image(tmp_path / "vda.raw", SIZE)
+    tracked = open_tracked(Vm("web1", tmp_path), "vda", image, tmp_path / "state")
+    assert tracked.store
+    tracked.bitmaps["b"] = tracked.store.create("b", SIZE, GRAIN, tracked.disk.fingerprint())
+    monkeypatch.setattr(settle, "may_repeat", lambda *_: True)
+    monkeypatch.setattr(settle, "SETTLE_SECONDS", 0.01)
+    assert not close_tracked(tracked, 5)
+    tracked = open_tracked(Vm("web1", tmp_path), "vda", image, tmp_path / "state")
+    assert isinstance(bitmap := tracked.bitmaps["b"], Bitmap)
+    assert bitmap.found is Found.RECOVERED
+    close_tracked(tracked, 5)
