@@ -130,7 +130,10 @@ def running(guest: Guest) -> bool:
 def unharmed(guest: Guest, writer: str, timeout: float = 20) -> None:
     """The guest has seen no error, is not stopped, and goes on writing."""
     assert guest.process.poll() is None, "QEMU is gone"
-    eventually(lambda: running(guest), timeout, "the VM runs again")
+    try:
+        eventually(lambda: running(guest), timeout, "the VM runs again")
+    except AssertionError as e:
+        raise AssertionError(f"{e}: it is {guest.qmp('query-status')}, {guest.qmp('query-jobs')}") from e
     guest.wait_more(writer, 10, timeout)
     assert guest.failures == []
 
