@@ -49,7 +49,8 @@ class Beat(NamedTuple):
     """A sign of life of a disk's owner: the clock, read first, and the disk's times and count as they were then.
 
     ``mtime_ns`` is 0 where only the clock is known. ``until_ns``: how late its own writes may be, as it
-    noted around them; 0 where it has noted nothing.
+    noted around them; 0 where it has noted nothing. ``durable_ns``: times of change and of the inode's change that were
+    known to be on the disk, so that no power cut takes them back.
     """
 
     clock_ns: int
@@ -57,6 +58,7 @@ class Beat(NamedTuple):
     ctime_ns: int = 0
     writes: bytes = NO_WRITES
     until_ns: int = 0
+    durable_ns: tuple[int, int] = (0, 0)
 
 
 def beat_of(disk: Fingerprint) -> Beat:

@@ -17,8 +17,10 @@ The rule: a bitmap is believed where that is shown, and what is unknown shows no
   told apart: what another program writes within the tick of the last own write, or within `OWN_WRITE_NS` where writes
   were in flight when the owner was killed.
 - After a power cut: the last sign of life on the disk may be old by as long as the kernel keeps dirty pages, and so may
-  the times of the file. Both times lie before that, and before this boot began; and they are no older than when the
-  bitmap began to record or was last closed, whose times are durable since: an older file was put back.
+  the times of the file. Both times lie before that, and before this boot began; and they are no older than those that
+  the owner knew to be durable: when the bitmap began or was last closed, and once a minute (`Beat.durable_ns`). Nor are
+  they between what was seen at the last sign of life and its clock. Others mean that the file was put back, or written
+  by a system with another clock.
 - A block device: `incbak.device` tells the same as then, in the same boot and the same set-up of the device. After a
   kill this holds only where all was on the device at the last sign of life. After a clean end, in another boot or
   set-up, nothing counts; its owner may ask for a sample instead (`set_up_anew`, `incbak.backup.sample`).
@@ -90,10 +92,15 @@ def bypassed_in_a_power_cut(
         return None
     if beat.clock_ns > now_ns:
         return Reason.UNPROVEN
-    if disk.mtime_ns < began.mtime_ns or disk.ctime_ns < began.ctime_ns:
-        return Reason.DISK_CHANGED
     latest = min(beat.clock_ns + POWER_CUT_SLACK_NS, booted_ns)
-    return Reason.DISK_CHANGED if max(disk.mtime_ns, disk.ctime_ns) > latest else None
+    mtimes = (disk.mtime_ns, beat.mtime_ns, max(began.mtime_ns, beat.durable_ns[0]))
+    ctimes = (disk.ctime_ns, beat.ctime_ns, max(began.ctime_ns, beat.durable_ns[1]))
+    for time_ns, seen_ns, oldest_ns in (mtimes, ctimes):
+        if not oldest_ns <= time_ns <= latest:
+            return Reason.DISK_CHANGED
+        if seen_ns and seen_ns < time_ns < beat.clock_ns - grain(time_ns):
+            return Reason.DISK_CHANGED
+    return None
 
 
 def may_repeat(fingerprint: Fingerprint, now_ns: int) -> bool:

@@ -5,9 +5,9 @@
     offset  size
     0       512   slot 0                      one sector each, so that a torn write spoils one of them only;
     512     512   slot 1                      the newest that verifies decides
-    1024    80    heartbeat                   the owner's last sign of life, see `Beat`; never synced
-    1104    8     the owner's note of its writes: until when, the lowest bit for "at it" (`BUSY`); never synced
-    1112    2984  reserved, zero
+    1024    88    heartbeat                   the owner's last sign of life, see `Beat`; never synced
+    1112    8     the owner's note of its writes: until when, the lowest bit for "at it" (`BUSY`); never synced
+    1120    2976  reserved, zero
     4096          the bits, padded to 4096    cluster i is bit i & 7 of byte i >> 3
     ...           the coarse map, padded to 4096, one byte per 64 MiB region: 0x5A untouched, 0xA5 touched
 """
@@ -29,7 +29,7 @@ MAGIC = b"INCBAKBM"
 VERSION = 1
 HEADER = 4096
 SECTOR = 512
-HEARTBEAT, NOTE, NOTE_SIZE = 1024, 1104, 8
+HEARTBEAT, NOTE, NOTE_SIZE = 1024, 1112, 8
 BUSY = 1
 REGION_SHIFT = 26
 REGION = 1 << REGION_SHIFT
@@ -39,7 +39,7 @@ SIZE_LIMIT = 1 << 56
 SEQUENCE_LIMIT = 1 << 63
 
 _SLOT = struct.Struct("<8sIIQQIHH16s16sIIQQ32sQQq16s32s128sq8s32s")
-_BEAT = struct.Struct("<QQqq32s")
+_BEAT = struct.Struct("<QQqq32sqq")
 _CHECKSUM = 16
 BEAT_SIZE = _BEAT.size + 8
 assert HEARTBEAT + BEAT_SIZE <= NOTE
@@ -169,17 +169,17 @@ def newest(sectors: bytes) -> tuple[Slot | Reason, bool]:
 def encode_beat(beat: Beat) -> bytes:
     """A heartbeat: the clock and its complement, what was seen of the disk, and a checksum of all."""
     clock = beat.clock_ns & (1 << 64) - 1
-    body = _BEAT.pack(clock, clock ^ (1 << 64) - 1, beat.mtime_ns, beat.ctime_ns, beat.writes)
+    body = _BEAT.pack(clock, clock ^ (1 << 64) - 1, beat.mtime_ns, beat.ctime_ns, beat.writes, *beat.durable_ns)
     return body + blake3(body).digest(length=8)
 
 
 def decode_beat(raw: bytes) -> Beat | None:
     """The last heartbeat; ``None`` if there was none or its clock is torn. What else is torn is not known."""
-    clock, complement, mtime_ns, ctime_ns, writes = _BEAT.unpack_from(raw)
+    clock, complement, mtime_ns, ctime_ns, writes, *durable = _BEAT.unpack_from(raw)
     if clock ^ complement != (1 << 64) - 1 or not clock:
         return None
     whole = blake3(raw[: _BEAT.size]).digest(length=8) == raw[_BEAT.size : BEAT_SIZE]
-    return Beat(clock, mtime_ns, ctime_ns, writes) if whole else Beat(clock)
+    return Beat(clock, mtime_ns, ctime_ns, writes, 0, (durable[0], durable[1])) if whole else Beat(clock)
 
 
 def decode_note(raw: bytes) -> tuple[int, bool]:

@@ -82,6 +82,8 @@ class FileDisk(Disk):
         self._flushes_begun = self._flushes_done = 0
         self._nowait = True
         self._untold = unlike_any()  # while it is open, a device that tells nothing is what it was
+        self._durable_ns = (0, 0)
+        """The times of the file that are on its storage for sure."""
 
     def read_into(self, buf: memoryview, offset: int) -> None:
         done = os.preadv(self.fd, [buf], offset)
@@ -155,7 +157,9 @@ class FileDisk(Disk):
     def flush_times(self) -> None:
         self.flush()
         with self._flush_lock:
+            info = os.fstat(self.fd)
             self._sync(os.fsync)
+            self._durable_ns = info.st_mtime_ns, info.st_ctime_ns
 
     def _sync(self, sync: Callable[[int], None]) -> None:
         try:
@@ -215,7 +219,7 @@ class FileDisk(Disk):
         if self.is_block:
             return Beat(clock, writes=writes_of(self.fd, self._untold))
         info = os.fstat(self.fd)
-        return Beat(clock, info.st_mtime_ns, info.st_ctime_ns)
+        return Beat(clock, info.st_mtime_ns, info.st_ctime_ns, durable_ns=self._durable_ns)
 
     def is_at(self, path: Path) -> bool:
         """Whether ``path`` still leads to what is open."""

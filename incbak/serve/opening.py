@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 0.1
 """Seconds between notes that the owner is alive."""
+DURABLE = 60.0
+"""Seconds between syncs of when the images were written: after a power cut they are no older."""
 
 
 def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: bool = False) -> TrackedDisk:
@@ -120,6 +122,15 @@ class Heartbeat:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._make_durable, name="times", daemon=True).start()
+
+    def _make_durable(self) -> None:
+        """A thread of its own: a sync may take long, and nobody waits for it."""
+        while not self._stop.wait(DURABLE):
+            for tracked in list(self._vm.disks.values()):
+                if not tracked.read_only:
+                    with suppress(OSError):  # final, and told to the next guest that flushes
+                        tracked.disk.flush_times()
 
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT):

@@ -253,8 +253,13 @@ def test_when_it_was_written_is_durable(tmp_path: Path, monkeypatch: pytest.Monk
     disk = open_disk(_file(tmp_path / "image", 4096))
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
+    assert disk.beat().durable_ns == (0, 0)
     disk.flush_times()
     assert synced == [disk.fd]
+    durable = disk.beat().durable_ns
+    assert durable == (os.fstat(disk.fd).st_mtime_ns, os.fstat(disk.fd).st_ctime_ns)
+    disk.write(b"x", 0)
+    assert disk.beat().durable_ns == durable
 
     def fails(_fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")

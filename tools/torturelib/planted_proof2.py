@@ -36,9 +36,37 @@ FAULTS = (
     Fault(
         "put-back-after-a-power-cut-believed",
         _CONTINUITY,
-        "    if disk.mtime_ns < began.mtime_ns or disk.ctime_ns < began.ctime_ns:\n",
-        "    if False:\n",
+        "        if not oldest_ns <= time_ns <= latest:\n",
+        "        if time_ns > latest:\n",
         unit("bitmap/test_found_on_open", "test_the_image_was_put_back_after_a_power_cut"),
+    ),
+    Fault(
+        "older-than-durable-believed",
+        _CONTINUITY,
+        "max(began.mtime_ns, beat.durable_ns[0])",
+        "began.mtime_ns",
+        unit("bitmap/test_continuity", "test_after_a_power_cut_no_time_is_older_than_what_was_durable"),
+    ),
+    Fault(
+        "between-seen-and-the-clock-believed",
+        _CONTINUITY,
+        "        if seen_ns and seen_ns < time_ns < beat.clock_ns - grain(time_ns):\n",
+        "        if False:\n",
+        unit("bitmap/test_continuity", "test_after_a_power_cut"),
+    ),
+    Fault(
+        "times-not-made-durable-meanwhile",
+        "incbak/serve/opening.py",
+        "                        tracked.disk.flush_times()\n",
+        "                        pass\n",
+        unit("serve/test_daemon", "test_when_an_image_was_written_is_made_durable_from_time_to_time"),
+    ),
+    Fault(
+        "times-called-durable-before-they-are",
+        "incbak/disk/file.py",
+        "durable_ns=self._durable_ns)\n",
+        "durable_ns=(info.st_mtime_ns, info.st_ctime_ns))\n",
+        ("tests/contract/test_disk_contract.py::test_when_it_was_written_is_durable",),
     ),
     Fault(
         "writes-not-noted-before",
@@ -92,8 +120,8 @@ FAULTS = (
     Fault(
         "times-not-durable-at-the-end",
         "incbak/serve/opening.py",
-        "            tracked.disk.flush_times()\n",
-        "            tracked.disk.flush()\n",
+        "            tracked.disk.flush_times()\n        fingerprint",
+        "            tracked.disk.flush()\n        fingerprint",
         unit("serve/test_daemon", "test_the_disk_is_flushed_before_the_flag_is_set"),
     ),
     Fault(

@@ -89,6 +89,9 @@ def test_after_a_kill(beat: Beat, mtime_ns: int, ctime_ns: int, now_ns: int, rea
         (T - 40 * S, T + 130 * S, T + 400 * S, Reason.DISK_CHANGED),
         (T - 40 * S - 1, T - 40 * S, T + 40 * S, Reason.DISK_CHANGED),
         (T - 40 * S, T - 40 * S - 1, T + 40 * S, Reason.DISK_CHANGED),
+        (T - 9 * S, T - 9 * S, T + 40 * S, None),
+        (T - 8 * S, T - 9 * S, T + 40 * S, Reason.DISK_CHANGED),
+        (T - 9 * S, T - 8 * S, T + 40 * S, Reason.DISK_CHANGED),
     ],
 )
 def test_after_a_power_cut(mtime_ns: int, ctime_ns: int, booted_ns: int, reason: Reason | None) -> None:
@@ -97,6 +100,24 @@ def test_after_a_power_cut(mtime_ns: int, ctime_ns: int, booted_ns: int, reason:
     disk = CLOSED._replace(mtime_ns=mtime_ns, ctime_ns=ctime_ns)
     began = CLOSED._replace(mtime_ns=T - 40 * S, ctime_ns=T - 40 * S)
     assert bypassed_in_a_power_cut(SEEN, began, disk, booted_ns, T + 500 * S) is reason
+
+
+@pytest.mark.parametrize(
+    ("mtime_ns", "ctime_ns", "reason"),
+    [
+        (T - 10 * S, T - 10 * S, None),
+        (T - 10 * S - 1, T - 10 * S, Reason.DISK_CHANGED),
+        (T - 10 * S, T - 10 * S - 1, Reason.DISK_CHANGED),
+    ],
+)
+def test_after_a_power_cut_no_time_is_older_than_what_was_durable(
+    mtime_ns: int, ctime_ns: int, reason: Reason | None
+) -> None:
+    """A rescue system whose clock is behind wrote to it, or it was put back."""
+    beat = SEEN._replace(durable_ns=(T - 10 * S, T - 10 * S))
+    began = CLOSED._replace(mtime_ns=T - 40 * S, ctime_ns=T - 40 * S)
+    disk = CLOSED._replace(mtime_ns=mtime_ns, ctime_ns=ctime_ns)
+    assert bypassed_in_a_power_cut(beat, began, disk, T + 40 * S, T + 500 * S) is reason
 
 
 def test_a_clock_behind_the_last_sign_of_life_shows_nothing_after_a_power_cut() -> None:

@@ -27,6 +27,7 @@ from incbak.errors import IncbakError, NbdRequestError, UsageError
 from incbak.nbd import protocol as p
 from incbak.nbd.client import NbdClient
 from incbak.nbd.uri import NbdUri
+from incbak.serve import opening
 from incbak.serve.daemon import Daemon, ServeOptions
 from incbak.serve.opening import close_tracked
 from tests.kit.need import need, need_root
@@ -162,6 +163,26 @@ def test_the_disk_is_flushed_before_the_flag_is_set(tmp_path: Path, monkeypatch:
         machine("block-dirty-bitmap-add", node="vda", name="b", persistent=True)
         steps.clear()
     assert steps == ["flush", "fingerprint", "close"]
+
+
+def test_when_an_image_was_written_is_made_durable_from_time_to_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that after a power cut an older image is known to have been put back. A failure ends nothing."""
+    told: list[str] = []
+
+    class Disk(MemoryDisk):
+        def flush_times(self) -> None:
+            told.append("flush")
+            raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(opening, "DURABLE", 0.001)
+    with Machine(tmp_path, {"vda": Disk(SIZE)}) as machine:
+        heartbeat = opening.Heartbeat(machine.vm)
+        try:
+            wait_until(lambda: len(told) > 1, "the second sync")
+        finally:
+            heartbeat.stop()
 
 
 def test_sigterm_ends_with_clients_connected_and_a_job_running(tmp_path: Path, image: Path) -> None:
