@@ -55,6 +55,8 @@ class Known:
     data: Mapping[str, list[Any]] = field(default_factory=dict)
     trusted: Collection[str] = frozenset()
     """The disks' data files, and what is not looked at: see `incbak.backup.sources`."""
+    sampling: bool = False
+    """Whether a provisional bitmap may be planned with: see `incbak.backup.sample`."""
 
     def run(self, backup: str) -> str:
         """Return how the names of the bitmaps of the writes since ``backup`` begin."""
@@ -108,10 +110,10 @@ class Request:
     strays: Collection[tuple[str, str]] = field(default=frozenset())
 
 
-def distrust(planned: Planned, detail: str) -> None:
-    """The bitmap was found to lie: the disk is read whole."""
+def distrust(planned: Planned, detail: str, reason: Reason = Reason.AUDIT) -> None:
+    """The bitmap was found wrong: the disk is read whole."""
     planned.base, planned.detail = None, detail
-    planned.plan.base_bitmap, planned.plan.reason = None, Reason.AUDIT
+    planned.plan.base_bitmap, planned.plan.reason = None, reason
 
 
 def choose(description: Description, include: Sequence[str], exclude: Sequence[str]) -> tuple[EngineDisk, ...]:
@@ -214,7 +216,7 @@ def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known)
     if disk.was_cut(name):
         return Reason.RESIZED
     if bitmap:
-        return bitmap.trouble(known.cluster_size)
+        return bitmap.trouble(known.cluster_size, sampling=known.sampling)
     another = any(run_of(b.name) == known.run(record.id) for b in disk.bitmaps)
     return Reason.WRONG_DISK if another else Reason.BITMAP_MISSING
 
@@ -240,7 +242,7 @@ def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:
     reason = _trouble(disk, newest[1], newest[0], known)
     had = ((r, d) for r in known.records if (d := r.disk(disk.name)))
     bitmaps = [b for r, d in had if (b := disk.bitmap(known.bitmap(r, d)))]
-    older = any(b.trouble(known.cluster_size) is None for b in bitmaps)
+    older = any(b.trouble(known.cluster_size, sampling=known.sampling) is None for b in bitmaps)
     assert reason
     if reason is not Reason.BITMAP_MISSING:
         return reason

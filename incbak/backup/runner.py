@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from incbak import __version__, durable
-from incbak.backup.audit import Slice, audit_disk
+from incbak.backup.closer import look_by_audit, look_by_sample, provisional
 from incbak.backup.pipeline import Pipeline
-from incbak.backup.plan import Known, Planned, Request, choose, decrypted, distrust, make_plan, missed
+from incbak.backup.plan import Known, Planned, Request, choose, decrypted, make_plan, missed
 from incbak.backup.sink import DiskSink
-from incbak.backup.sources import Sources, contradictions, other_images
+from incbak.backup.sources import Sources, contradictions, other_images, other_names
 from incbak.backup.target import SinkServer, SinkTarget
 from incbak.backup.uncancelled import to_the_end
 from incbak.backup.vm import locked, vm_name
@@ -35,15 +35,14 @@ from incbak.bitmap.lost import lost_bitmaps
 from incbak.engine.base import Description, DiskResult, Engine, RunResult
 from incbak.errors import (
     BackupError,
-    BitmapError,
     DamagedError,
-    DiskError,
     DurabilityError,
     FallbackRefusedError,
     IncbakError,
     UsageError,
 )
 from incbak.events import Fallback, Notice, Progress, Reporter, Warned, silent
+from incbak.reasons import Reason
 from incbak.repo.damage import add_note
 from incbak.repo.fitting import fitted
 from incbak.repo.memory import Memory
@@ -62,6 +61,7 @@ class Options:
 
     ``strict``: whether a name that the source contradicts is refused.
     ``audit``: in how many runs all clean clusters are to be compared with the base, a slice in each; 0 for none.
+    ``sampling``: whether a sample may speak for a device that was set up anew: see `incbak.backup.sample`.
     """
 
     incremental: bool
@@ -74,6 +74,7 @@ class Options:
     tags: Sequence[str] = ()
     level: int = 1
     audit: int = 0
+    sampling: bool = False
     strict: bool = False
     attachments: Mapping[str, str] | None = None
     memory: Memory | None = None
@@ -188,6 +189,7 @@ class _Attempt:
         keep = {known.run(ident) for ident in (*(r.id for r in all_backups), *known.unreadable)}
         description = await self._engine.describe()
         self._contradicted = contradictions(self._vm, description, known.records)
+        self._contradicted += other_names(self._vm, description, all_backups, host_name(), self._options.disks)
         if self._engine.kind == "image" and not self._options.disks:
             claimed = self._options.name is not None and not self._options.incremental
             self._contradicted += other_images(description, known.records, host_name(), claimed=claimed)
@@ -209,33 +211,31 @@ class _Attempt:
         for note in notes:
             self._report(Warned(note))
         damaged = await asyncio.to_thread(self._repo.unsound, known.records) | self._distrusted
-        names, in_qemu = [d.name for d in disks], self._engine.kind == "qemu"
-        lost = await asyncio.to_thread(lost_bitmaps, self._options.state_dir, self._vm, names, in_qemu=in_qemu)
+        where, names = self._options.state_dir, [d.name for d in disks]
+        lost = await asyncio.to_thread(lost_bitmaps, where, self._vm, names, in_qemu=self._engine.kind == "qemu")
         known = replace(known, damaged=damaged, host=host_name(), lost=lost, **self._sources.now())
+        known = replace(known, sampling=self._options.sampling)
         self._planned = make_plan(disks, known, Request(self._options.incremental, self._id, frozenset(strays)))
-        if self._options.audit and not self._options.dry_run:
-            for planned in self._planned:
-                await asyncio.to_thread(self._audit, planned)
-        if not self._options.fallback and (bad := next((p for p in self._planned if p.plan.reason), None)):
-            reason = bad.plan.reason
-            assert reason
-            message = f"disk {bad.name} would have to be read whole: {reason.text} ({reason})"
-            raise FallbackRefusedError(message, reason=reason, hint="Run without --no-fallback, or make a full.")
+        if not self._options.dry_run:
+            notes = (*notes, *await self._look_closer())
+        for planned in () if self._options.fallback else self._planned:
+            if reason := planned.plan.reason:
+                message = f"disk {planned.name} would have to be read whole: {reason.text} ({reason})"
+                raise FallbackRefusedError(message, reason=reason, hint="Run without --no-fallback, or make a full.")
         return replace(description, notes=notes)
 
-    def _audit(self, planned: Planned) -> None:
-        """Before anything is set up: look whether the bitmap tells the truth about a slice of the disk."""
-        last = planned.before.audit_turn if planned.before else None
-        turn = 0 if last is None else last + 1
-        try:
-            found = audit_disk(self._repo, planned, Slice(self._options.audit, turn), self._report)
-        except (BitmapError, DiskError) as e:
-            self._report(Warned(f"disk {planned.name} is not audited: {e}"))
-            return
-        if found:
-            planned.audited, planned.audit_turn = found.compared, turn
-            if found.wrong:
-                distrust(planned, found.told())
+    async def _look_closer(self) -> list[str]:
+        """Sample and audit bitmaps that the run would build on. Returns notes for the record."""
+        notes = []
+        for planned in self._planned:
+            if provisional(planned):
+                note, wrong = await asyncio.to_thread(look_by_sample, self._repo, planned, self._report)
+                notes += [note] if note else []
+                if wrong:
+                    await self._engine.give_up(planned.name, wrong, Reason.AUDIT)
+            if self._options.audit:
+                await asyncio.to_thread(look_by_audit, self._repo, planned, self._options.audit, self._report)
+        return notes
 
     def _tell_fallbacks(self) -> None:
         for planned in self._planned:

@@ -163,7 +163,7 @@ def check_names(description: Description) -> None:
 def contradictions(vm: str, description: Description, records: Sequence[Record]) -> list[str]:
     """What speaks against the source being the VM ``vm``: the name and UUID that the monitor says.
 
-    Once a backup has been made under the name all the same, it speaks for it.
+    Once a backup has been made under the name all the same, it speaks for it; but see `other_names`.
     """
     found, last = [], records[-1].config if records else {}
     name, ident = description.config.get("name"), description.config.get("uuid")
@@ -173,6 +173,33 @@ def contradictions(vm: str, description: Description, records: Sequence[Record])
     if ident and before and ident != before and _NO_UUID not in (ident, before):
         found.append(f"the newest backup of {vm} is of the VM with UUID {before}, the monitor is of {ident}")
     return found
+
+
+def other_names(
+    vm: str, description: Description, backups: Sequence[Record], host: str, only: Sequence[str]
+) -> list[str]:
+    """Return what speaks against the name ``vm``: the newest backup under another one that is of the same source.
+
+    The name that the monitor says is never wrong here. Another name is, however often it was used, while the repository
+    has backups of a disk of this source (``only``: the disks that were chosen, if any) under a third one: each run
+    under one name replaces the bitmaps of the other. The source is known by its UUID, else by its name and host.
+    """
+    if vm == description.config.get("name"):
+        return []
+    disks = {d.name for d in description.disks if not only or d.name in only}
+    for record in reversed(backups):
+        if record.vm != vm and _same_source(description, record, host) and any(record.disk(name) for name in disks):
+            what = f"backup {record.id[:8]} of {record.vm!r} is of the same VM as what is now called {vm!r}"
+            return [f"{what}; the next incremental of {record.vm!r} has to read everything"]
+    return []
+
+
+def _same_source(description: Description, record: Record, host: str) -> bool:
+    name, ident = description.config.get("name"), description.config.get("uuid")
+    before = record.config.get("uuid")
+    if ident and before and _NO_UUID not in (ident, before):
+        return bool(ident == before)
+    return bool(name) and name == record.config.get("name") and host == record.host
 
 
 def other_images(description: Description, records: Sequence[Record], host: str, *, claimed: bool = False) -> list[str]:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from incbak.bitmap.format import NAME_LIMIT
+from incbak.bitmap.names import unfit
 from incbak.engine.base import Engine
 from incbak.errors import LockedError, UsageError
 from incbak.repo.repository import Repository
@@ -22,6 +23,12 @@ async def vm_name(engine: Engine, name: str | None) -> str:
     if len(vm.encode()) > NAME_LIMIT:
         raise UsageError(f"the VM's name is longer than {NAME_LIMIT} bytes", hint="Give a shorter one with --name.")
     return vm
+
+
+def refuse_unfit(repo: Repository, name: str | None) -> None:
+    """Raise `UsageError` for a name that no VM should get. One that has backups already goes on working."""
+    if name and (why := unfit(name)) and not repo.backups(name):
+        raise UsageError(f"not a name for a VM: {name[:200]!r}: {why}", hint="Use letters, digits, and . _ - .")
 
 
 @asynccontextmanager

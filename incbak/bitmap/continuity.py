@@ -20,13 +20,14 @@ The rule: a bitmap is believed where that is shown, and what is unknown shows no
   the times of the file. Both times lie before that, and before this boot began; and they are no older than when the
   bitmap began to record or was last closed, whose times are durable since: an older file was put back.
 - A block device: `incbak.device` tells the same as then, in the same boot and the same set-up of the device. After a
-  kill this holds only where all was on the device at the last sign of life.
+  kill this holds only where all was on the device at the last sign of life. After a clean end, in another boot or
+  set-up, nothing counts; its owner may ask for a sample instead (`set_up_anew`, `incbak.backup.sample`).
 """
 
 from __future__ import annotations
 
 from incbak.device import grain
-from incbak.fingerprint import Beat, Fingerprint
+from incbak.fingerprint import NO_WRITES, Beat, Fingerprint
 from incbak.reasons import Reason
 
 CLOCK_SLACK_NS = 1_000_000_000
@@ -49,6 +50,12 @@ def changed(before: Fingerprint, now: Fingerprint) -> Reason | None:
     if before.ctime_ns and now.ctime_ns != before.ctime_ns:
         return Reason.DISK_CHANGED if now.attributes == before.attributes else Reason.UNPROVEN
     return None
+
+
+def set_up_anew(before: Fingerprint, now: Fingerprint) -> bool:
+    """Return whether a block device was let go of cleanly, and only its count, begun anew, shows nothing."""
+    device = before.writes != NO_WRITES and now.writes != NO_WRITES
+    return device and now[:4] == before[:4] and now.writes[:16] != before.writes[:16]
 
 
 def bypassed(beat: Beat, disk: Fingerprint, now_ns: int) -> Reason | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 
 import msgspec
 
 from incbak import durable
+from incbak.opening import open_regular
 
+_LIMIT = 1 << 16
 RAW = "raw"
 """The format of an image that is the disk itself."""
 
@@ -24,11 +27,16 @@ class Identity(msgspec.Struct, frozen=True):
 def read_identity(path: Path) -> Identity | None:
     """``None`` where there is none that makes sense."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Identity)
+        found = msgspec.json.decode(_content(path), type=Identity)
         uuid.UUID(found.uuid)
     except (FileNotFoundError, msgspec.MsgspecError, ValueError, RecursionError):
         return None
     return None if "\0" in found.image else found
+
+
+def _content(path: Path) -> bytes:
+    with open(open_regular(path, os.O_RDONLY), "rb") as f:
+        return f.read(_LIMIT)
 
 
 def write_identity(path: Path, identity: Identity) -> None:

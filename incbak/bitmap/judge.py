@@ -18,7 +18,7 @@ from incbak import host
 from incbak.bitmap import format as fmt
 from incbak.bitmap.bits import Bits
 from incbak.bitmap.body import digest_of
-from incbak.bitmap.continuity import OWN_WRITE_NS, bypassed, bypassed_in_a_power_cut, changed
+from incbak.bitmap.continuity import OWN_WRITE_NS, bypassed, bypassed_in_a_power_cut, changed, set_up_anew
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.fingerprint import Beat, Fingerprint
 from incbak.opening import open_regular
@@ -32,6 +32,8 @@ class Found(StrEnum):
     CLEAN = "clean"
     RECOVERED = "recovered"
     COARSE = "coarse"
+    PROVISIONAL = "provisional"
+    """Clean, of a block device that was set up anew since: for who compares a sample before it is believed."""
     INVALID = "invalid"
 
 
@@ -85,8 +87,13 @@ def why_put_aside(path: Path) -> Reason:
     return said_invalid(found.slot) or Reason.TRACKING_FAILED
 
 
-def judge(header: Header, name: str, disk_uuid: bytes, disk: Fingerprint | None) -> Found | Reason:
-    """How the bitmap may be believed, or why not, apart from what `judge_body` finds."""
+def judge(
+    header: Header, name: str, disk_uuid: bytes, disk: Fingerprint | None, *, sampling: bool = False
+) -> Found | Reason:
+    """Return how the bitmap may be believed, or why not, apart from what `judge_body` finds.
+
+    ``sampling``: the caller believes what is `Found.PROVISIONAL` only after a sample.
+    """
     slot = header.slot
     if reason := said_invalid(slot):
         return reason
@@ -99,7 +106,11 @@ def judge(header: Header, name: str, disk_uuid: bytes, disk: Fingerprint | None)
     if header.length != fmt.layout(slot)[2]:
         return Reason.HEADER
     if slot.flags & Flag.CLEAN:
-        return (changed(slot.fingerprint, disk) or Found.CLEAN) if header.both else Reason.HEADER
+        if not header.both:
+            return Reason.HEADER
+        if sampling and set_up_anew(slot.fingerprint, disk):
+            return Found.PROVISIONAL
+        return changed(slot.fingerprint, disk) or Found.CLEAN
     return _unclean(header, disk)
 
 
@@ -117,7 +128,7 @@ def _unclean(header: Header, disk: Fingerprint) -> Found | Reason:
 
 def judge_body(slot: Slot, found: Found, body: Bits, coarse: Bits) -> Reason | None:
     """Whether bits and coarse map are whole. ``body``: all behind the header; ``coarse``: a byte for each region."""
-    if found is Found.CLEAN:
+    if found in (Found.CLEAN, Found.PROVISIONAL):
         return None if digest_of(body) == slot.digest else Reason.DIGEST
     return None if bool(((coarse == TOUCHED) | (coarse == UNTOUCHED)).all()) else Reason.COARSE_MAP
 
@@ -125,7 +136,7 @@ def judge_body(slot: Slot, found: Found, body: Bits, coarse: Bits) -> Reason | N
 def read_body(path: Path, slot: Slot) -> tuple[Bits, Bits]:
     """The body and the coarse map of a file that nobody has open for more than looking. Raises `OSError`."""
     _start, coarse, end = fmt.layout(slot)
-    with path.open("rb") as f:
+    with open(open_regular(path, os.O_RDONLY), "rb") as f:
         f.seek(fmt.HEADER)
         body = np.frombuffer(f.read(end - fmt.HEADER), dtype=np.uint8)
     if len(body) != end - fmt.HEADER:

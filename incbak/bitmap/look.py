@@ -118,8 +118,11 @@ def view(state_dir: Path, vm: str, disk: str, name: str) -> BitmapView:
     return view_file(state_dir / component(vm) / component(disk) / (component(name) + SUFFIX))
 
 
-def view_file(path: Path, image: Fingerprint | None = None) -> BitmapView:
-    """As `view`, of the file at its place in a state directory; ``image``: what the disk's image is now, if known."""
+def view_file(path: Path, image: Fingerprint | None = None, *, sampling: bool = False) -> BitmapView:
+    """As `view`, of the file at its place in a state directory; ``image``: what the disk's image is now, if known.
+
+    ``sampling``: as in `judge`.
+    """
     directory = path.parent
     vm, disk, name = (unquote(part) for part in (directory.parent.name, directory.name, path.name.removesuffix(SUFFIX)))
     in_use = owned(directory)
@@ -131,7 +134,7 @@ def view_file(path: Path, image: Fingerprint | None = None) -> BitmapView:
     header = read_header(path)
     if isinstance(header, Reason):
         return BitmapView(vm, disk, name, path, None, header, in_use)
-    verdict = _of_an_owner(header) if in_use else _of_nobody(header, path, name, image)
+    verdict = _of_an_owner(header) if in_use else _of_nobody(header, path, name, image, sampling)
     reason, found = (verdict, None) if isinstance(verdict, Reason) else (None, verdict)
     return BitmapView(vm, disk, name, path, header.slot, reason, in_use, found)
 
@@ -142,14 +145,14 @@ def _of_an_owner(header: Header) -> Reason | None:
     return Reason.HEADER if header.slot.flags & Flag.CLEAN and not header.both else None
 
 
-def _of_nobody(header: Header, path: Path, name: str, image: Fingerprint | None) -> Found | Reason:
+def _of_nobody(header: Header, path: Path, name: str, image: Fingerprint | None, sampling: bool) -> Found | Reason:
     """What the next owner will find."""
     identity = read_identity(path.parent / ABOUT)
     if identity is None:
         return said_invalid(header.slot) or Reason.WRONG_DISK
     if image is None and not said_invalid(header.slot):
         image = _image(identity, header.slot.size)
-    found = judge(header, name, uuid.UUID(identity.uuid).bytes, image)
+    found = judge(header, name, uuid.UUID(identity.uuid).bytes, image, sampling=sampling)
     if isinstance(found, Reason):
         return found
     try:
@@ -177,9 +180,10 @@ def views(state_dir: Path, vm: str | None = None) -> list[BitmapView]:
     return found
 
 
-def views_in(directory: Path, image: Fingerprint | None = None) -> list[BitmapView]:
-    """All bitmaps of one disk, sorted by name; ``image`` as in `view_file`."""
-    return [view_file(directory / (component(name) + SUFFIX), image) for name in sorted(names_in(directory))]
+def views_in(directory: Path, image: Fingerprint | None = None, *, sampling: bool = False) -> list[BitmapView]:
+    """All bitmaps of one disk, sorted by name; ``image`` and ``sampling`` as in `view_file`."""
+    paths = [directory / (component(name) + SUFFIX) for name in sorted(names_in(directory))]
+    return [view_file(path, image, sampling=sampling) for path in paths]
 
 
 def get_dirty_blocks(state_dir: Path, vm: str, disk: str, name: str) -> list[Extent]:

@@ -30,6 +30,16 @@ def component(name: str) -> str:
     return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
 
 
+def unfit(name: str) -> str:
+    """Return why a new VM should not be called so, or an empty string: names go into lines of reports and into paths.
+
+    `component` takes any name, so that those which there are already go on working.
+    """
+    if "/" in name or name in (".", ".."):
+        return "it would be a path"
+    return "" if name.isprintable() else "it has a control character"
+
+
 def _is_unicode(name: str) -> bool:
     try:
         name.encode()

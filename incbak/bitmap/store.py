@@ -20,6 +20,7 @@ from incbak.bitmap.identity import Identity, read_identity, write_identity
 from incbak.bitmap.judge import Header, judge, judge_body, read_header, said_invalid, why_put_aside
 from incbak.bitmap.look import BitmapView, get_dirty_blocks, view, view_file, views
 from incbak.bitmap.names import ABOUT, BURIED, SUFFIX, component, names_in
+from incbak.bitmap.owner import Owner, said_owner, say_owner
 from incbak.errors import BitmapError, LockedError
 from incbak.fingerprint import Fingerprint
 from incbak.reasons import Reason
@@ -46,16 +47,17 @@ class BitmapStore:
         self._lock_fd: int | None = None
         self.uuid = b""
 
-    def lock(self) -> None:
+    def lock(self, by: Owner = Owner.COMMAND) -> None:
         """Become the owner of this disk's bitmaps, until `unlock` or death. Raises `LockedError` if there is one."""
         durable.make_dir(self.directory)
         fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            who, hint = said_owner(fd)
             os.close(fd)
-            hint = "Stop the process that serves it, or use its monitor as the source."
-            raise LockedError(f"the bitmaps of disk {self.disk} of {self.vm} are in use", hint=hint) from None
+            raise LockedError(f"the bitmaps of disk {self.disk} of {self.vm} are in use{who}", hint=hint) from None
+        say_owner(fd, by)
         self._lock_fd = fd
         for left in self.directory.glob(".*.tmp"):
             left.unlink(missing_ok=True)
@@ -113,8 +115,11 @@ class BitmapStore:
         """The names of all bitmap files here, sorted."""
         return sorted(names_in(self.directory))
 
-    def open(self, name: str, disk: Fingerprint) -> Bitmap | Reason:
-        """The bitmap ``name`` if it may be believed, else why not. The table of the package docstring, row by row."""
+    def open(self, name: str, disk: Fingerprint, *, sampling: bool = False) -> Bitmap | Reason:
+        """The bitmap ``name`` if it may be believed, else why not. The table of the package docstring, row by row.
+
+        With ``sampling`` also one that is `Found.PROVISIONAL`, which stays as it is on disk: close it with ``None``.
+        """
         path = self.path(name)
         if not path.exists():
             aside = path.with_name(path.name + BURIED)
@@ -122,7 +127,7 @@ class BitmapStore:
         header = read_header(path)
         if isinstance(header, Reason):
             return header
-        verdict = judge(header, name, self.uuid, disk)
+        verdict = judge(header, name, self.uuid, disk, sampling=sampling)
         if isinstance(verdict, Reason):
             return verdict
         try:
@@ -130,12 +135,12 @@ class BitmapStore:
         except OSError:  # a sector that cannot be read, or a full disk that takes no store
             return Reason.HEADER
 
-    def open_all(self, disk: Fingerprint) -> tuple[list[Bitmap], dict[str, Reason]]:
-        """Every bitmap that may be believed, and why the others may not. Never raises for what a file holds."""
+    def open_all(self, disk: Fingerprint, *, sampling: bool = False) -> tuple[list[Bitmap], dict[str, Reason]]:
+        """Every bitmap that `open` gives, and why it does not give the others. Never raises for what a file holds."""
         good: list[Bitmap] = []
         bad: dict[str, Reason] = {}
         for name in self.names():
-            found = self.open(name, disk)
+            found = self.open(name, disk, sampling=sampling)
             if isinstance(found, Bitmap):
                 good.append(found)
             else:
@@ -177,14 +182,15 @@ def _openable(header: Header | Reason, path: Path) -> Bitmap:
 
 def _taken(path: Path, slot: Slot, found: Found, disk: Fingerprint) -> Bitmap | Reason:
     """The bitmap, its body judged too, as this owner's."""
-    bitmap = Bitmap(path, slot, found, State.CLEAN if found is Found.CLEAN else State.DIRTY)
+    untouched = found in (Found.CLEAN, Found.PROVISIONAL)
+    bitmap = Bitmap(path, slot, found, State.CLEAN if untouched else State.DIRTY)
     if reason := judge_body(slot, found, bitmap._body, bitmap._coarse):
         bitmap.close(None)
         return reason
     if found is Found.COARSE:
         bitmap.mark_touched_regions()
     bitmap.trust_coarse_map()
-    if found is not Found.CLEAN:
+    if not untouched:
         bitmap.adopt(disk)
     return bitmap
 

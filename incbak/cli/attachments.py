@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from incbak.errors import UsageError
+from incbak.opening import open_text
 from incbak.repo.fitting import MAX_ATTACHED, MAX_ATTACHMENTS, size_of
 from incbak.units import format_size
 
@@ -25,7 +26,7 @@ def read_attachments(paths: Sequence[Path]) -> dict[str, str]:
         if path.name in found:
             raise UsageError(f"two attachments are called {path.name}", hint="Rename one of them.")
         try:
-            with path.open("rb") as f:
+            with open_text(path) as f:
                 data = f.read(LIMIT + 1)
             found[path.name] = data.decode()
         except OSError as e:

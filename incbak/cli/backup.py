@@ -14,17 +14,20 @@ import click
 
 from incbak.backup.recorded import recorded_format
 from incbak.backup.runner import Options, Outcome, run
+from incbak.backup.vm import refuse_unfit
 from incbak.cli.attachments import read_attachments
 from incbak.cli.configured import Configured, judge, run_all, source_of
 from incbak.cli.encodable import refuse_unencodable
+from incbak.cli.given import VM_NAME
 from incbak.cli.prune import policy_of, prune_after
 from incbak.cli.settings import Settings, common, ignores_ctime, settings, trusts_backing
 from incbak.cli.signals import ending
-from incbak.cli.surroundings import Surroundings
+from incbak.cli.surroundings import Surroundings, refuse_own_metrics
 from incbak.disk.formats import OFFERED
 from incbak.engine.base import Engine
 from incbak.engine.detect import Source, open_engine
 from incbak.errors import BackupError, IncbakError, IncompleteError, LockedError, UsageError
+from incbak.fleet.config import SAMPLE, TRUST
 from incbak.repo.repository import Repository
 from incbak.repo.retention import Policy
 from incbak.report.backups import as_json, disk_line
@@ -83,7 +86,7 @@ def _source_options(command: C) -> C:
         click.option(
             "--jobs", type=click.IntRange(1, 64), default=2, help="With --all: so many at once.  [default: 2]"
         ),
-        click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]"),
+        click.option("--name", type=VM_NAME, help="What the VM is called.  [default: as the monitor or image says]"),
         click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated."),
         click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated."),
         click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM."),
@@ -112,7 +115,10 @@ def _source_options(command: C) -> C:
             "--prune", "prunes", is_flag=True, help="When it is made, prune the VM by its rules in the configuration."
         ),
         click.option(
-            "--strict", is_flag=True, help="Refuse a VM whose monitor says another name; otherwise a warning."
+            "--strict",
+            is_flag=True,
+            help="Refuse a VM whose monitor says another name or UUID, or that has backups under another name, unless "
+            "this one is the monitor's; otherwise a warning.",
         ),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and why."),
         trusts_backing,
@@ -149,8 +155,15 @@ def full(source: str | None, **options: Any) -> None:
     help="Also read so much of what was not written and compare it with the base, another part each time: 1%. "
     "Of incbak serve and raw images that are off.",
 )
+@click.option(
+    "--trust-after-boot",
+    type=click.Choice(TRUST),
+    default=TRUST[0],
+    show_default=True,
+    help="Of a block device in another boot or set-up: read it whole, or believe its bitmap after a random sample.",
+)
 @common
-def incremental(source: str | None, no_fallback: bool, audit: str, **options: Any) -> None:
+def incremental(source: str | None, no_fallback: bool, audit: str, trust_after_boot: str, **options: Any) -> None:
     """Back up what the disks' bitmaps say was written since the last backup of SOURCE.
 
     A disk without a bitmap that can be believed is read whole; the reason is printed and kept in the record.
@@ -160,7 +173,8 @@ def incremental(source: str | None, no_fallback: bool, audit: str, **options: An
       incbak -r /backup incremental qmp:/run/incbak/web1/qmp.sock
       incbak -q incremental --all
     """
-    _back_up(source, "incremental", fallback=not no_fallback, audit=parse_share(audit), **options)
+    sampling = trust_after_boot == SAMPLE
+    _back_up(source, "incremental", fallback=not no_fallback, audit=parse_share(audit), sampling=sampling, **options)
 
 
 def _back_up(source: str | None, kind: str, *, all_vms: bool, jobs: int, **options: Any) -> None:
@@ -186,6 +200,7 @@ def _back_up_one(
     *,
     fallback: bool,
     audit: int = 0,
+    sampling: bool = False,
     name: str | None,
     disks: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -201,6 +216,7 @@ def _back_up_one(
     **engine: Any,
 ) -> None:
     refuse_unencodable("a name or tag", [name or "", *disks, *exclude, *tags, *(path.name for path in attach)])
+    refuse_own_metrics(here, metrics)
     policy = _policy(here) if prunes else None
     wait = parse_duration(lock_wait)
     longest = parse_duration(max_duration)
@@ -211,6 +227,7 @@ def _back_up_one(
         exclude=exclude,
         fallback=fallback,
         audit=audit,
+        sampling=sampling,
         strict=strict,
         lock_wait=wait,
         dry_run=dry_run,
@@ -222,7 +239,7 @@ def _back_up_one(
         state_dir=here.state_dir,
     )
     console = here.reporter()
-    wanted = Source(source, here.state_dir, name, disks, look=dry_run, **engine_settings(**engine))
+    wanted = Source(source, here.state_dir, name, disks, look=dry_run, sampling=sampling, **engine_settings(**engine))
     with Surroundings(here.vm, name or source, kind, metrics, dry_run=dry_run) as around:
         try:
             outcome = interruptible(_run(here.open(), wanted, options, console, longest))
@@ -283,6 +300,7 @@ def engine_settings(
 async def _run(repo: Repository, source: Source, options: Options, console: Console, longest: float) -> Outcome:
     try:
         async with limited(longest):
+            await asyncio.to_thread(refuse_unfit, repo, options.name)
             known = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
             engine = await open_waiting(known, options.lock_wait)
             try:

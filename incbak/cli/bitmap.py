@@ -15,9 +15,10 @@ from incbak.backup.audit import Slice
 from incbak.backup.recorded import recorded_format
 from incbak.backup.verify import Verified, Wanted, verify
 from incbak.bitmap.format import REGION, TOUCHED, Flag, layout
-from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, view, views
+from incbak.bitmap.store import BitmapView, get_dirty_blocks, invalidate, views
 from incbak.cli.backup import interruptible, open_waiting
 from incbak.cli.configured import Configured, source_of
+from incbak.cli.given import VM_NAME
 from incbak.cli.own_bitmaps import remove_named, source_for, source_options
 from incbak.cli.own_bitmaps import show as show_own
 from incbak.cli.settings import Settings, common, printable, settings, trusts_backing
@@ -37,7 +38,7 @@ def bitmap() -> None:
 
 @bitmap.command("list", cls=Configured, short_help="List the bitmaps, of this host or of SOURCE.")
 @click.argument("source", metavar="[SOURCE]", required=False)
-@click.option("--name", metavar="VM", help="Only of this VM; or what the VM of SOURCE is called.")
+@click.option("--name", type=VM_NAME, help="Only of this VM; or what the VM of SOURCE is called.")
 @source_options
 @common
 def list_bitmaps(
@@ -105,11 +106,10 @@ def _as_json(found: BitmapView) -> dict[str, object]:
 
 
 def _pick(vm: str, disk: str | None, name: str | None) -> BitmapView:
-    """The one bitmap meant; the newest file when no name was given."""
+    """The one bitmap meant; the newest file when no name was given. A whole name counts more than parts of others."""
     here = settings()
-    if disk and name:
-        return view(here.state_dir, vm, disk, name)
     matching = [v for v in views(here.state_dir, vm) if disk in (None, v.disk) and (name is None or name in v.name)]
+    matching = [v for v in matching if v.name == name] or matching
     if not matching:
         raise UsageError(f"there is no such bitmap of {vm}", hint="See: incbak bitmap list")
     if len({v.disk for v in matching}) > 1:
@@ -220,7 +220,7 @@ def dirty(vm: str, disk: str | None, name: str | None) -> None:
 
 @bitmap.command("verify", short_help="Look whether what a bitmap calls clean is unchanged.")
 @click.argument("source", metavar="SOURCE")
-@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
+@click.option("--name", type=VM_NAME, help="What the VM is called.  [default: as the monitor or image says]")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="DISK", help="Not this disk; may be repeated.")
 @click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run of this VM.")

@@ -38,6 +38,7 @@ _TEXTS = {
     "scratch_dir": "--scratch-dir",
     "scratch_limit": "--scratch-limit",
     "audit": "--audit",
+    "trust_after_boot": "--trust-after-boot",
     "agent_socket": "--agent-socket",
     "format": "--format",
 }
@@ -57,7 +58,10 @@ class Configured(click.Command):
             ctx.meta[_REST] = _without(args, "--all", "--jobs")
         elif isinstance(source := typed.get("source"), str):  # click has something else for what is missing
             args = [*self._expanded(here, source), *args]
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        if not typed.get("all_vms") and typed.get("jobs") is not None:
+            raise UsageError("--jobs has no effect without --all", hint="Leave it out.")
+        return rest
 
     def _expanded(self, here: Settings, source: str) -> list[str]:
         if source.startswith("qmp:") or "/" in source:

@@ -10,6 +10,7 @@ import click
 
 from incbak.cli.backup import interruptible
 from incbak.cli.configured import Configured, source_of
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.doctor.finding import Finding, Level, guarded, ok
 from incbak.doctor.host import look_at_host
@@ -25,7 +26,7 @@ _LABEL = {Level.OK: "ok     ", Level.WARNING: "WARNING", Level.FAULT: "FAULT  "}
 
 @click.command(cls=Configured, short_help="Look for what would spoil a backup of this host, or of a VM.")
 @click.argument("source", metavar="[SOURCE]", required=False)
-@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
+@click.option("--name", type=VM_NAME, help="What the VM is called.  [default: as the monitor or image says]")
 @click.option(
     "--scratch-dir", type=click.Path(path_type=Path), metavar="DIR", help="As for backups.  [default: /var/tmp]"
 )

@@ -11,8 +11,10 @@ from typing import Any
 import click
 
 from incbak.cli.configured import Configured, judge, run_all
+from incbak.cli.given import VM_NAME, refuse_without
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.cli.signals import interrupt_on_ending
+from incbak.cli.surroundings import refuse_own_metrics
 from incbak.drill.boot import BUSES, Boot
 from incbak.drill.drill import Options, drill, place_of
 from incbak.errors import DamagedError, DrillError, IncbakError, UsageError
@@ -28,7 +30,7 @@ from incbak.units import format_duration, parse_duration, parse_size
 @click.argument("source", metavar="[VM]", required=False)
 @click.option("--all", "all_vms", is_flag=True, help="Every VM of the configuration.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, help="With --all: so many at once.  [default: 1]")
-@click.option("--name", metavar="VM", help="Only this VM.  [default: every VM in the repository]")
+@click.option("--name", type=VM_NAME, help="Only this VM.  [default: every VM in the repository]")
 @click.option("--backup", metavar="BACKUP", default="latest", show_default=True, help="Which backup.")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk, and write nothing down.")
 @click.option("--full", is_flag=True, help="Restore every cluster; the default.")
@@ -100,6 +102,7 @@ def drill_command(source: str | None, all_vms: bool, jobs: int, name: str | None
 
 def _drill(here: Settings, name: str | None, *, backup: str, metrics: Path | None, **options: Any) -> None:
     wanted = _options(**options)
+    refuse_own_metrics(here, metrics)
     configured = Path(here.vm.metrics) if here.vm and here.vm.metrics else None
     with closing(here.open()) as repo:
         records = _records(repo, backup, name)
@@ -126,6 +129,10 @@ def _options(
 ) -> Options:
     if full and sample:
         raise UsageError("--full and --sample exclude each other")
+    if not sample:
+        refuse_without("--sample", "seed")
+    if not boots:
+        refuse_without("--boot", *of_boot)
     percent = _percent(sample) if sample else 100.0
     seed = secrets.randbits(32) if seed is None else seed
     return Options(scratch_dir, percent, seed, not no_fsck, _boot(**of_boot) if boots else None, disks)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from incbak.cli.encodable import refuse_unencodable_path
+from incbak.cli.given import VM_NAME, refuse_tree, refuse_without
 from incbak.cli.serve import parse_tcp
 from incbak.cli.settings import common, settings
 from incbak.cli.signals import LOOK_SECONDS, on_ending
@@ -26,7 +27,7 @@ from incbak.serve.systemd import notify
 @click.command(short_help="Offer a backup as an NBD export, with nothing restored first.")
 @click.argument("backup")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
-@click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository.")
+@click.option("--name", type=VM_NAME, help="Which VM's latest, when several share the repository.")
 @click.option("--socket", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket.  [default: a new one]")
 @click.option("--tcp", metavar="HOST:PORT", help="Serve on TCP instead. Without --tls-certs: trusted networks only.")
 @serves_tls
@@ -63,6 +64,13 @@ def export(
     """
     here = settings()
     refuse_unencodable_path("--socket", [socket] if socket else [])
+    if socket and tcp:
+        raise UsageError("--socket and --tcp exclude each other", hint="An export is on one of them.")
+    if socket:
+        here.refuse_own(socket, socket=True)
+        refuse_tree("the directory of the socket,", socket.parent)
+    if not writable:
+        refuse_without("--writable", "scratch_dir")
     tls = tls_of(tls_certs, tls_verify_peer)
     repo = here.open()
     exports = _exports(repo, backup, name, disks, scratch_dir if writable else None)

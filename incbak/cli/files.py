@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.errors import DamagedError, DiskError, IncompleteError, UsageError
 from incbak.export.image import BackupImage
@@ -25,7 +26,7 @@ from incbak.units import format_size
 _which = (
     click.option("--disk", metavar="DISK", help="Which disk, when the backup has several."),
     click.option("--partition", type=int, metavar="N", help="Which partition, when several have file systems."),
-    click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository."),
+    click.option("--name", type=VM_NAME, help="Which VM's latest, when several share the repository."),
 )
 
 
@@ -100,6 +101,7 @@ def cp(
       incbak -r /backup files cp latest --partition 2 -R /home/anna /srv/back
     """
     here = settings()
+    here.refuse_own(target)
     if not target.is_dir():
         raise UsageError(f"{target} is not a directory", hint=f"Make it first: mkdir {target}")
     console = here.reporter()
@@ -110,7 +112,8 @@ def cp(
             if not recursive:
                 raise UsageError(f"{_text(whole[0].name) or '/'} is a directory", hint="Copy it with -R.")
             nodes = [each for n in nodes for each in ([n] if n.name else listed(library, n))]
-        copier = Copier(library, target, which.size, force=force, setuid=setuid, report=console)
+        copier = Copier(library, target, which.size, force=force, setuid=setuid, report=console,
+                        refuse=here.refuse_own)  # fmt: skip
         try:
             done = copier.copy(nodes)
         finally:

@@ -85,24 +85,38 @@ def show(kind: str, to: Path | None) -> None:
       incbak schedule show systemd --to /etc/systemd/system && systemctl daemon-reload
     """
     here = settings()
+    if to:
+        here.refuse_own(to)
     found, path = _read(here)
     refuse_unencodable_path("the path of the configuration", [path])
     for each in schedules.left_out(kind, found):
         click.echo(printable(f"incbak: {each}"), err=True)
     program = shutil.which("incbak") or sys.argv[0]
+    state = _state_dir(here, found)
+    options = ("--config", str(path.absolute()), *(("--state-dir", str(state)) if state else ()))
     if kind == "cron":
         if to:
             raise UsageError(
                 "--to is for systemd's units", hint="Write: incbak schedule show cron > /etc/cron.d/incbak"
             )
-        click.echo(schedules.cron(program, path.absolute(), found, _user()), nl=False)
+        click.echo(schedules.cron(program, options, found, _user()), nl=False)
         return
-    for name, text in schedules.systemd(program, path.absolute(), found).items():
+    for name, text in schedules.systemd(program, options, found, state).items():
         if to:
             durable.write_new(to / name, [text.encode()], replace=True, mode=0o644)
             here.say(f"wrote {to / name}")
         else:
             click.echo(printable(f"# {name}\n{text}"))
+
+
+def _state_dir(here: Settings, found: Config) -> Path | None:
+    """Where bitmaps are: as given, else as the environment says for a configuration that does not.
+
+    What is printed runs without this command's options, and in another environment.
+    """
+    configured = any(found.vm(name).state_dir for name in found.vms)
+    given = here.state or (None if configured else os.environ.get("INCBAK_STATE_DIR"))
+    return Path(given).absolute() if given else None
 
 
 def _user() -> str:

@@ -9,6 +9,7 @@ import click
 from incbak import durable
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.errors import UsageError
+from incbak.opening import open_text
 from incbak.repo import keys
 from incbak.repo.repository import Config, Repository
 from incbak.repo.storage.local import LocalStorage
@@ -93,6 +94,7 @@ def export(file: Path, ident: str | None) -> None:
       incbak -r /backup key export /root/incbak-backup.key
     """
     here = settings()
+    here.refuse_own(file)
     storage, config = _encrypted(here)
     passphrase = here.passphrase()
     opened = [k for k in keys.read_keys(storage)[0] if ident is None or k.id.startswith(ident)]
@@ -120,8 +122,11 @@ def import_(file: Path) -> None:
     """
     here = settings()
     storage, config = _encrypted(here)
-    with file.open("rb") as stream:
-        data = stream.read(1 << 20).rstrip(b"\n")
+    try:
+        with open_text(file) as stream:
+            data = stream.read(1 << 20).rstrip(b"\n")
+    except OSError as e:
+        raise UsageError(f"cannot read the key {file}: {e.strerror}") from e
     _told(here, keys.import_key(storage, config.id, data, here.passphrase(), config.opens), "is in the repository")
 
 

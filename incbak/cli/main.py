@@ -128,7 +128,7 @@ def _status() -> int:
         status = e.exit_code
     except click.ClickException as e:
         context = getattr(e, "ctx", None)
-        _say_error(e.format_message(), f"Try: {context.command_path} --help" if context else "")
+        _say_error(" ".join(e.format_message().split()), f"Try: {context.command_path} --help" if context else "")
         status = e.exit_code
     except (KeyboardInterrupt, click.Abort):
         _say_error("interrupted", "")

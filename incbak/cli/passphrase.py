@@ -11,10 +11,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO
 
 from incbak.errors import UsageError, WrongPassphraseError
+from incbak.opening import open_text
 
 FD = "INCBAK_PASSWORD_FD"
 _NEW = "INCBAK_NEW_PASSWORD_"
@@ -111,7 +111,7 @@ def _from_environment(environment: Mapping[str, str], prefix: str) -> bytes | No
 
 def _from_file(path: str) -> bytes:
     try:
-        with Path(path).open("rb") as file:
+        with open_text(path) as file:
             info = os.fstat(file.fileno())
             data = file.read(_LIMIT + 1)
     except OSError as e:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, printable, settings
 from incbak.errors import DamagedError, DurabilityError, LockedError, UsageError
 from incbak.events import Reporter, Warned
@@ -57,7 +58,7 @@ def _rules(command: C) -> C:
 
 
 @click.command("prune", short_help="Remove backups that no rule keeps, and content that nothing needs.")
-@click.option("--name", metavar="VM", help="Only backups of this VM.  [default: of each VM, by the same rules]")
+@click.option("--name", type=VM_NAME, help="Only backups of this VM.  [default: of each VM, by the same rules]")
 @click.option("--all", "all_vms", is_flag=True, help="Of each VM in the configuration, by its own rules there.")
 @_rules
 @click.option(
@@ -227,7 +228,7 @@ def _share(text: str) -> float:
 
 @click.command(short_help="Keep a backup, whatever prune is told.")
 @click.argument("backup")
-@click.option("--name", metavar="VM", help="Which VM's latest.")
+@click.option("--name", type=VM_NAME, help="Which VM's latest.")
 @common
 def pin(backup: str, name: str | None) -> None:
     """Pin BACKUP: an id, a unique prefix of one, or "latest". No prune removes it until it is unpinned.
@@ -245,7 +246,7 @@ def pin(backup: str, name: str | None) -> None:
 
 @click.command(short_help="Take the pin from a backup.")
 @click.argument("backup")
-@click.option("--name", metavar="VM", help="Which VM's latest.")
+@click.option("--name", type=VM_NAME, help="Which VM's latest.")
 @common
 def unpin(backup: str, name: str | None) -> None:
     """Take the pin from BACKUP: an id, a unique prefix of one, or "latest".

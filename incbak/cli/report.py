@@ -13,6 +13,7 @@ import click
 from incbak import durable
 from incbak.cli.settings import common, settings
 from incbak.errors import UsageError
+from incbak.opening import open_text
 from incbak.report.history import collect
 from incbak.report.page import MARK, page
 
@@ -39,6 +40,7 @@ def report(file: Path) -> None:
       incbak -r /backup report --html /var/www/incbak.html
     """
     here = settings()
+    here.refuse_own(file)
     mode = _replaceable(file)
     with closing(here.open()) as repo:
         made = page(collect(repo, str(here.repository_path()), datetime.now(UTC)))
@@ -54,11 +56,13 @@ def _replaceable(file: Path) -> int:
     Raises `UsageError` when there is something else than a report.
     """
     try:
-        with file.open("rb") as f:
+        with open_text(file) as f:
             info = os.fstat(f.fileno())
             mode = info.st_mode if info.st_uid == os.geteuid() else 0o600
             if stat.S_ISREG(info.st_mode) and f.read(len(MARK)) in (b"", MARK.encode()):
                 return mode & 0o666
     except FileNotFoundError:
         return 0o600
+    except OSError as e:
+        raise UsageError(f"cannot look at {file}: {e.strerror}", hint="Choose another name.") from e
     raise UsageError(f"{file} is there and no report", hint="Remove it, or choose another name.")

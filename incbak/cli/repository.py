@@ -8,9 +8,11 @@ from pathlib import Path
 import click
 import msgspec
 
+from incbak.cli.given import VM_NAME, refuse_tree
 from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.errors import DamagedError, DurabilityError, UsageError
 from incbak.repo import check as checks
+from incbak.repo import outputs
 from incbak.repo.pins import read_pins
 from incbak.repo.record import Record
 from incbak.repo.repository import DEFAULT_CLUSTER, Repository
@@ -38,7 +40,11 @@ def init(path: Path | None, cluster_size: str, encrypt: bool) -> None:
       INCBAK_PASSWORD_FILE=/root/backup.pass incbak init /backup --encrypt
     """
     here = settings()
+    if path and "repository" in here.typed:
+        raise UsageError(f"two places for the repository: {path} and -r {here.repository}", hint="Leave one of them.")
     where = path or here.repository_path()
+    refuse_tree("the repository", where)
+    outputs.refuse_own(where.absolute().parent, {})
     if not encrypt and (source := here.passphrase.source):
         said = f"incbak: it will not be encrypted, though {source} is set; with it, other commands will refuse it"
         click.echo(said, err=True)
@@ -54,7 +60,7 @@ def init(path: Path | None, cluster_size: str, encrypt: bool) -> None:
 
 
 @click.command("list", short_help="List the backups.")
-@click.option("--name", metavar="VM", help="Only of this VM.")
+@click.option("--name", type=VM_NAME, help="Only of this VM.")
 @common
 def list_backups(name: str | None) -> None:
     """List the backups, oldest first.
@@ -81,7 +87,7 @@ def list_backups(name: str | None) -> None:
 
 @click.command(short_help="Show one backup in full.")
 @click.argument("backup")
-@click.option("--name", metavar="VM", help="Which VM's latest.")
+@click.option("--name", type=VM_NAME, help="Which VM's latest.")
 @click.option("--vm", is_flag=True, help="Show what the engine said of the VM, as JSON.")
 @click.option("--attachment", metavar="FILE", help="Print a file that was attached.")
 @common
@@ -114,7 +120,7 @@ def show(backup: str, name: str | None, vm: bool, attachment: str | None) -> Non
 @click.argument("a")
 @click.argument("b")
 @click.option("--disk", metavar="DISK", help="Only this disk.")
-@click.option("--name", metavar="VM", help="Which VM's latest.")
+@click.option("--name", type=VM_NAME, help="Which VM's latest.")
 @common
 def diff(a: str, b: str, disk: str | None, name: str | None) -> None:
     """List the ranges that differ between backups A and B: disk, offset, length, in bytes.
@@ -175,6 +181,8 @@ def check(read_data: bool, read_data_subset: str | None, max_duration: str | Non
       incbak -q check --read-data --max-duration 30m
     """
     here = settings()
+    if read_data and read_data_subset:
+        raise UsageError("--read-data and --read-data-subset exclude each other", hint="All of it, or a part.")
     duration = parse_duration(max_duration) if max_duration else None
     if duration is not None and (not read_data or read_data_subset):
         raise UsageError("--max-duration goes with --read-data alone", hint="It reads what was read longest ago.")

@@ -13,6 +13,7 @@ from incbak import durable
 from incbak.bitmap.disown import disown
 from incbak.bitmap.store import component
 from incbak.cli import streams
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.cli.signals import interrupt_on_ending
 from incbak.errors import DamagedError, IncompleteError, RestoreError, UsageError
@@ -31,7 +32,7 @@ from incbak.units import format_size
 @click.argument("target")
 @click.option("--all", "everything", is_flag=True, help="The whole VM, into TARGET, a directory.")
 @click.option("--disk", metavar="DISK", help="Which disk, when the backup has several.")
-@click.option("--name", metavar="VM", help="Which VM's latest, when several share the repository.")
+@click.option("--name", type=VM_NAME, help="Which VM's latest, when several share the repository.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option(
     "--format",
@@ -79,6 +80,8 @@ def restore(
     if to_stdout:
         _refuse_for_stdout({"--all": everything, "--force": force, "--in-place": in_place, "--salvage": salvage,
                             "--format qcow2": form == "qcow2", "--json": here.json})  # fmt: skip
+    elif not _SCHEME.match(target):
+        here.refuse_own(Path(target))
     form = (form or "raw") if everything else form_of(target, form, in_place=in_place)
     how = _How(form, force, in_place, salvage)
     interrupt_on_ending()
@@ -216,6 +219,8 @@ def _pairs(record: Record, target: str, disk: str | None, form: str) -> list[tup
 
 
 def _one(here: Settings, repo: Repository, record: Record, disk: DiskRecord, where: str, how: _How) -> Restored:
+    if not _SCHEME.match(where):
+        here.refuse_own(Path(where))
     opened = how.open(where, disk.size)
     console = here.reporter()
     try:

@@ -10,6 +10,7 @@ import click
 from incbak import host
 from incbak.bitmap.store import component
 from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
+from incbak.cli.given import VM_NAME, refuse_tree, refuse_unfit_name
 from incbak.cli.settings import common, ignores_ctime, settings
 from incbak.cli.tls import serves_tls, tls_of
 from incbak.errors import UsageError
@@ -18,7 +19,7 @@ from incbak.units import parse_size
 
 
 @click.command("serve", short_help="Export raw images over NBD, with persistent dirty bitmaps and a QMP monitor.")
-@click.option("--name", required=True, metavar="VM", help="The VM whose disks these are: names its bitmaps.")
+@click.option("--name", required=True, type=VM_NAME, help="The VM whose disks these are: names its bitmaps.")
 @click.option("--socket", "nbd", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket for NBD.")
 @click.option("--monitor", type=click.Path(path_type=Path), metavar="PATH", help="Unix socket for QMP.")
 @click.option("--tcp", metavar="HOST:PORT", help="Serve NBD on TCP too. Without --tls-certs: trusted networks only.")
@@ -67,6 +68,10 @@ def serve(
     """
     refuse_unencodable("a name or address", [name, tcp or "", *(text.partition("=")[0] for text in disks)])
     refuse_unencodable_path("a path", [*(text.partition("=")[2] for text in disks), *filter(None, [nbd, monitor])])
+    refuse_unfit_name(name, settings().state_dir)
+    for each in filter(None, [nbd, monitor]):
+        refuse_tree("the directory of a socket,", each.parent)
+        settings().refuse_own(each, socket=True)
     runtime = host.runtime_dir() / component(name)
     options = ServeOptions(
         name=name,

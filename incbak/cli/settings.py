@@ -18,6 +18,7 @@ from incbak import host
 from incbak.cli.passphrase import Passphrase
 from incbak.errors import DurabilityError, UsageError, WrongPassphraseError
 from incbak.fleet.config import Config, Defaults, Vm, default_path, load
+from incbak.repo import outputs
 from incbak.repo.memory import Memory
 from incbak.repo.repository import Repository
 from incbak.report.console import Console
@@ -108,6 +109,18 @@ class Settings:
                 self.memory.note_place(path, config, repo.key)
         return repo
 
+    def refuse_own(self, path: Path, *, socket: bool = False) -> None:
+        """Raise `UsageError` where nothing is written whatever is forced, as `outputs.refuse_own` says.
+
+        A ``socket`` may be in the state directory, where those of users without a runtime directory are.
+        """
+        own: dict[str, Path] = {}
+        with suppress(UsageError):
+            own["the repository"] = self.repository_path()
+        with suppress(UsageError):
+            own |= {} if socket else {"the state directory": self.state_dir}
+        outputs.refuse_own(path, own)
+
     def reporter(self) -> Console:
         """For the library's events."""
         return Console(-1 if self.quiet else int(self.verbose))
@@ -140,9 +153,20 @@ def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
     return callback
 
 
+def _config(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """One that is named on the command line is read at once: each command ends with 2 if it is not as it should be.
+
+    One in the environment or at its default place may be damaged while somebody restores: who needs it reads it.
+    """
+    kept = _keep("config")(ctx, param, value)
+    if value and ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
+        load(value)
+    return kept
+
+
 def common(command: F) -> F:
     """Decorate a command (or the group) with the common options."""
-    path = click.Path(path_type=Path)
+    path = click.Path(path_type=Path, readable=False)  # not looked at before it is needed
     options = (
         click.option(
             "-r", "--repository", type=path, metavar="DIR", envvar="INCBAK_REPOSITORY",
@@ -156,7 +180,7 @@ def common(command: F) -> F:
         click.option(
             "--config", type=path, metavar="FILE", envvar="INCBAK_CONFIG",
             help="The configuration.  [env: INCBAK_CONFIG]",
-            callback=_keep("config"), expose_value=False,
+            callback=_config, expose_value=False,
         ),
         click.option(
             "-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors.",

@@ -19,9 +19,11 @@ from incbak.backup.recorded import recorded_format
 from incbak.backup.runner import Options, Outcome, run
 from incbak.cli.backup import interruptible, open_waiting
 from incbak.cli.configured import Configured, judge, run_all, source_of
+from incbak.cli.given import VM_NAME
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.engine.detect import Source
 from incbak.errors import BackupError, DiskError, EngineError, UsageError
+from incbak.fleet.config import SAMPLE
 from incbak.repo.drills import drills_of, read_drills
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
@@ -38,7 +40,7 @@ from incbak.units import format_duration, format_size, parse_duration
 @click.option("--all", "all_vms", is_flag=True, help="Every VM of the configuration.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, help="With --all: so many at once.  [default: 2]")
 @click.option("--max-age", metavar="TIME", help="Exit with 1 if a disk's last backup is older or dated ahead, or none.")
-@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor or image says]")
+@click.option("--name", type=VM_NAME, help="What the VM is called.  [default: as the monitor or image says]")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Only this disk; may be repeated.")
 @click.option("--monitor-wait", metavar="TIME", default="20", help="Wait so long while another client has the monitor.")
 @common
@@ -78,7 +80,8 @@ def status(
     wait = max(parse_duration(monitor_wait), 0.5)
     form, allowed = here.vm.format if here.vm else "", [Path(p) for p in here.vm.allow_backing] if here.vm else ()
     wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
-    wanted = replace(wanted, format=form, allow_backing=allowed)
+    sampling = here.vm is not None and here.vm.trust_after_boot == SAMPLE
+    wanted = replace(wanted, format=form, allow_backing=allowed, sampling=sampling)
     rows = _rows(here, wanted, _trust(here), tolerant=limit is not None)
     _print(here, rows, several=False)
     if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):
@@ -141,6 +144,7 @@ async def _look(
             dry_run=True,
             **trust,
             state_dir=source.state_dir,
+            sampling=source.sampling,
         )
         outcome = await run(repo, engine, options)
         for each in await engine.leftovers():
@@ -176,6 +180,7 @@ def _facts(vm: str, planned: Planned, last: Record | None) -> dict[str, Any]:
         "persistent": bitmap.persistent if bitmap else None,
         "dirty": dirty,
         "reason": plan.reason,
+        "sample": bitmap is not None and bitmap.provisional,
     }
 
 
@@ -200,7 +205,7 @@ def _age_text(row: Mapping[str, Any]) -> str:
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    why = f" [{row['reason']}]" if row["reason"] else ""
+    why = f" [{row['reason']}]" if row["reason"] else " if a sample agrees" if row.get("sample") else ""
     return [
         row["disk"],
         format_size(row["size"]),

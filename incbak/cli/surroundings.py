@@ -9,13 +9,19 @@ from types import TracebackType
 from typing import Any
 
 from incbak.backup.runner import Outcome
-from incbak.cli.settings import one_line
+from incbak.cli.settings import Settings, one_line
 from incbak.errors import IncbakError, IncompleteError
 from incbak.fleet.config import Hooks, Vm
 from incbak.fleet.hooks import run_hook
 from incbak.fleet.metrics import write_metrics
 from incbak.report.backups import as_json
 from incbak.units import parse_duration
+
+
+def refuse_own_metrics(here: Settings, typed: Path | None) -> None:
+    """Raise `UsageError` where no metrics are written: see `Settings.refuse_own`."""
+    if file := typed or (Path(here.vm.metrics) if here.vm and here.vm.metrics else None):
+        here.refuse_own(file)
 
 
 class Surroundings:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from incbak.cli.given import VM_NAME
 from incbak.cli.passphrase import TARGET_PREFIX, Passphrase
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.cli.signals import interrupt_on_ending
@@ -18,7 +19,7 @@ from incbak.units import format_size, parse_duration
 
 @click.command("sync", short_help="Copy backups to another repository.")
 @click.argument("target", type=click.Path(path_type=Path), required=False)
-@click.option("--name", "names", multiple=True, metavar="VM", help="Only backups of this VM; may be repeated.")
+@click.option("--name", "names", multiple=True, type=VM_NAME, help="Only backups of this VM; may be repeated.")
 @click.option("--last", type=click.IntRange(min=1), metavar="N", help="At most the newest N of each VM.")
 @click.option("--lock-wait", metavar="TIME", default="0", help="Wait so long for another run on the VM in TARGET.")
 @click.option("--dry-run", is_flag=True, help="Say what would be copied.")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from incbak.cli.encodable import refuse_unencodable
+from incbak.cli.given import VM_NAME, refuse_unfit_name
 from incbak.cli.settings import common, ignores_ctime, one_line, settings
 from incbak.cli.signals import ending
 from incbak.engine.session import Address
@@ -25,7 +26,7 @@ _READY = {"ready", "waiting", "shutdown"}
 
 @click.command("watch", short_help="Keep a VM's bitmaps over its shutdowns, for images that cannot hold them.")
 @click.argument("source", metavar="qmp:SOCKET")
-@click.option("--name", metavar="VM", help="What the VM is called.  [default: as the monitor says]")
+@click.option("--name", type=VM_NAME, help="What the VM is called.  [default: as the monitor says]")
 @click.option("--start", is_flag=True, help="Start a VM that was begun with -S, when its bitmaps are loaded.")
 @click.option("--once", is_flag=True, help="End with the VM; the exit code is 1 if bitmaps were lost.")
 @click.option(
@@ -64,6 +65,7 @@ def watch(
     if not source.startswith("qmp:") or not address.is_unix:
         raise UsageError(f"not the Unix socket of a monitor: {source}", hint="Write qmp:/path/of/socket.")
     here = settings()
+    refuse_unfit_name(name, here.state_dir)
 
     def tell(event: str, text: str, facts: Mapping[str, Any]) -> None:
         with suppress(OSError):  # a VM is watched whether or not somebody reads what is said

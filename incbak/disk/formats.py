@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from incbak.errors import DiskError, FormatError
+from incbak.opening import open_image
 
 OFFERED = ("raw", "qcow2", "qed", "vmdk", "vhdx", "vpc")
 """What ``--format`` takes."""
@@ -72,7 +73,7 @@ class Before:
 def recognise(path: Path) -> str:
     """The format that the content of ``path`` looks like, else ``raw``. Raises `DiskError` when it cannot be read."""
     try:
-        with path.open("rb") as f:
+        with open(open_image(path, os.O_RDONLY), "rb") as f:
             head = f.read(_HEAD)
             f.seek(max(f.seek(0, os.SEEK_END) - 512, 0))
             tail = f.read(512)

@@ -11,12 +11,14 @@ that contradict each other; what is read may be anything. Nothing is written to 
 from __future__ import annotations
 
 import enum
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from incbak.errors import DiskError
+from incbak.opening import open_image
 
 MAGIC = b"QFI\xfb"
 MAX_NAME = 1023
@@ -68,7 +70,7 @@ def repair_hint(path: Path) -> str:
 def read_header(path: Path) -> Header:
     """Decode the header of the image ``path``. Raises `DiskError`."""
     try:
-        with path.open("rb") as f:
+        with open(open_image(path, os.O_RDONLY), "rb") as f:
             return decode(f.read(1 << _MAX_BITS))
     except OSError as e:
         raise DiskError(f"cannot read {path}: {e.strerror}") from e

@@ -87,9 +87,13 @@ class BitmapInfo:
     reason: Reason | None = None  # why it is invalid, where the engine knows
     found: str = ""  # how it survived: clean, recovered, coarse, created; empty where the engine does not say
     path: str = ""  # its file, where it is one of ours
+    provisional: bool = False  # of a device that was set up anew: believed only after a sample
 
-    def trouble(self, granularity: int) -> Reason | None:
-        """Why an incremental cannot build on it, or ``None``. A ``count`` of 0 does not mean that nothing changed."""
+    def trouble(self, granularity: int, *, sampling: bool = False) -> Reason | None:
+        """Why an incremental cannot build on it, or ``None``. A ``count`` of 0 does not mean that nothing changed.
+
+        ``sampling``: a provisional bitmap is looked at closer before it is built on.
+        """
         if self.reason is not None:
             return self.reason
         if self.inconsistent:
@@ -98,6 +102,8 @@ class BitmapInfo:
             return Reason.BITMAP_BUSY
         if not self.recording:
             return Reason.BITMAP_DISABLED
+        if self.provisional and not sampling:
+            return Reason.UNPROVEN
         return Reason.GRANULARITY if self.granularity != granularity else None
 
 
@@ -245,6 +251,9 @@ class Engine(ABC):
         The caller holds the VM's lock in the repository, so whatever has the prefix belongs to a dead run. Returns what
         was removed, for people. Call `describe` again afterwards.
         """
+
+    async def give_up(self, disk: str, bitmap: str, reason: Reason) -> None:  # noqa: B027
+        """Make it durable, where the engine can, that a bitmap was found wrong. Raises `IncbakError`."""
 
     @abstractmethod
     async def run(

@@ -27,7 +27,7 @@ class Source:
 
     ``speed``: bytes per second and disk, 0 for no limit. The scratch file and ``stall`` are as in `QemuOptions`.
     ``look``: nothing is to be changed or owned. ``certain``: a format that is only guessed is refused.
-    ``ignore_ctime``: see `incbak.bitmap.continuity`.
+    ``ignore_ctime`` and ``sampling`` are as in `ImageEngine`.
     ``monitor_wait``: seconds for which another client may keep the monitor. ``agent``: see `QemuOptions`. Of an image:
     ``format`` as the user gave it, ``allow_backing`` as in `incbak.disk.chain`, ``recorded`` what the repository says.
     """
@@ -48,6 +48,7 @@ class Source:
     look: bool = False
     certain: bool = False
     ignore_ctime: bool = False
+    sampling: bool = False
 
     def qemu_options(self) -> QemuOptions:
         """What of it concerns a running QEMU."""
@@ -79,7 +80,7 @@ async def _image(source: Source, path: Path, disk: str | None) -> Engine:
     if source.certain and decision.guessed:
         raise FormatError(f"nothing but its content says that {path} is qcow2", hint="Say so: --format qcow2")
     if decision.format == "raw":
-        options = {"look": source.look, "ignore_ctime": source.ignore_ctime}
+        options = {"look": source.look, "ignore_ctime": source.ignore_ctime, "sampling": source.sampling}
         return ImageEngine(path, source.state_dir, vm, disk, source.speed, decision.note, **options)
     allowed = Allowed(source.allow_backing, beside=not decision.guessed)
     image = Image(path, decision.format, vm, disk or DEFAULT_DISK, allowed, decision.note)

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,9 +15,10 @@ import numpy as np
 
 from incbak import device
 from incbak.bitmap.continuity import changed, may_repeat
-from incbak.bitmap.file import Bitmap
+from incbak.bitmap.file import Bitmap, Found
 from incbak.bitmap.format import Flag
 from incbak.bitmap.look import views_in
+from incbak.bitmap.owner import Owner
 from incbak.bitmap.store import BitmapStore, BitmapView, component, views
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.users import refuse_writers
@@ -48,7 +50,7 @@ class ImageEngine(Engine):
     """See `Engine`. Holds the image's lock and the bitmaps' from `describe` to `close`: nobody writes meanwhile.
 
     With ``look`` it only describes: it owns no bitmaps, and changes none. ``ignore_ctime``: see
-    `incbak.bitmap.continuity`.
+    `incbak.bitmap.continuity`. ``sampling``: see `incbak.bitmap.judge.judge`.
     """
 
     kind = "image"
@@ -64,8 +66,9 @@ class ImageEngine(Engine):
         *,
         look: bool = False,
         ignore_ctime: bool = False,
+        sampling: bool = False,
     ) -> None:
-        self._look = look
+        self._look, self._sampling = look, sampling
         self._path, self._vm, self._speed, self._note = path, vm, speed, note
         self._disk: FileDisk = open_disk(path, read_only=True)
         self._bitmaps: dict[str, Bitmap] = {}
@@ -76,7 +79,7 @@ class ImageEngine(Engine):
             self._name = disk or _known_disk(state_dir, vm, self._found.inode)
             self._store = BitmapStore(state_dir, vm, self._name)
             if not look:
-                self._store.lock()
+                self._store.lock(Owner.RUN)
                 self._note = "; ".join(filter(None, (note, refuse_writers(path).doubt(path))))
                 self._store.note_image(path)
         except OSError as e:
@@ -88,12 +91,13 @@ class ImageEngine(Engine):
 
     async def describe(self) -> Description:
         if not self._look and not self._bitmaps and not self._bad:
-            good, self._bad = self._store.open_all(self._found)
+            good, self._bad = self._store.open_all(self._found, sampling=self._sampling)
             self._bitmaps = {b.name: b for b in good}
         infos = [_info(b) for b in self._bitmaps.values()]
         infos += [_invalid(name, reason) for name, reason in self._bad.items()]
         if self._look:
-            infos = [_looked(v) for v in await asyncio.to_thread(views_in, self._store.directory, self._found)]
+            see = partial(views_in, self._store.directory, self._found, sampling=self._sampling)
+            infos = [_looked(v) for v in await asyncio.to_thread(see)]
         extra = {"path": str(self._path)}
         notes = (self._note,) if self._note else ()
         disk = EngineDisk(self._name, self._disk.size, self._name, can_persist=True, bitmaps=tuple(infos), extra=extra)
@@ -105,6 +109,12 @@ class ImageEngine(Engine):
         for name in gone:
             self._remove(name)
         return [f"bitmap {name} of {self._name}" for name in gone]
+
+    async def give_up(self, disk: str, bitmap: str, reason: Reason) -> None:
+        if held := self._bitmaps.pop(bitmap, None):
+            self._bad[bitmap] = reason
+            await asyncio.to_thread(held.invalidate, reason)
+            held.close(None)
 
     async def run(
         self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
@@ -200,7 +210,9 @@ class ImageEngine(Engine):
         if self._disk.fd < 0:
             return
         for bitmap in self._bitmaps.values():
-            bitmap.close(self._kept)  # not as it is now: what was written meanwhile was marked nowhere
+            provisional = bitmap.found is Found.PROVISIONAL
+            # Not as it is now: what was written meanwhile was marked nowhere. What is provisional stays so.
+            bitmap.close(None if provisional else self._kept)
         self._bitmaps = {}
         self._store.unlock()
         self._disk.close()
@@ -241,6 +253,7 @@ def _info(bitmap: Bitmap) -> BitmapInfo:
         recording=bitmap.enabled,
         found=bitmap.found.value,
         path=str(bitmap.path),
+        provisional=bitmap.found is Found.PROVISIONAL,
     )
 
 
@@ -258,6 +271,7 @@ def _looked(seen: BitmapView) -> BitmapInfo:
         recording=bool(seen.slot.flags & Flag.ENABLED),
         found=seen.found.value if seen.found else "",
         path=str(seen.path),
+        provisional=seen.found is Found.PROVISIONAL,
     )
 
 

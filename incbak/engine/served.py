@@ -36,7 +36,7 @@ class ServedEngine(Engine):
         version = await self._session.execute("query-version")
         disks = tuple(_disk(entry) for entry in await self._session.execute("query-block") if "inserted" in entry)
         images = {d.name: d.extra["image"] for d in disks}
-        return Description(name, disks, str(version.get("package", "")), {"images": images})
+        return Description(name, disks, str(version.get("package", "")), {"images": images, "name": name})
 
     async def cleanup(self, prefix: str, keep: Collection[str]) -> list[str]:
         done = await cancel_jobs(self._session, prefix)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +50,8 @@ class Copied:
 
 
 class Copier:
-    """Copies into ``target``, an existing directory. ``limit``: the size of the disk, in bytes."""
+    """Copies into ``target``, an existing directory. ``limit``: the size of the disk, in bytes. ``refuse``: raises
+    `UsageError` for a directory that is there, and in which nothing is written."""
 
     def __init__(
         self,
@@ -61,9 +62,10 @@ class Copier:
         force: bool = False,
         setuid: bool = False,
         report: Reporter = silent,
+        refuse: Callable[[Path], None] = lambda _path: None,
     ) -> None:
         self._library, self._target, self._limit = library, target, limit
-        self._force, self._report = force, report
+        self._force, self._report, self._refuse = force, report, refuse
         self._mask = 0o777 & ~_umask() | (0o6000 if setuid else 0)
         self._entered: set[int] = set()
         self._written = self._held = 0
@@ -131,7 +133,8 @@ class Copier:
         self._entered.add(node.inode)
         entries = listed(self._library, node, ENTRIES - self._held)
         self._held += len(entries)
-        made = self._make_directory(fd, node.name)
+        if not (made := self._make_directory(fd, node.name)):
+            self._refuse(path)
         with self._opened(os.open(node.name, _INTO, dir_fd=fd)) as inside:
             for entry in entries:
                 self._node(inside, entry, path, depth + 1)

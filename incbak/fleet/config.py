@@ -5,6 +5,7 @@
     [defaults]                      # for every VM; a VM's own value wins
     repository = "/backup"
     lock-wait = "10m"
+    trust-after-boot = "sample"     # of block devices, instead of "read": see the README
     strict = true                   # as --strict; a VM's own false wins
     ignore-ctime = true             # as --ignore-ctime, also for the units of serve and watch
 
@@ -48,10 +49,14 @@ import msgspec
 from incbak.disk.formats import OFFERED
 from incbak.errors import UsageError
 from incbak.host import home
+from incbak.opening import open_text
 from incbak.units import parse_duration, parse_retention, parse_share, parse_size
 
 _LIMIT = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+SAMPLE = "sample"
+TRUST = ("read", SAMPLE)
+"""What shows that a block device is unchanged in another boot or set-up, the default first."""
 _UNSAID = ("", (), None)
 """The values of keys that are not there: ``false`` is said."""
 
@@ -92,6 +97,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     scratch_dir: str = ""
     scratch_limit: str = ""
     audit: str = ""
+    trust_after_boot: str = ""
     strict: bool | None = None
     ignore_ctime: bool | None = None
     keep: Keep | None = None
@@ -154,7 +160,7 @@ def default_path() -> Path:
 def load(path: Path) -> Config:
     """Read and check the file. Raises `UsageError` that names the file, the key, and what is expected."""
     try:
-        with path.open("rb") as file:
+        with open_text(path) as file:
             _check_owner(path, os.fstat(file.fileno()))
             raw = file.read(_LIMIT + 1)
     except OSError as e:
@@ -259,6 +265,8 @@ def _shared(key: str, values: Defaults) -> Iterator[tuple[str, str, str]]:
                 parse(text)
         except UsageError as e:
             yield f"{key}.{name}", str(e), e.hint
+    if values.trust_after_boot and values.trust_after_boot not in TRUST:
+        yield f"{key}.trust-after-boot", f"no such way: {values.trust_after_boot!r}", f"There are: {', '.join(TRUST)}."
     if values.keep and any(isinstance(n, int) and n < 0 for n in msgspec.structs.astuple(values.keep)):
         yield f"{key}.keep", "a number below 0", "Leave the rule out instead."
     if hooks := values.hooks:

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 
 from incbak import durable
+from incbak.errors import UsageError
+from incbak.opening import open_text
 from incbak.repo.drills import Drills
 from incbak.repo.record import Record
 
@@ -32,10 +34,15 @@ _DRILL = {
     "incbak_drill_run_exit_code": "How the last drill ended: 0 good, 13 the repository is damaged.",
 }
 _LIMIT = 1 << 20
+_MARK = b"# HELP incbak_"
+_ANOTHER = "Remove it, or choose another name."
 
 
 def write_metrics(path: Path, vm: str, exit_code: int, record: Record | None) -> None:
-    """Raises `DurabilityError`. The file can be read by everybody, as node_exporter must."""
+    """Write the file; everybody can read it, as node_exporter must.
+
+    Raises `DurabilityError`, and `UsageError` when there is anything but metrics.
+    """
     samples = [
         ("incbak_run_timestamp_seconds", _sample({"vm": vm}, time.time())),
         ("incbak_run_exit_code", _sample({"vm": vm}, exit_code)),
@@ -55,6 +62,7 @@ def write_drill_metrics(path: Path, vm: str, drills: Drills) -> None:
 
 
 def _write(path: Path, samples: Iterable[tuple[str, str]]) -> None:
+    _refuse_another(path)
     by_name: dict[str, list[str]] = {}
     for name, sample in samples:
         by_name.setdefault(name, []).append(sample)
@@ -63,6 +71,19 @@ def _write(path: Path, samples: Iterable[tuple[str, str]]) -> None:
         if name in by_name:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", *(name + sample for sample in by_name[name])]
     durable.write_new(path, ["\n".join([*lines, ""]).encode()], replace=True, mode=0o644)
+
+
+def _refuse_another(path: Path) -> None:
+    """Raise `UsageError` when there is anything but metrics: a mistyped name may be that of an image."""
+    try:
+        with open_text(path) as file:
+            head = file.read(len(_MARK))
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise UsageError(f"cannot write metrics to {path}: {e.strerror}", hint=_ANOTHER) from e
+    if head and head != _MARK:
+        raise UsageError(f"{path} is there and has no metrics; it is not replaced", hint=_ANOTHER)
 
 
 def _of_backup(record: Record) -> Iterator[tuple[str, str]]:
@@ -82,7 +103,8 @@ def _of_backup(record: Record) -> Iterator[tuple[str, str]]:
 def _kept(path: Path, names: Collection[str]) -> Iterator[tuple[str, str]]:
     """The samples of these names in the file that is there."""
     try:
-        text = path.read_bytes()[:_LIMIT].decode()
+        with open_text(path) as file:
+            text = file.read(_LIMIT).decode()
     except (OSError, UnicodeDecodeError):
         return
     for line in text.split("\n"):  # and at no other end of a line that Unicode knows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from incbak.fleet.config import Config, Vm
@@ -41,11 +41,14 @@ _JOBS = 2
 _SAMPLE = "5%"
 
 
-def cron(program: str, path: Path, config: Config, user: str) -> str:
-    """For ``/etc/cron.d``. cron mails what is printed: with -q, warnings and errors only."""
+def cron(program: str, common: Sequence[str], config: Config, user: str) -> str:
+    """For ``/etc/cron.d``. cron mails what is printed: with -q, warnings and errors only.
+
+    ``common``: options that every command gets.
+    """
 
     def line(when: str, *argv: str) -> str:
-        command = shlex.join([program, "-q", *argv, "--config", str(path)])
+        command = shlex.join([program, "-q", *argv, *common])
         return f"{when}  {user}  " + command.replace("%", r"\%")  # to cron, % is the end of the line
 
     lines = [
@@ -83,27 +86,27 @@ def left_out(kind: str, config: Config) -> list[str]:
     return found
 
 
-def systemd(program: str, path: Path, config: Config) -> dict[str, str]:
-    """Units by file name."""
+def systemd(program: str, common: Sequence[str], config: Config, state: Path | None = None) -> dict[str, str]:
+    """Units by file name. ``common``: as of `cron`. ``state``: the state directory, if it was given."""
     argv = ("incremental", "--all", "--lock-wait", "30m")
-    backup = _job("Incremental backups of all VMs", program, path, *argv, longest=_longest(config))
+    backup = _job("Incremental backups of all VMs", program, common, *argv, longest=_longest(config))
     units = {"incbak-backup.service": backup, "incbak-backup.timer": _timer("Incremental backups", "02:15")}
     what = "A sample of each VM's last backup is compared"
-    units["incbak-drill.service"] = _job(what, program, path, "drill", "--all", "--sample", _SAMPLE)
+    units["incbak-drill.service"] = _job(what, program, common, "drill", "--all", "--sample", _SAMPLE)
     units["incbak-drill.timer"] = _timer(what, "06:15", days="Sun ", often="each week")
     if _prunes(config):
-        units["incbak-prune.service"] = _job("Backups that no rule keeps go", program, path, "prune", "--all")
+        units["incbak-prune.service"] = _job("Backups that no rule keeps go", program, common, "prune", "--all")
         units["incbak-prune.timer"] = _timer("Backups that no rule keeps go", "05:45")
     if config.sync.target:
         what = "Backups are copied to the second place"
-        units["incbak-sync.service"] = _job(what, program, path, "sync")
+        units["incbak-sync.service"] = _job(what, program, common, "sync")
         units["incbak-sync.timer"] = _timer(what, "04:30")
     for name, _ in sorted(config.vms.items()):
         vm = config.vm(name)
         if vm.serve:
-            units |= _serve(program, name, vm)
+            units |= _serve(program, name, vm, _state(vm, state))
         if vm.watch:
-            units[f"incbak-watch-{name}.service"] = _watch(program, name, vm)
+            units[f"incbak-watch-{name}.service"] = _watch(program, name, vm, _state(vm, state))
     return units
 
 
@@ -114,13 +117,13 @@ def _longest(config: Config) -> int:
     return math.ceil(max(limits, default=_LONGEST) * max(turns, 1)) + 3600
 
 
-def _job(what: str, program: str, config: Path, *argv: str, longest: int = _LONGEST) -> str:
+def _job(what: str, program: str, common: Sequence[str], *argv: str, longest: int = _LONGEST) -> str:
     return f"""[Unit]
 Description={what}
 
 [Service]
 Type=oneshot
-ExecStart={_line(program, "-q", *argv, "--config", str(config))}
+ExecStart={_line(program, "-q", *argv, *common)}
 TimeoutStartSec={longest}
 TimeoutStopSec={_STOP}
 Nice=10
@@ -144,11 +147,11 @@ WantedBy=timers.target
 """
 
 
-def _serve(program: str, name: str, vm: Vm) -> dict[str, str]:
+def _serve(program: str, name: str, vm: Vm, state: Sequence[str]) -> dict[str, str]:
     """The service, and its sockets: they are there while it is started anew, and clients wait instead of failing."""
     service = f"incbak-serve-{name}"
     sockets = {f"{service}-{kind}.socket": file for kind, file in (("nbd", "nbd.sock"), ("monitor", "qmp.sock"))}
-    units = {f"{service}.service": _serve_service(program, name, vm, " ".join(sockets))}
+    units = {f"{service}.service": _serve_service(program, name, vm, state, " ".join(sockets))}
     for (unit, file), kind in zip(sockets.items(), ("nbd", "monitor"), strict=True):
         units[unit] = f"""[Unit]
 Description=The {kind} socket of the VM {name}
@@ -166,9 +169,9 @@ WantedBy=sockets.target
     return units
 
 
-def _serve_service(program: str, name: str, vm: Vm, sockets: str) -> str:
+def _serve_service(program: str, name: str, vm: Vm, state: Sequence[str], sockets: str) -> str:
     disks = [f"{disk}={image}" for disk, image in vm.serve.items()]
-    command = _line(program, "serve", "--name", name, *_state(vm), *_trust(vm), *disks)
+    command = _line(program, "serve", "--name", name, *state, *_trust(vm), *disks)
     return f"""[Unit]
 Description=Disks of the VM {name}, tracked by incbak
 Requires={sockets}
@@ -191,8 +194,8 @@ WantedBy=multi-user.target
 """
 
 
-def _watch(program: str, name: str, vm: Vm) -> str:
-    command = _line(program, "watch", vm.watch, "--name", name, "--start", *_state(vm), *_trust(vm))
+def _watch(program: str, name: str, vm: Vm, state: Sequence[str]) -> str:
+    command = _line(program, "watch", vm.watch, "--name", name, "--start", *state, *_trust(vm))
     return f"""[Unit]
 Description=Dirty bitmaps of the VM {name}, kept over its shutdowns by incbak
 
@@ -209,9 +212,10 @@ WantedBy=multi-user.target
 """
 
 
-def _state(vm: Vm) -> Iterator[str]:
-    if vm.state_dir:
-        yield from ("--state-dir", vm.state_dir)
+def _state(vm: Vm, given: Path | None) -> Sequence[str]:
+    """What was given wins over the configuration, as of any command."""
+    where = str(given or vm.state_dir)
+    return ("--state-dir", where) if where else ()
 
 
 def _trust(vm: Vm) -> Iterator[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from incbak.errors import NbdError, NbdProtocolError, UsageError
 from incbak.nbd.wire import close_hard
+from incbak.opening import open_text
 
 CHUNK = 256 << 10
 LINGER = 5.0
@@ -81,6 +82,7 @@ def _load_ca(context: ssl.SSLContext, directory: Path) -> None:
     try:
         context.load_verify_locations(authority)
         if revoked.exists():
+            _readable(revoked)
             context.load_verify_locations(revoked)
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     except (ssl.SSLError, OSError) as e:
@@ -89,8 +91,7 @@ def _load_ca(context: ssl.SSLContext, directory: Path) -> None:
 
 def _readable(path: Path) -> None:
     try:
-        with path.open("rb"):
-            pass
+        open_text(path).close()
     except OSError as e:
         hint = "The directory needs ca-cert.pem, and a certificate and key as libnbd and QEMU name them."
         raise UsageError(f"cannot read {path}: {e.strerror}", hint=hint) from e

@@ -24,6 +24,7 @@ from blake3 import blake3
 
 from incbak import durable
 from incbak.errors import DamagedError, DurabilityError
+from incbak.opening import open_regular
 from incbak.repo import record as records
 from incbak.repo.ids import is_id
 from incbak.repo.record import Record
@@ -118,7 +119,7 @@ class Memory:
         if self._folder is None:
             return
         try:
-            if (self._folder / name).read_bytes() == data:
+            if _content(self._folder / name) == data:
                 return
         except OSError:
             pass
@@ -149,9 +150,13 @@ def _trouble(repo: Repository, last: LastBackup) -> str | None:
     return None if blake3(found).hexdigest() == last.record else f"{name} is not what it was: somebody replaced it"
 
 
+def _content(file: Path) -> bytes:
+    with open(open_regular(file, os.O_RDONLY), "rb") as stream:
+        return stream.read(_LIMIT)
+
+
 def _read(file: Path, kind: type[S]) -> S | None:
     try:
-        with file.open("rb") as stream:
-            return msgspec.json.decode(stream.read(_LIMIT), type=kind)
+        return msgspec.json.decode(_content(file), type=kind)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None

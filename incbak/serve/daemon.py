@@ -19,7 +19,7 @@ from incbak.errors import UsageError
 from incbak.nbd.server import NbdServer, bind_unix
 from incbak.nbd.uri import NbdUri, UriTls
 from incbak.serve import systemd
-from incbak.serve.export import DiskExport
+from incbak.serve.export import READ_ONLY_SUFFIX, DiskExport
 from incbak.serve.monitor import Monitor
 from incbak.serve.opening import Heartbeat, close_tracked, open_tracked
 from incbak.serve.schema import QmpError
@@ -116,6 +116,9 @@ class Daemon:
         names = [name for name, _path in self.options.disks]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise UsageError(f"disk {twice} is given twice", hint="Give each disk a name of its own.")
+        if derived := next((n for n in names if n.endswith(READ_ONLY_SUFFIX)), None):
+            hint = f"Choose another name: what ends in {READ_ONLY_SUFFIX} is a disk for reading only."
+            raise UsageError(f"not the name of a disk: {derived}", hint=hint)
         for name, path in self.options.disks:
             tracked = open_tracked(self.vm, name, path, self.options.state_dir, read_only=self.options.read_only)
             for export in (DiskExport(tracked), DiskExport(tracked, read_only=True)):

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from incbak.bitmap.file import Bitmap, State
+from incbak.bitmap.owner import Owner
 from incbak.bitmap.remembered import remembered_format
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
@@ -43,7 +44,7 @@ def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: b
     store = BitmapStore(state_dir, vm.name, name)
     try:
         refuse_writers(path, hint=WRITES)
-        store.lock()
+        store.lock(Owner.SERVE)
         store.note_image(path)
         good, bad = store.open_all(disk.fingerprint())
         if not read_only:

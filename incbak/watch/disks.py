@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from incbak import device, host
 from incbak.bitmap.continuity import may_repeat
 from incbak.bitmap.identity import RAW
+from incbak.bitmap.owner import Owner
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.locks import writer_present
 from incbak.engine.base import EngineDisk, LeftOut
@@ -22,6 +23,7 @@ from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint, of_content, take_path, without_ctime
 from incbak.opening import open_image
+from incbak.watch.claim import Claim
 
 LOCK_SECONDS = 15.0
 """How long the watch of the VM's last run may take to save."""
@@ -43,6 +45,7 @@ class Watched:
     format: str
     store: BitmapStore
     ignore_ctime: bool = False
+    claim: Claim = field(default_factory=Claim)
 
     @property
     def raw(self) -> bool:
@@ -138,11 +141,11 @@ def _unusable(disk: Watched, pid: int | None) -> str:
 
 
 async def lock_store(disk: Watched) -> None:
-    """Own the bitmap files of ``disk``. Raises `LockedError` when somebody else does for long."""
+    """Own the bitmap files of ``disk``, and its image. Raises `LockedError` when somebody else does for long."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            disk.store.lock()
+            _lock(disk)
             break
         except LockedError:
             if time.monotonic() > deadline:
@@ -151,10 +154,20 @@ async def lock_store(disk: Watched) -> None:
     disk.store.note_image(disk.image, disk.format)
 
 
+def _lock(disk: Watched) -> None:
+    disk.claim.take(disk.image)
+    try:
+        disk.store.lock(Owner.WATCH)
+    except BaseException:
+        disk.claim.leave()
+        raise
+
+
 def unlock_stores(disks: Iterable[Watched]) -> None:
     """Let others have them."""
     for disk in disks:
         disk.store.unlock()
+        disk.claim.leave()
 
 
 class Holder:

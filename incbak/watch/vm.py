@@ -171,7 +171,7 @@ class _Attached:
         new: list[Watched] = []
         for disk in found:
             if known := self._disks.get(disk.name):
-                self._disks[disk.name] = replace(disk, store=known.store)
+                self._disks[disk.name] = replace(disk, store=known.store, claim=known.claim)
                 continue
             await self._own(disk)
             note_watched(disk.store.directory)

@@ -309,7 +309,10 @@ def test_a_second_watch_is_refused(vm: WatchedVm) -> None:
     watch = vm.begin()
     second = vm.watch("--once", socket=vm.other)
     assert second.ended() == 11
-    assert "are in use" in second.errors
+    assert "is watched by another" in second.errors
+    other = vm.watch("--once", "--name", "another", socket=vm.other)
+    assert other.ended() == 11
+    assert "is watched by another" in other.errors
     third = vm.watch("--once")
     assert third.ended() == 1
     assert "is busy" in third.errors

@@ -49,6 +49,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Incbak:
         (["restore", "latest", "nbd+unix:///x?socket={tmp}/none"], 1, "cannot connect"),
         (["full", "{tmp}/none.raw"], 1, "cannot read"),
         (["full", "{tmp}"], 1, "Is a directory"),
+        (["full", "{tmp}/fifo"], 1, "neither a file nor a block device"),
+        (["status", "{tmp}/fifo"], 1, "neither a file nor a block device"),
+        (["full", "{tmp}/disk.raw", "--attach", "{tmp}/fifo"], 2, "not a regular file"),
+        (["serve", "--name", "v", "vda={tmp}/fifo"], 1, "neither a file nor a block device"),
         (["full", "qmp:{tmp}/none.qmp"], 1, "cannot connect to monitor"),
         (["full", "qmp:"], 2, "address is empty"),
         (["full", "{tmp}/disk.raw", "--name", "vm", "--disk", "a", "--disk", "b"], 2, "one disk"),
@@ -62,6 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Incbak:
         (["serve", "--name", "vm", "vda"], 2, "not DISK=IMAGE"),
         (["serve", "--name", "vm", "vda={tmp}/none.raw"], 1, "cannot"),
         (["serve", "--name", "vm", "vda={tmp}/disk.raw", "vda={tmp}/disk.raw"], 2, "given twice"),
+        (["serve", "--name", "vm", "vda={tmp}/disk.raw", "vda:ro={tmp}/file"], 2, "not the name of a disk: vda:ro"),
         (["serve", "--name", "vm", "--scratch-limit", "x", "vda={tmp}/disk.raw"], 2, "not a size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -69,6 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Incbak:
 def test_a_wrong_argument(made: Incbak, tmp_path: Path, argv: list[str], code: int, says: str) -> None:
     (tmp_path / "file").write_text("mine")
     raw_image(tmp_path / "disk.raw", 1 << 20)
+    os.mkfifo(tmp_path / "fifo")
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     ran = made.run(*(a.replace("{tmp}", str(tmp_path)) for a in argv))
     assert ran.code == code, ran

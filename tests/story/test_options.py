@@ -154,3 +154,16 @@ def test_two_images_are_not_taken_for_one_disk(incbak: Incbak) -> None:
     assert incbak.run("full", first, "--name", "disk", "--strict").code == 2
     incbak("incremental", first, "--name", "disk", "--disk", "first")
     assert len(incbak.list()) == 3
+
+
+def test_a_name_that_the_monitor_does_not_say(incbak: Incbak) -> None:
+    """It is a warning once and again, or refused; the right one is not, whatever was done under a wrong one."""
+    image = raw_image(incbak.root / "a.raw", 1 << 20)
+    with serving(incbak.root, {"vda": image}) as serve:
+        right, wrong = ("full", f"qmp:{serve.monitor}"), ("full", f"qmp:{serve.monitor}", "--name", "zz")
+        assert incbak.run(*wrong, "--strict").code == 2
+        assert "is called" in incbak(*wrong).err
+        assert incbak(*right, "--strict").err == ""
+        assert "is of the same VM" in incbak(*wrong).err
+        assert incbak.run(*wrong, "--strict").code == 2
+        assert incbak(*right, "--strict").err == ""

@@ -36,8 +36,8 @@ class Story:
         """Another boot id: what a host says of itself after a power cut."""
         self.boot.write_text(str(uuid.uuid4()))
 
-    def serving(self) -> Iterator[Serve]:
-        return serving(self.root, {"vda": self.image}, env={"INCBAK_BOOT_ID_FILE": str(self.boot)})
+    def serving(self, *options: str) -> Iterator[Serve]:
+        return serving(self.root, {"vda": self.image}, *options, env={"INCBAK_BOOT_ID_FILE": str(self.boot)})
 
     def write(self, serve: Serve, *places: int) -> None:
         """A cluster's worth at each place, with content never seen before."""

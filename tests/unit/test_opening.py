@@ -13,13 +13,23 @@ from pathlib import Path
 
 import pytest
 
+from incbak.bitmap.identity import read_identity
 from incbak.bitmap.store import view_file
+from incbak.cli.attachments import read_attachments
+from incbak.cli.passphrase import Passphrase
+from incbak.cli.report import _replaceable
+from incbak.disk import qcow2
 from incbak.disk.file import open_disk, probe_format
+from incbak.disk.formats import recognise
 from incbak.disk.locks import writer_present
 from incbak.engine.qemu import _sync_files
-from incbak.errors import DiskError
+from incbak.errors import IncbakError, UsageError
 from incbak.fingerprint import take_path
-from incbak.opening import open_image, open_regular
+from incbak.fleet.config import load
+from incbak.fleet.metrics import write_drill_metrics, write_metrics
+from incbak.nbd.tls import client_context
+from incbak.opening import open_image, open_regular, open_text
+from incbak.repo.drills import Drills
 
 _IN_OPEN = 0x20
 
@@ -36,7 +46,7 @@ def opened(path: Path, what: Callable[[], object]) -> bool:
     events = libc.inotify_init1(os.O_NONBLOCK)
     assert libc.inotify_add_watch(events, os.fsencode(path), _IN_OPEN) >= 0
     try:
-        with suppress(OSError, DiskError):
+        with suppress(OSError, IncbakError):
             what()
         try:
             return bool(os.read(events, 4096))
@@ -78,6 +88,42 @@ def test_what_is_no_file(tmp_path: Path, fifo: Path) -> None:
         open_image(tmp_path / "nothing", os.O_RDONLY)
 
 
+def _certificates(path: Path) -> None:
+    (path.parent / "ca-cert.pem").symlink_to(path)
+    try:
+        client_context(path.parent, hostname=None)
+    finally:
+        (path.parent / "ca-cert.pem").unlink()
+
+
+def test_a_text_may_come_through_a_link_or_a_pipe_of_the_shell(tmp_path: Path, fifo: Path) -> None:
+    (tmp_path / "x").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("x")
+    with open_text(tmp_path / "link") as file:
+        assert file.read() == b"content"
+    reading, writing = os.pipe()
+    os.write(writing, b"said")
+    os.close(writing)
+    with open_text(f"/dev/fd/{reading}") as file:
+        assert os.get_blocking(file.fileno())
+        assert file.read() == b"said"
+    os.close(reading)
+    for path in (fifo, Path("/dev/null"), Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_text(path)
+
+
+def test_metrics_replace_metrics_only(tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(512))
+    with pytest.raises(UsageError, match="has no metrics"):
+        write_metrics(tmp_path / "disk.raw", "v", 0, None)
+    assert (tmp_path / "disk.raw").read_bytes() == bytes(512)
+    (tmp_path / "m").touch()
+    for _ in range(2):
+        write_metrics(tmp_path / "m", "v", 0, None)
+    assert (tmp_path / "m").read_text().startswith("# HELP incbak_")
+
+
 USERS: dict[str, Callable[[Path], object]] = {
     "disk": lambda path: open_disk(path, read_only=True, lock=False),
     "format": probe_format,
@@ -85,6 +131,16 @@ USERS: dict[str, Callable[[Path], object]] = {
     "sync": lambda path: _sync_files([str(path)]),
     "bitmap": view_file,
     "fingerprint": partial(take_path, raw=True),
+    "recognise": recognise,
+    "header": qcow2.read_header,
+    "attachment": lambda path: read_attachments([path]),
+    "passphrase": lambda path: Passphrase(environment={"INCBAK_PASSWORD_FILE": str(path)})(),
+    "passphrase of the configuration": lambda path: Passphrase(str(path), environment={})(),
+    "configuration": load,
+    "report": _replaceable,
+    "metrics": lambda path: write_drill_metrics(path, "v", Drills()),
+    "certificates": _certificates,
+    "identity": read_identity,
 }
 
 

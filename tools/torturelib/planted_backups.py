@@ -286,7 +286,7 @@ _BACKUP = (
     Fault(
         "plan-bitmap-not-looked-at",
         _PLAN,
-        "        return bitmap.trouble(known.cluster_size)\n",
+        "        return bitmap.trouble(known.cluster_size, sampling=known.sampling)\n",
         "        return None\n",
         unit("backup/test_plan", "test_a_bitmap_that_cannot_be_believed"),
     ),

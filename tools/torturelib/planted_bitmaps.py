@@ -204,8 +204,8 @@ FAULTS = (
     Fault(
         "bitmap-fingerprint-not-checked",
         _JUDGE,
-        "(changed(slot.fingerprint, disk) or Found.CLEAN)",
-        "Found.CLEAN",
+        "        return changed(slot.fingerprint, disk) or Found.CLEAN\n",
+        "        return Found.CLEAN\n",
         _on_open("test_the_disk_changed_while_nobody_tracked_it"),
     ),
     Fault(
@@ -225,8 +225,8 @@ FAULTS = (
     Fault(
         "bitmap-one-slot-is-enough",
         _JUDGE,
-        "(changed(slot.fingerprint, disk) or Found.CLEAN) if header.both else Reason.HEADER",
-        "changed(slot.fingerprint, disk) or Found.CLEAN",
+        "        if not header.both:\n            return Reason.HEADER\n",
+        "",
         _on_open("test_clean_with_one_torn_slot_is_not_believed"),
     ),
     Fault(

@@ -126,14 +126,14 @@ _PATHS = (
     Fault(
         "named-path-opened-to-look-at-it",
         _OPENING,
-        "    found = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if devices else os.O_NOFOLLOW))\n",
-        "    found = os.open(path, os.O_NONBLOCK | os.O_CLOEXEC | (0 if devices else os.O_NOFOLLOW))\n",
+        "    found = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))\n",
+        "    found = os.open(path, os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))\n",
         _opening("test_a_name_of_something_else_is_not_opened"),
     ),
     Fault(
         "named-path-of-any-kind",
         _OPENING,
-        "        if not stat.S_ISREG(mode) and not (devices and stat.S_ISBLK(mode)):\n",
+        "        if not known and not (pipes and stat.S_ISFIFO(mode) and _nameless(info)):\n",
         "        if False:\n",
         _opening("test_what_is_no_file", "test_a_name_of_something_else_is_not_opened"),
     ),

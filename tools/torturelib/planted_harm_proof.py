@@ -102,14 +102,14 @@ FAULTS = (
     Fault(
         "image-closed-as-it-is-now",
         _IMAGE,
-        "            bitmap.close(self._kept)",
-        "            bitmap.close(self._disk.fingerprint())",
+        "            bitmap.close(None if provisional else self._kept)",
+        "            bitmap.close(None if provisional else self._disk.fingerprint())",
         _image("test_what_was_written_meanwhile_is_not_taken_for_seen"),
     ),
     Fault(
         "look-second-opinion",
         "incbak/bitmap/look.py",
-        "    found = judge(header, name, uuid.UUID(identity.uuid).bytes, image)\n",
+        "    found = judge(header, name, uuid.UUID(identity.uuid).bytes, image, sampling=sampling)\n",
         "    found = said_invalid(header.slot) or Found.RECOVERED\n",
         _look("test_the_look_is_what_the_next_owner_finds"),
     ),

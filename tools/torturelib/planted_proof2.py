@@ -5,6 +5,17 @@ from __future__ import annotations
 from torturelib.planted import Fault, unit
 
 _CONTINUITY, _TRACKER = "incbak/bitmap/continuity.py", "incbak/serve/tracker.py"
+_SAMPLE = "incbak/backup/sample.py"
+
+
+def _sample(test: str) -> tuple[str, ...]:
+    return unit("backup/test_sample", test)
+
+
+def _boot(test: str) -> tuple[str, ...]:
+    return (f"tests/story/test_trust_after_boot.py::{test}",)
+
+
 _NOTES = unit("serve/test_tracker", "test_the_file_says_until_when_writes_may_come")
 
 FAULTS = (
@@ -98,5 +109,75 @@ FAULTS = (
         "        return without_ctime(self.seen()) if self.ignore_ctime else self.seen()\n",
         "        return without_ctime(self.seen())\n",
         unit("watch/test_disks", "test_an_image_that_was_dated_back_shows"),
+    ),
+    Fault(
+        "sample-through-the-page-cache",
+        _SAMPLE,
+        "os.O_RDONLY | os.O_DIRECT",
+        "os.O_RDONLY",
+        _boot("test_a_sample_that_differs_is_final"),
+    ),
+    Fault(
+        "sample-that-differs-forgotten",
+        "incbak/backup/runner.py",
+        "                if wrong:\n",
+        "                if False:\n",
+        _boot("test_a_sample_that_differs_is_final"),
+    ),
+    Fault(
+        "sample-not-compared",
+        _SAMPLE,
+        "                if (found != tree.digests(number, 1)).any() and clean(number, 1)[0]:\n",
+        "                if False:\n",
+        _boot("test_a_sample_that_differs_is_final"),
+    ),
+    Fault(
+        "sample-of-marked-clusters",
+        _SAMPLE,
+        "    wanted = data[rows] & np.asarray(clean(first, count)[rows])\n",
+        "    wanted = data[rows]\n",
+        _sample("test_only_clean_clusters_with_data_are_chosen"),
+    ),
+    Fault(
+        "sample-of-too-few",
+        _SAMPLE,
+        "    return sorted(chosen), False\n",
+        "    return sorted(chosen), True\n",
+        _sample("test_too_few_of_a_large_disk_show_nothing"),
+    ),
+    Fault(
+        "sample-of-none",
+        "incbak/backup/closer.py",
+        "    if not found.enough:\n",
+        "    if False:\n",
+        _boot("test_a_device_with_nothing_to_compare_is_read_whole"),
+    ),
+    Fault(
+        "sample-that-can-be-foreseen",
+        _SAMPLE,
+        "_DICE = secrets.SystemRandom()\n",
+        "import random\n\n_DICE = random.Random(1)\n",
+        _sample("test_nobody_knows_beforehand_what_is_looked_at"),
+    ),
+    Fault(
+        "provisional-without-a-sample",
+        "incbak/engine/base.py",
+        "        if self.provisional and not sampling:\n",
+        "        if False:\n",
+        unit("backup/test_plan", "test_a_provisional_bitmap_is_for_a_run_that_samples"),
+    ),
+    Fault(
+        "provisional-closed-as-clean",
+        "incbak/engine/image.py",
+        "            bitmap.close(None if provisional else self._kept)",
+        "            bitmap.close(self._kept)",
+        _boot("test_an_engine_that_only_had_it_open_has_proven_nothing"),
+    ),
+    Fault(
+        "provisional-for-who-does-not-sample",
+        "incbak/bitmap/judge.py",
+        "        if sampling and set_up_anew(slot.fingerprint, disk):\n",
+        "        if set_up_anew(slot.fingerprint, disk):\n",
+        unit("bitmap/test_device_writes", "test_writes_since_the_clean_end"),
     ),
 )

@@ -284,7 +284,7 @@ def _flock(fd: int, path: Path, kind: int, deadline: float) -> None:
             return
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                hint = "Wait for it to end, or give --lock-wait DURATION."
+                hint = "Wait for it to end, or give --lock-wait TIME."
                 raise LockedError(f"another run holds the lock {path.name}", hint=hint) from None
         time.sleep(0.05)
 

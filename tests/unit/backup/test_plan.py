@@ -300,3 +300,9 @@ def test_that_there_is_no_disk_gives_the_reasons() -> None:
         choose(none, [], [])
     with pytest.raises(UsageError, match=r"no disk to back up: the VM has none$"):
         choose(Description("vm", ()), [], [])
+
+
+@pytest.mark.parametrize("sampling", [True, False])
+def test_a_provisional_bitmap_is_for_a_run_that_samples(sampling: bool) -> None:
+    planned = _plan(_disk(_bitmap(BASE, provisional=True)), replace(KNOWN, sampling=sampling))
+    assert planned.plan.reason is (None if sampling else Reason.UNPROVEN)

@@ -13,7 +13,7 @@ import pytest
 
 from incbak.backup.plan import Known, Request, choose, make_plan
 from incbak.backup.runner import Options, run
-from incbak.backup.sources import Sources, contradictions, other_images
+from incbak.backup.sources import Sources, contradictions, other_images, other_names
 from incbak.engine.base import BitmapInfo, Description, EngineDisk, run_name
 from incbak.errors import ImageChangedError, UsageError
 from incbak.events import Event, Warned
@@ -31,8 +31,8 @@ OLD, NEW, NEXT = ("1" * 32, "2" * 32, "3" * 32)
 def _record(ident: str, seq: int, **more: Any) -> Record:
     disk = DiskRecord(name="vda", size=SIZE, kind="full", base=None, reason=None, read=0, stored=0, root="0" * 64)
     return Record(
-        id=ident, seq=seq, vm="vm", kind="full", base=None, started="", finished="", cluster_size=CLUSTER,
-        disks=(disk,), engine="", **{"host": "here", **more},
+        id=ident, seq=seq, kind="full", base=None, started="", finished="", cluster_size=CLUSTER,
+        disks=(disk,), engine="", **{"vm": "vm", "host": "here", **more},
     )  # fmt: skip
 
 
@@ -229,6 +229,33 @@ def test_a_name_that_the_source_contradicts(now: dict[str, Any], before: dict[st
     found = contradictions("web1", Description(None, (), config=now), records)
     assert len(found) == bool(said)
     assert said in "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "vm", "only", "spoken"),
+    [
+        ({"name": "web1", "uuid": UUID}, {"name": "web1", "uuid": UUID}, "zz", (), True),
+        ({"name": "web1", "uuid": UUID}, {"name": "web1", "uuid": UUID}, "web1", (), False),  # as the monitor says
+        ({"name": "web1", "uuid": UUID}, {"name": "web1", "uuid": OTHER}, "zz", (), False),
+        ({"name": "new", "uuid": UUID}, {"name": "web1", "uuid": UUID}, "new", (), False),  # renamed in QEMU
+        ({"name": "web1", "uuid": NONE}, {"name": "web1", "uuid": NONE}, "zz", (), True),
+        ({"name": "web1"}, {"name": "web1"}, "zz", (), True),
+        ({"name": "web1"}, {"name": "db"}, "zz", (), False),
+        ({"uuid": NONE}, {"uuid": NONE}, "zz", (), False),
+        ({"name": "web1"}, {"name": "web1"}, "zz", ("vdb",), False),  # each name has disks of its own
+        ({"name": "web1"}, {"name": "web1"}, "zz", ("vda",), True),
+    ],
+)
+def test_backups_of_the_same_source_under_another_name(
+    now: dict[str, Any], before: dict[str, Any], vm: str, only: tuple[str, ...], spoken: bool
+) -> None:
+    """However often the name was used, newest too: it does not speak for itself."""
+    disks = (EngineDisk("vda", SIZE, "vda"), EngineDisk("vdb", SIZE, "vdb"))
+    records = [_record(OLD, 1, vm="one", config=before), _record(NEXT, 2, vm=vm, config=now)]
+    found = other_names(vm, Description(None, disks, config=now), records, "here", only)
+    assert [OLD[:8] in what for what in found] == [True] * spoken
+    if "uuid" not in now:
+        assert other_names(vm, Description(None, disks, config=now), records, "elsewhere", only) == []
 
 
 @pytest.mark.parametrize("strict", [False, True])

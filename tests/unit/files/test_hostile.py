@@ -7,10 +7,11 @@ import os
 import signal
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from incbak.errors import DamagedError, DiskError, IncbakError, RestoreError
+from incbak.errors import DamagedError, DiskError, IncbakError, RestoreError, UsageError
 from incbak.events import Event, Warned
 from incbak.files import copy as module
 from incbak.files.copy import Copied, Copier
@@ -54,12 +55,12 @@ class Scene:
         self.told: list[Event] = []
         self._root = tmp_path
 
-    def copy(self, *, force: bool = False, setuid: bool = False, limit: int | None = None) -> Copied:
+    def copy(self, *, force: bool = False, setuid: bool = False, limit: int | None = None, **more: Any) -> Copied:
         """All of it."""
         with Library(FileImage(self.image)) as library:
             root = library.mount(library.volumes()[0])
             limit = self.image.stat().st_size if limit is None else limit
-            copier = Copier(library, self.out, limit, force=force, setuid=setuid, report=self.told.append)
+            copier = Copier(library, self.out, limit, force=force, setuid=setuid, report=self.told.append, **more)
             nodes = [n for n in listed(library, root) if n.name != b"lost+found"]
             return copier.copy(nodes)
 
@@ -97,6 +98,25 @@ def test_a_name_leads_nowhere(tmp_path: Path, top: Path, name: bytes) -> None:
 @pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"/", b"a\0b", b"x" * 256])
 def test_such_a_name_is_refused_by_ourselves(name: bytes) -> None:
     assert not module._is_safe(name)
+
+
+def test_a_directory_in_which_nothing_is_written_is_left_out(tmp_path: Path, top: Path) -> None:
+    """The repository, say, where all of a guest is copied to a directory above it."""
+    for name in ("repo", "new"):
+        (top / name).mkdir()
+        (top / name / "config").write_text("the guest's")
+    scene = Scene(tmp_path, make.ext4(tmp_path / "disk", top))
+    (scene.out / "repo").mkdir()
+    (scene.out / "repo" / "config").write_text("ours")
+
+    def refuse(path: Path) -> None:
+        if path == scene.out / "repo":
+            raise UsageError(f"{path} is in the repository")
+
+    done = scene.copy(force=True, refuse=refuse)
+    assert done.failed == [str(scene.out / "repo")]
+    assert (scene.out / "repo" / "config").read_text() == "ours"
+    assert (scene.out / "new" / "config").read_text() == "the guest's"
 
 
 def test_a_link_in_the_way_is_not_followed(tmp_path: Path, top: Path) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from incbak.bitmap.continuity import changed
+from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.engine.base import EngineDisk
 from incbak.engine.qemu_graph import Graph
 from incbak.engine.session import Address
-from incbak.errors import DiskError
+from incbak.errors import DiskError, LockedError
 from incbak.reasons import Reason
 from incbak.watch import disks, vm
+from incbak.watch.claim import Claim
 from incbak.watch.disks import Holder, Watched
 from incbak.watch.loading import Outcome
 from incbak.watch.vm import WatchOptions
@@ -27,6 +29,40 @@ from tests.unit.watch.fake import CLUSTER, FakeQemu, a_disk
 @pytest.fixture
 def disk(tmp_path: Path) -> Watched:
     return a_disk(tmp_path)
+
+
+async def _locks(disk: Watched) -> None:
+    await disks.lock_store(disk)
+
+
+def test_an_image_is_watched_once_whatever_the_vm_is_called(
+    disk: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INCBAK_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(disks, "LOCK_SECONDS", 0)
+    (tmp_path / "link").symlink_to(disk.image)
+    store = BitmapStore(tmp_path / "elsewhere", "another", "sda")
+    other = replace(disk, image=tmp_path / "link", store=store, claim=Claim())
+    disk.store.unlock()
+    asyncio.run(_locks(disk))
+    with pytest.raises(LockedError, match="is watched by another"):
+        asyncio.run(_locks(other))
+    disks.unlock_stores([disk])
+    asyncio.run(_locks(other))
+    disks.unlock_stores([other])
+
+
+def test_bitmaps_that_are_in_use_leave_the_image_to_others(
+    disk: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INCBAK_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(disks, "LOCK_SECONDS", 0)
+    store = BitmapStore(disk.store.directory.parent.parent, disk.store.vm, disk.store.disk)
+    with pytest.raises(LockedError, match="are in use"):
+        asyncio.run(_locks(replace(disk, store=store)))
+    other = Claim()
+    other.take(disk.image)
+    other.leave()
 
 
 def test_any_later_write_shows(disk: Watched) -> None:
