@@ -13,10 +13,12 @@ file, a data file, an extent, a member of a quorum. Only the targets and logs of
 - **below**: backing files and what they stand on. Nobody writes there, and no bitmap would mark it, so they must be
   what they were.
 
-Of a file its size, inode and ``mtime`` are compared; of data files ``ctime`` too, and of all during a run. (Managers of
-VMs change the owner of backing files at each start.) Of a block device, what `incbak.device` tells. Of anything else
-nothing is known: an NBD export, a name that this host cannot look at, a file that a running engine does not have open
-under the name that it gives. What is not known is never believed, unless its owner says that the name never changes.
+Of a file its size, inode, ``mtime`` and ``ctime`` are compared. Managers of VMs that change the owner of backing files
+at each start move the latter; and a ctime that moved proves nothing, whatever else moved
+(`incbak.bitmap.continuity`). So it is left out only where the owner says so (``--ignore-ctime``), and below a running
+engine during a run. Of a block device, what `incbak.device` tells is compared. Of anything else nothing is known: an
+NBD export, a name that this host cannot look at, a file that a running engine does not have open under the name that
+it gives. What is not known is never believed, unless its owner says that the name never changes.
 """
 
 from __future__ import annotations
@@ -151,9 +153,9 @@ def facts_of(leaf: Leaf, peer: Peer) -> list[Any]:
     return [leaf.name, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def compared(leaf: Leaf, facts: list[Any]) -> list[Any]:
-    """Return what is compared between two runs."""
-    return facts[:4] if leaf.part is Part.BELOW else facts
+def without_ctime(facts: list[Any]) -> list[Any]:
+    """Return what is known of each, apart from that."""
+    return [list(each)[:4] if isinstance(each, list | tuple) else each for each in facts]
 
 
 def settled(look: Callable[[], Looked]) -> Looked:
@@ -180,7 +182,7 @@ def are_same(then: list[Any], now: Facts, trusted: Collection[str] = ()) -> bool
     for before, each in zip(then, now, strict=True):
         if not isinstance(before, list | tuple) or not before or before[0] != each[0]:
             return False
-        if list(before) != each and None not in each and each[0] not in trusted:
+        if list(before)[: len(each)] != each and None not in each and each[0] not in trusted:
             return False
     return True
 

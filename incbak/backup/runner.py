@@ -80,8 +80,8 @@ class Options:
     memory: Memory | None = None
     """What this host remembers of the repository, to be compared and brought up to date."""
     trusted: Sequence[str] = ()  # backing files that never change: see `Sources`
-    state_dir: Path | None = None
-    """Where `incbak.bitmap.lost` finds why a bitmap is not there."""
+    ctime: bool = True  # whether it is compared of files below
+    state_dir: Path | None = None  # where `incbak.bitmap.lost` finds why a bitmap is not there
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ class _Attempt:
         for each in missed(description, self._options.disks, self._options.exclude):
             self._report(Warned(f"disk {each.name} is left out: {each.why}"))
         disks = choose(description, self._options.disks, self._options.exclude)
-        off = self._engine.kind == "image"
-        self._sources = await asyncio.to_thread(Sources, description, off=off, trusted=self._options.trusted)
+        off, said = self._engine.kind == "image", self._options
+        self._sources = await asyncio.to_thread(Sources, description, off=off, trusted=said.trusted, ctime=said.ctime)
         notes = (*description.notes, *decrypted(disks, bool(self._repo.key)), *self._sources.notes())
         for note in notes:
             self._report(Warned(note))

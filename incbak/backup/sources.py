@@ -19,11 +19,11 @@ from incbak.backup.facts import (
     Peer,
     are_one,
     are_same,
-    compared,
     facts_of,
     is_known,
     leaves,
     settled,
+    without_ctime,
 )
 from incbak.engine.base import BitmapInfo, Description, EngineDisk
 from incbak.errors import ImageChangedError, UsageError
@@ -53,11 +53,13 @@ class Sources:
     """What a run found of its disks, before it read anything. ``off``: nobody has them open.
 
     ``backing`` and ``data``: of each disk what `incbak.backup.facts` says of what is below it, and of its data files.
-    ``trusted``: the names below that never change, as their owner says.
+    ``trusted``: the names below that never change, and ``ctime``: whether it is compared, as their owner says.
     """
 
-    def __init__(self, description: Description, *, off: bool, trusted: Collection[str] = ()) -> None:
-        self._off, self.trusted = off, frozenset(trusted)
+    def __init__(
+        self, description: Description, *, off: bool, trusted: Collection[str] = (), ctime: bool = True
+    ) -> None:
+        self._off, self._ctime, self.trusted = off, ctime, frozenset(trusted)
         self.opened = {} if off else opened_of(description)
         self._leaves = {d.name: leaves(description, d.node) for d in description.disks}
         self._peer = Peer(description.peer, [leaf.name for each in self._leaves.values() for leaf in each])
@@ -68,8 +70,8 @@ class Sources:
         return {name: [(leaf, facts_of(leaf, self._peer)) for leaf in each] for name, each in self._leaves.items()}
 
     def _part(self, part: Part) -> dict[str, Facts]:
-        found = {n: [compared(leaf, f) for leaf, f in each if leaf.part is part] for n, each in self._seen.items()}
-        return {name: facts for name, facts in found.items() if facts}
+        found = {name: [facts for leaf, facts in each if leaf.part is part] for name, each in self._seen.items()}
+        return {name: facts if self._ctime else without_ctime(facts) for name, facts in found.items() if facts}
 
     def now(self) -> dict[str, Any]:
         """Return what a plan has to know of it."""
@@ -95,10 +97,10 @@ class Sources:
                     raise ImageChangedError(f"another program wrote to {leaf.name} while it was read", hint=hint)
 
     def _written(self, leaf: Leaf, before: list[Any], after: list[Any]) -> bool:
-        if self._off:
+        if self._off and self._ctime:
             return before != after
-        is_still = leaf.part is Part.BELOW and leaf.read_only
-        return is_still and compared(leaf, before) != compared(leaf, after)
+        is_still = self._off or (leaf.part is Part.BELOW and leaf.read_only)
+        return is_still and without_ctime([before]) != without_ctime([after])
 
     def config(self) -> dict[str, Any]:
         """What the record keeps of it."""
@@ -125,8 +127,10 @@ def _inode(path: str) -> int | None:
 def unproven(disk: EngineDisk, record: Record, bitmap: BitmapInfo | None, now: Now) -> Reason | None:
     """Return why a base says nothing of what the disk holds elsewhere than in its image: see `incbak.backup.facts`."""
     below, data = now.backing.get(disk.name, []), now.data.get(disk.name, [])
-    if not are_same(recorded(record, "backing", disk.name), below, now.trusted):
-        return Reason.BACKING_CHANGED
+    before = recorded(record, "backing", disk.name)
+    if not are_same(before, below, now.trusted):
+        moved_only = are_same(without_ctime(before), without_ctime(below), now.trusted)
+        return Reason.UNPROVEN if moved_only else Reason.BACKING_CHANGED
     if not is_known(below, now.trusted):
         return Reason.UNPROVEN
     before = recorded(record, "data", disk.name)

@@ -52,7 +52,8 @@ async def verify(
     async with locked(repo, vm, wanted.lock_wait):
         records = [r for r in await asyncio.to_thread(repo.backups) if r.vm == vm]
         description = await engine.describe()
-        found = await asyncio.to_thread(Sources, description, off=engine.kind == "image", trusted=wanted.trusted)
+        off, trusted = engine.kind == "image", wanted.trusted  # what is read is compared, so less has to be proven
+        found = await asyncio.to_thread(Sources, description, off=off, trusted=trusted, ctime=False)
         damaged, unreadable = repo.damage().backups, tuple(repo.unreadable)
         lost = await asyncio.to_thread(
             lost_bitmaps, wanted.state_dir, vm, [d.name for d in description.disks], in_qemu=engine.kind == "qemu"

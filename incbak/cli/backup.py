@@ -235,6 +235,7 @@ def _back_up_one(
         attachments=read_attachments(attach),
         memory=here.memory,
         trusted=trust_backing,
+        ctime=not engine["ignore_ctime"],
         state_dir=here.state_dir,
     )
     console = here.reporter()

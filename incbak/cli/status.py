@@ -82,17 +82,22 @@ def status(
     wanted = Source(source_of(here, source), here.state_dir, name, disks, monitor_wait=wait, look=True)
     sampling = here.vm is not None and here.vm.trust_after_boot == SAMPLE
     wanted = replace(wanted, format=form, allow_backing=allowed, sampling=sampling)
-    rows = _rows(here, wanted, here.vm.trust_backing if here.vm else (), tolerant=limit is not None)
+    rows = _rows(here, wanted, _trust(here), tolerant=limit is not None)
     _print(here, rows, several=False)
     if limit is not None and (late := [r["disk"] for r in rows if r["age"] is None or r["age"] > limit]):
         text = f"disks without a backup of the last {format_duration(limit)}: {', '.join(late)}"
         raise BackupError(text, hint="See why the last run failed; make one with: incbak incremental")
 
 
-def _rows(here: Settings, wanted: Source, trusted: Sequence[str], *, tolerant: bool) -> list[dict[str, Any]]:
+def _trust(here: Settings) -> dict[str, Any]:
+    """What the owner of a VM says of what is below its disks."""
+    return {"trusted": here.vm.trust_backing, "ctime": not here.vm.ignore_ctime} if here.vm else {}
+
+
+def _rows(here: Settings, wanted: Source, trust: Mapping[str, Any], *, tolerant: bool) -> list[dict[str, Any]]:
     """One object for each disk; if ``tolerant``, of an engine that does not answer what the repository knows."""
     try:
-        outcome, last, proof = interruptible(_look(here.open(), wanted, trusted))
+        outcome, last, proof = interruptible(_look(here.open(), wanted, trust))
     except (EngineError, DiskError) as e:
         if not (tolerant and wanted.name):
             raise
@@ -126,7 +131,7 @@ def _print(here: Settings, rows: Sequence[Mapping[str, Any]], *, several: bool) 
 
 
 async def _look(
-    repo: Repository, source: Source, trusted: Sequence[str]
+    repo: Repository, source: Source, trust: Mapping[str, Any]
 ) -> tuple[Outcome, dict[str, Record], dict[str, Any]]:
     """The plan of an incremental, the newest backup of each disk, and what proves that the backups are good."""
     source = replace(source, recorded=await asyncio.to_thread(recorded_format, repo, source))
@@ -137,7 +142,7 @@ async def _look(
             name=source.name,
             disks=source.disks,
             dry_run=True,
-            trusted=trusted,
+            **trust,
             state_dir=source.state_dir,
             sampling=source.sampling,
         )

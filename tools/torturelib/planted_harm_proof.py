@@ -151,7 +151,7 @@ FAULTS = (
     Fault(
         "plan-backing-files-not-compared",
         "incbak/backup/sources.py",
-        '    if not are_same(recorded(record, "backing", disk.name), below, now.trusted):\n',
+        "    if not are_same(before, below, now.trusted):\n",
         "    if False:\n",
         _sources("test_a_backing_file_that_was_changed"),
     ),

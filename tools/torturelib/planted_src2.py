@@ -165,11 +165,11 @@ FAULTS = [
         _facts("test_a_running_engine_stores_no_bitmap_beside_a_data_file"),
     ),
     Fault(
-        "data-file-without-ctime",
-        _FACTS,
-        "    return facts[:4] if leaf.part is Part.BELOW else facts\n",
-        "    return facts[:4]\n",
-        _facts("test_an_owner_below_may_change"),
+        "ctime-below-not-compared",
+        _SOURCES,
+        "facts if self._ctime else without_ctime(facts)",
+        "without_ctime(facts)",
+        _facts("test_a_ctime_that_moved"),
     ),
     Fault(
         "data-file-not-looked-at-before-a-bitmap-is-stored",
@@ -209,7 +209,7 @@ FAULTS = [
     Fault(
         "below-a-running-engine-not-looked-at-again",
         _SOURCES,
-        "return is_still and compared(leaf, before) != compared(leaf, after)",
+        "return is_still and without_ctime([before]) != without_ctime([after])",
         "return False",
         _facts("test_what_is_written_during_a_run"),
     ),

@@ -237,14 +237,27 @@ def test_what_a_job_of_the_engine_writes_below(tmp_path: Path) -> None:
     run.confirm()
 
 
-def test_an_owner_below_may_change(tmp_path: Path) -> None:
-    """Between two runs; of a data file it may not."""
+@pytest.mark.parametrize("ctime", [True, False])
+def test_a_ctime_that_moved(tmp_path: Path, ctime: bool) -> None:
+    """As by another mode, or by a write that was dated back; the owner may say that nothing else does it."""
     description = overlay(tmp_path)
-    before = Sources(description, off=True)
+    before = Sources(description, off=True, ctime=ctime)
+    for name in ("base", "data"):
+        (tmp_path / name).chmod(0o600)
+    after = Sources(description, off=True, ctime=ctime)
+    assert (after.backing != before.backing, after.data != before.data) == (ctime, ctime)
+    if ctime:
+        with pytest.raises(ImageChangedError):
+            before.confirm()
+    else:
+        before.confirm()
+
+
+def test_a_ctime_that_moved_below_a_running_engine(tmp_path: Path) -> None:
+    """Another VM on the same backing file was started: that fails no backup."""
+    run = Sources(overlay(tmp_path), off=False)
     (tmp_path / "base").chmod(0o600)
-    assert Sources(description, off=True).backing == before.backing
-    (tmp_path / "data").chmod(0o600)
-    assert Sources(description, off=True).data != before.data
+    run.confirm()
 
 
 def test_a_device_below_tells_its_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

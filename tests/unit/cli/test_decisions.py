@@ -50,6 +50,7 @@ def test_what_is_below_is_trusted_by_name(tmp_path: Path) -> None:
 def test_services_record_as_backups_do(tmp_path: Path, said: bool) -> None:
     """Of one image a serve, a watch and a backup that is off leave bitmaps for one another."""
     own = 'watch = "qmp:/run/web1.watch"\nserve = {vda = "/srv/web1.raw"}'
-    units = systemd("incbak", tmp_path / "incbak.toml", _config(tmp_path, "ignore-ctime = true" if said else "", own))
+    config = _config(tmp_path, "ignore-ctime = true" if said else "", own)
+    units = systemd("incbak", ["--config", str(tmp_path / "incbak.toml")], config)
     for name in ("incbak-serve-web1.service", "incbak-watch-web1.service"):
         assert ("--ignore-ctime" in units[name]) is said
