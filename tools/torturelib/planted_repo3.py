@@ -89,4 +89,11 @@ FAULTS = [
         "doubtful = set() if whole or not read_data else",
         unit("repo/test_damage", "test_a_plain_check_tells_what_is_known_and_still_so"),
     ),
+    Fault(
+        "prune-keeps-quiet-on-damage",
+        "incbak/repo/prune.py",
+        "self._full or lost",
+        "self._full",
+        unit("repo/test_prune", "test_damage_that_a_backup_which_stays_needs_is_told"),
+    ),
 ]
