@@ -54,6 +54,15 @@ class IncbakError(Exception):
         self.hint = hint
 
 
+def text_of(error: BaseException) -> str:
+    """Return what an exception says, never nothing: many have no text of their own (`MemoryError`, `TimeoutError`)."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if text := str(error).strip():
+        return text
+    return f"{type(error).__name__}, with no further text"
+
+
 class UsageError(IncbakError):
     """An argument, or a combination of them, that cannot be right; nothing was changed."""
 

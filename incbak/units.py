@@ -93,3 +93,8 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m{rest:02d}s"
     return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """``1 backup``, ``2 backups``; ``plural`` where it is not the noun with an s."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"

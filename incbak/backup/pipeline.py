@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from incbak.errors import BackupError, IncbakError
+from incbak.errors import BackupError, IncbakError, text_of
 from incbak.repo.writer import Writer
 
 IN_FLIGHT = 48 << 20
@@ -72,7 +72,7 @@ class Pipeline:
         if isinstance(self._failure, IncbakError):
             raise self._failure
         if self._failure:
-            raise BackupError(f"cannot store the backup: {self._failure}") from self._failure
+            raise BackupError(f"cannot store the backup: {text_of(self._failure)}") from self._failure
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:

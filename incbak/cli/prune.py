@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from incbak.cli.given import VM_NAME
-from incbak.cli.settings import Settings, common, printable, settings
+from incbak.cli.settings import Settings, common, one_line, printable, settings
 from incbak.errors import DamagedError, DurabilityError, LockedError, UsageError
 from incbak.events import Reporter, Warned
 from incbak.fleet.config import Keep
@@ -20,7 +20,7 @@ from incbak.repo.prune import Options, Outcome, Rules, dry_run, prune
 from incbak.repo.repository import Repository
 from incbak.repo.retention import Decision, Policy
 from incbak.report.backups import pruning
-from incbak.units import format_size, parse_duration, parse_retention
+from incbak.units import counted, format_size, parse_duration, parse_retention
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -168,7 +168,7 @@ def _note(here: Settings, repo: Repository, done: Outcome) -> None:
 
 def _counted(vm: str, done: Outcome) -> str:
     of_vm = [d.keep for d in done.decisions if d.record.vm == vm]
-    return f"{vm}: {sum(of_vm)} backups kept, {len(of_vm) - sum(of_vm)} removed"
+    return f"{vm}: {counted(sum(of_vm), 'backup')} kept, {len(of_vm) - sum(of_vm)} removed"
 
 
 def _run(here: Settings, rules: Rules, name: str | None, options: Options | None) -> None:
@@ -186,7 +186,7 @@ def _run(here: Settings, rules: Rules, name: str | None, options: Options | None
         raise done.trouble
     if done.unreadable:
         why = "; ".join(done.unreadable.values())
-        raise DamagedError(f"{len(done.unreadable)} records cannot be read: {why}", hint="Run: incbak check")
+        raise DamagedError(f"{counted(len(done.unreadable), 'record')} cannot be read: {why}", hint="Run: incbak check")
 
 
 def _tell(here: Settings, done: Outcome, *, dry: bool) -> None:
@@ -202,10 +202,13 @@ def _tell(here: Settings, done: Outcome, *, dry: bool) -> None:
                    "waiting": done.waiting})  # fmt: skip
     if dry:
         here.say(pruning(done.decisions), lines=True)
-        here.say(f"would keep {kept} backups and remove {removed}")
+        here.say(f"would keep {counted(kept, 'backup')} and remove {removed}")
         return
     for vm in dict.fromkeys(d.record.vm for d in done.decisions):
         here.say(printable(_counted(vm, done)))
+        if any("no good backup" in d.reasons for d in done.decisions if d.record.vm == vm):
+            what = f"no newer backup of {vm} is good, so more are kept than the rules say; see: incbak check"
+            click.echo(one_line(f"incbak: {what}"), err=True)
     waiting = f", {format_size(done.waiting)} will be when the grace is over" if done.waiting else ""
     here.say(f"{format_size(done.freed)} freed{waiting}")
 

@@ -9,12 +9,12 @@ import click
 
 from incbak.cli.prune import grace_option, lock_wait_option, note_removed
 from incbak.cli.settings import Settings, common, printable, settings
-from incbak.errors import UsageError
+from incbak.errors import LockedError, UsageError
 from incbak.repo.prune import Options
 from incbak.repo.remove import Chosen, Removal, choose, choose_all, remove
 from incbak.repo.repository import Repository
 from incbak.report.backups import chosen_table
-from incbak.units import format_size, parse_duration
+from incbak.units import counted, format_size, parse_duration
 
 
 @click.command("remove", short_help="Remove backups by name, also the newest.")
@@ -65,7 +65,7 @@ def remove_command(
 
 def _warn_unreadable(repo: Repository, vm: str | None) -> None:
     if vm and repo.unreadable:
-        text = f"incbak: {len(repo.unreadable)} records cannot be read and may be of {vm}: "
+        text = f"incbak: {counted(len(repo.unreadable), 'record')} cannot be read and may be of {vm}: "
         click.echo(printable(text + ", ".join(sorted(name[:8] for name in repo.unreadable))), err=True)
 
 
@@ -94,8 +94,10 @@ def _report(here: Settings, chosen: Sequence[Chosen], done: Removal) -> None:
         here.tell({"summary": True, "removed": len(done.removed), "freed": done.freed, "waiting": done.waiting})
     waiting = f", {format_size(done.waiting)} will be after the grace period" if done.waiting else ""
     here.say(f"removed {_count(chosen)}; {format_size(done.freed)} freed{waiting}")
-    if done.trouble:
-        click.echo("incbak: the backups are removed, their content is not; the next prune tries it again", err=True)
+    if isinstance(done.trouble, LockedError):
+        text = "incbak: another run is at work, so what only they needed is freed by a later prune"
+        click.echo(text, err=True)
+    elif done.trouble:
         raise done.trouble
 
 
@@ -104,4 +106,4 @@ def _as_json(each: Chosen) -> dict[str, object]:
 
 
 def _count(chosen: Sequence[Chosen]) -> str:
-    return "1 backup" if len(chosen) == 1 else f"{len(chosen)} backups"
+    return counted(len(chosen), "backup")

@@ -19,7 +19,7 @@ from incbak.repo.repository import DEFAULT_CLUSTER, Repository
 from incbak.repo.tree import differing
 from incbak.report.backups import as_json, details, listing
 from incbak.report.proof import coverage_json, coverage_text
-from incbak.units import format_size, parse_duration, parse_size
+from incbak.units import counted, format_size, parse_duration, parse_size
 
 
 @click.command(short_help="Make a new repository.")
@@ -82,7 +82,7 @@ def list_backups(name: str | None) -> None:
         click.echo("no backups")
     if repo.unreadable:
         why = "; ".join(repo.unreadable.values())
-        raise DamagedError(f"{len(repo.unreadable)} records cannot be read: {why}", hint="Run: incbak check")
+        raise DamagedError(f"{counted(len(repo.unreadable), 'record')} cannot be read: {why}", hint="Run: incbak check")
 
 
 @click.command(short_help="Show one backup in full.")
@@ -184,13 +184,16 @@ def check(read_data: bool, read_data_subset: str | None, max_duration: str | Non
     if read_data and read_data_subset:
         raise UsageError("--read-data and --read-data-subset exclude each other", hint="All of it, or a part.")
     duration = parse_duration(max_duration) if max_duration else None
+    if read_data and read_data_subset:
+        hint = "Leave out --read-data to read a part."
+        raise UsageError("--read-data reads everything, --read-data-subset a part", hint=hint)
     if duration is not None and (not read_data or read_data_subset):
         raise UsageError("--max-duration goes with --read-data alone", hint="It reads what was read longest ago.")
     repo = here.open()
     fraction = _fraction(read_data_subset) if read_data_subset else 1.0
     if rebuild_index:
         with repo.storage.lock("repository.lock", exclusive=True, wait=0):
-            here.say(f"made the index anew: {checks.rebuild_index(repo)} blobs")
+            here.say(f"made the index anew: {counted(checks.rebuild_index(repo), 'blob')}")
     console = here.reporter()
     try:
         found = checks.check(
@@ -222,9 +225,10 @@ def _tell(here: Settings, found: checks.Report) -> None:
             here.say(coverage_text(found.coverage))
         hurt = sorted({b[:8] for p in found.problems for b in p.backups})
         what = f"backups that are not whole: {', '.join(hurt)}" if hurt else "every backup is whole"
-        raise DamagedError(f"{len(found.serious)} problems; {what}", hint=found.hint)
+        raise DamagedError(f"{counted(len(found.serious), 'problem')}; {what}", hint=found.hint)
     read = f", {format_size(found.bytes_read)} read" if found.bytes_read else ""
-    here.say(f"no problems: {found.backups} backups, {found.packs} packs, {found.blobs} blobs{read}")
+    looked = [counted(found.backups, "backup"), counted(found.packs, "pack"), counted(found.blobs, "blob")]
+    here.say(f"no problems: {', '.join(looked)}{read}")
     if found.packs_read or found.coverage.read_packs:
         here.say(coverage_text(found.coverage))
 

@@ -24,7 +24,7 @@ from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.stream import stream_disk
 from incbak.restore.targets import DeviceTarget, Target, open_target
 from incbak.restore.vm import restore_vm
-from incbak.units import format_size
+from incbak.units import counted, format_size
 
 
 @click.command(short_help="Write a disk as it was to a file, a device or an NBD export.")
@@ -159,7 +159,8 @@ def _stream(here: Settings, repo: Repository, record: Record, disk: DiskRecord) 
 
 def _say_lost(record: Record, done: list[Restored]) -> None:
     if lost := sum(e.length for each in done for e in each.damaged):
-        raise DamagedError(f"{lost} bytes of backup {record.id[:8]} could not be read and are zeroes in the target")
+        what = f"{counted(lost, 'byte')} of backup {record.id[:8]} could not be read and are zeroes in the target"
+        raise DamagedError(what)
 
 
 def _whole(here: Settings, repo: Repository, record: Record, directory: Path, how: _How) -> None:
@@ -178,8 +179,10 @@ def _whole(here: Settings, repo: Repository, record: Record, directory: Path, ho
                    "attachments": list(done.attachments), "failed": failed})  # fmt: skip
     if done.failed and not done.files:
         raise next(iter(done.failed.values()))
-    attached = f", {len(done.attachments)} attached files" if done.attachments else ""
-    here.say(printable(f"{record.vm}: {len(done.files)} of {len(record.disks)} disks{attached} are in {directory}"))
+    attached = f", {counted(len(done.attachments), 'attached file')}" if done.attachments else ""
+    here.say(
+        printable(f"{record.vm}: {len(done.files)} of {counted(len(record.disks), 'disk')}{attached}: in {directory}")
+    )
     if done.failed:
         what = f"not all of backup {record.id[:8]} is restored: {', '.join(done.failed)}"
         raise IncompleteError(what, hint="What is there is whole. Why the rest failed is above.")
@@ -232,8 +235,11 @@ def _one(here: Settings, repo: Repository, record: Record, disk: DiskRecord, whe
         here.tell({"backup": record.id, "vm": record.vm, "disk": disk.name, "target": where, "size": disk.size,
                    "written": done.written, "damaged": [list(e) for e in done.damaged]})  # fmt: skip
     size, written = format_size(disk.size), format_size(done.written)
+    lost = sum(extent.length for extent in done.damaged)
+    state = f"verified and synced, but for {counted(lost, 'byte')} that are damaged and zeroes here" if lost else ""
     here.say(
-        f"{record.vm} {disk.name}: restored {record.id[:8]} to {where}: {size}, {written} of data, verified and synced"
+        f"{record.vm} {disk.name}: restored {record.id[:8]} to {where}: {size}, {written} of data, "
+        f"{state or 'verified and synced'}"
     )
     if isinstance(opened, InPlaceTarget):
         here.say(f"{format_size(opened.changed)} of {where} differed and were written")

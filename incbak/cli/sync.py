@@ -12,9 +12,10 @@ from incbak.cli.passphrase import TARGET_PREFIX, Passphrase
 from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.cli.signals import interrupt_on_ending
 from incbak.errors import DamagedError, IncompleteError, UsageError
+from incbak.repo.ids import is_id
 from incbak.repo.record import Record
 from incbak.sync.copy import Options, Outcome, plan, sync
-from incbak.units import format_size, parse_duration
+from incbak.units import counted, format_size, parse_duration
 
 
 @click.command("sync", short_help="Copy backups to another repository.")
@@ -84,9 +85,9 @@ def _tell(here: Settings, action: str, records: list[Record]) -> None:
         stored = f", stored {format_size(sum(d.stored for d in record.disks))}" if action == "copied" else ""
         here.say(f"{record.vm}: {record.id[:8]} of {record.started}{stored}")
     if action == "copied":
-        here.say(f"{len(records)} backups copied, {format_size(size)} stored")
+        here.say(f"{counted(len(records), 'backup')} copied, {format_size(size)} stored")
     else:
-        here.say(f"would copy {len(records)} backups")
+        here.say(f"would copy {counted(len(records), 'backup')}")
 
 
 def _as_json(record: Record, action: str) -> dict[str, Any]:
@@ -105,7 +106,8 @@ def _conclude(here: Settings, done: Outcome) -> None:
     if failed and not done.copied:
         raise failed[0][1]
     if failed:
-        raise IncompleteError(f"{len(failed)} could not be copied", hint="Why is above. The others are copied.")
+        names = ", ".join(what[:8] if is_id(what) else what for what, _ in failed)
+        raise IncompleteError(f"not copied: {names}", hint="Why is above. The others are copied.")
     if done.unreadable:
         why = "; ".join(done.unreadable.values())
-        raise DamagedError(f"{len(done.unreadable)} records cannot be read: {why}", hint="Run: incbak check")
+        raise DamagedError(f"{counted(len(done.unreadable), 'record')} cannot be read: {why}", hint="Run: incbak check")

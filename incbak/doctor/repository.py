@@ -10,10 +10,11 @@ from pathlib import Path
 from incbak.doctor import places
 from incbak.doctor.finding import Finding, fault, guarded, ok, warning
 from incbak.errors import LockedError
+from incbak.repo.damage import Damage
 from incbak.repo.memory import Memory
 from incbak.repo.record import Record
 from incbak.repo.repository import Repository
-from incbak.units import format_duration, format_size
+from incbak.units import counted, format_duration, format_size
 
 _WHAT = "repository"
 _LEAST_SHARE = 10
@@ -67,13 +68,22 @@ def _backups(repo: Repository) -> list[Finding]:
     ]
     damage = repo.damage()
     if damage.digests or damage.backups:
-        text = f"a check found {len(damage.digests)} damaged blobs, in {len(damage.backups)} backups"
-        found.append(warning("backups", text, "Make a backup, which stores anew what it reads; then: incbak check"))
+        found.append(_damage(damage))
     newest = {r.vm: r for r in records}
     found += [_newest(record) for record in newest.values()]
     if not records:
         found.append(warning("backups", "there are none", "Make one with: incbak full SOURCE"))
     return found
+
+
+def _damage(damage: Damage) -> Finding:
+    """A backup stays noted until all was read, also where its content has been stored again."""
+    backups = counted(len(damage.backups), "backup")
+    if not damage.digests:
+        text = f"a check found damage in {backups}; a later one found that content intact"
+        return warning("backups", text, "Run: incbak check --read-data")
+    text = f"a check found {counted(len(damage.digests), 'damaged blob')}, in {backups}"
+    return fault("backups", text, "Make a backup, which stores anew what it reads; then: incbak check")
 
 
 def _newest(record: Record) -> Finding:

@@ -12,7 +12,7 @@ import numpy as np
 from incbak.errors import DamagedError, DurabilityError, FormatTooNewError
 from incbak.events import Reporter, silent
 from incbak.repo import pack
-from incbak.repo.damage import notes, replace_notes
+from incbak.repo.damage import Damage, notes, replace_notes
 from incbak.repo.ids import ids, is_id, new_id
 from incbak.repo.index import REBUILD, IndexFile, encode, mapped
 from incbak.repo.reader import digests_array
@@ -84,8 +84,9 @@ def check(
 
     Packs that were never read come first, then those that were read longest ago (`verified`); after ``max_duration``
     seconds of reading data no other pack is begun. What is found damaged is noted in the repository, so that the next
-    backup stores it again; raises `NotNotedError` where it cannot be. Backups are listed before the index is read, so
-    one that is committed meanwhile does not look damaged.
+    backup stores it again; raises `NotNotedError` where it cannot be. Every check reads again what is noted (`damage`),
+    also one that reads no other data. Backups are listed before the index is read, so one that is committed meanwhile
+    does not look damaged.
     """
     verified = Verified(repo.storage, clock)
     found = Report(verified.coverage())
@@ -110,17 +111,14 @@ def check(
     reads = read_packs(repo, turns, _table_of(repo), verified, report, duration=max_duration, clock=clock)
     bad = _judge(repo, found, reads)
     whole = read_data and found.packs_read == len(packs) + len(suspects)
-    if read_data and not whole:
+    if not whole:
         _look_again(repo, known.digests, found)
     affected = _backups(repo, records, found)
     _doubt(repo, found)
     for name in found.broken:
         verified.add(name, clock(), verified.look(name), whole=False)
-    doubtful = set() if whole or not read_data else known.backups & {r.id for r in records}
-    try:
-        replace_notes(repo.storage, found.damaged, affected | doubtful, before if read_data else [])
-    except DurabilityError as e:
-        raise NotNotedError(found, e) from e
+    doubtful = set() if whole else known.backups & {r.id for r in records}
+    _note(repo, found, known, affected | doubtful, before if whole else list(known.names))
     if not read_data:
         if found.broken:
             save(verified, report)
@@ -131,6 +129,21 @@ def check(
     save(verified, report)
     found.coverage = verified.coverage()
     return found
+
+
+def _note(repo: Repository, found: Report, known: Damage, backups: set[str], old: list[str]) -> None:
+    """Note what was found in the place of the ``old`` notes, unless one of them says just that."""
+    if (
+        found.damaged == set(known.digests)
+        and backups == set(known.backups)
+        and old == list(known.names)
+        and len(old) <= 1
+    ):
+        return
+    try:
+        replace_notes(repo.storage, found.damaged, backups, old)
+    except DurabilityError as e:
+        raise NotNotedError(found, e) from e
 
 
 def _doubt(repo: Repository, found: Report) -> None:

@@ -60,6 +60,7 @@ from incbak.repo.repack import Repacker
 from incbak.repo.repository import CONTENT_LOCK, REPOSITORY_LOCK, Repository
 from incbak.repo.retention import Decision, Policy, plan
 from incbak.repo.verified import Verified
+from incbak.units import counted
 
 PRUNE_LOCK = "prune.lock"
 
@@ -177,6 +178,7 @@ class _Prune:
         durable.crash_point("prune.counted")
         done = Outcome(self._remove_records(decisions))
         durable.crash_point("prune.records-removed")
+        lost: DamagedError | None = None
         try:
             self._expire(done)
             if self._unsure:
@@ -184,12 +186,12 @@ class _Prune:
             self._condemn(done, self._garbage)
             self._expire(done)
             if chosen := sorted({*self._mostly_garbage(), *self._hurt()}):
-                self._repacker.copy(chosen, self._report)
+                lost = self._repacker.copy(chosen, self._report)
                 done.repacked = len(chosen)
                 durable.crash_point("prune.repacked")
                 self._condemn(done, lambda: [p for p in chosen if self._repacker.free(p)])
             self._expire(done)
-            done.trouble = self._full
+            done.trouble = self._full or lost
         except IncbakError as e:
             done.trouble = e
         if not self._unsure:
@@ -228,7 +230,8 @@ class _Prune:
             others = set()
         nothing = "no content was removed" if others else "nothing was removed"
         if repo.unreadable:
-            what = f"{len(repo.unreadable)} records cannot be read, {nothing}: {'; '.join(repo.unreadable.values())}"
+            why = "; ".join(repo.unreadable.values())
+            what = f"{counted(len(repo.unreadable), 'record')} cannot be read, {nothing}: {why}"
             hint = "Nobody knows what they need. Run: incbak check; one that is given up goes with: incbak remove ID"
             self._unsure = DamagedError(what, hint=hint)
         elif held:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from incbak.errors import DamagedError, FormatTooNewError
+from incbak.errors import DamagedError, FormatTooNewError, text_of
 from incbak.events import Progress, Reporter, Warned, silent
 from incbak.repo import pack
 from incbak.repo.index import Digests
@@ -39,13 +39,15 @@ class Repacker:
                 raise
             return _digests(entries)
 
-    def copy(self, packs: Collection[str], report: Reporter = silent) -> None:
+    def copy(self, packs: Collection[str], report: Reporter = silent) -> DamagedError | None:
         """Copy what is needed of ``packs``, unless it is whole in another pack too; all is durable and indexed then.
 
-        A pack of which something cannot be read is left as it is, with a warning. Raises `DurabilityError`.
+        A pack of which something that is needed cannot be read is left as it is, with a warning. Returns the first such
+        error. Raises `DurabilityError`.
         """
         besides = set(packs) | self._repo.index.condemned.packs
         copied: dict[str, Digests] = {}
+        lost: DamagedError | None = None
         sizes, done = self._repo.storage.list("packs"), 0
         total = sum(sizes.get(name, 0) for name in packs)
         with Writer(self._repo.storage, self._repo.index, frozenset(), lambda: None) as writer:
@@ -53,11 +55,13 @@ class Repacker:
                 try:
                     copied[name] = self._one(writer, name, besides)
                 except (DamagedError, OSError) as e:
-                    report(Warned(f"pack {name} is hurt or mostly garbage, and stays: {e}"))
+                    report(Warned(f"pack {name} stays, since what backups need of it cannot be read: {text_of(e)}"))
+                    lost = lost or _lost(name, e)
                 done += sizes.get(name, 0)
                 report(Progress("", done, total, "copying what is needed"))
             writer.finish()
         self._copied |= copied
+        return lost
 
     def _one(self, writer: Writer, name: str, besides: Collection[str]) -> Digests:
         digests = self._tables[name] = self._told(name)
@@ -78,6 +82,11 @@ class Repacker:
         digests = self._tables[name]
         needed, copied = (d.view("V32").ravel() for d in (digests[self._needs.needed(digests)], self._copied[name]))
         return bool(np.isin(needed, copied).all())
+
+
+def _lost(name: str, error: DamagedError | OSError) -> DamagedError:
+    what = f"backups that stay need content of pack {name} that cannot be read: {text_of(error)}"
+    return DamagedError(what, hint="See: incbak check --read-data. The next full backup stores again what it can.")
 
 
 def _digests(entries: pack.Entries) -> Digests:

@@ -11,7 +11,7 @@ from msgspec import to_builtins
 
 from incbak.repo.drills import Drill, Drills
 from incbak.repo.verified import Coverage
-from incbak.units import format_duration, format_size
+from incbak.units import counted, format_duration, format_size
 
 
 def coverage_text(found: Coverage) -> str:
@@ -19,11 +19,11 @@ def coverage_text(found: Coverage) -> str:
     if found.within is None:
         return "no data was read yet" if found.packs else "there is no data yet"
     when = f"within the last {_days(found.within)}"
-    damaged = f"; {found.damaged} packs have damage" if found.damaged else ""
+    damaged = f"; the last reading found damage in {counted(found.damaged, 'pack')}" if found.damaged else ""
     if found.complete:
         return f"all data was read {when}{damaged}"
     part = f"{format_size(found.read_size)} of {format_size(found.size)}"
-    return f"{part} ({found.read_packs} of {found.packs} packs) were read {when}, the rest never{damaged}"
+    return f"{part} ({found.read_packs} of {counted(found.packs, 'pack')}) were read {when}, the rest never{damaged}"
 
 
 def coverage_json(found: Coverage) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def last_check_text(found: Coverage) -> str:
     last = found.last
     if last is None:
         return "no check has read data yet"
-    how = f", {last.problems} problems" if last.problems else ", no problems"
+    how = f", {counted(last.problems, 'problem')}" if last.problems else ", no problems"
     ago = ago_text(found.now - last.at)
     return f"last check of data {ago}, {format_size(last.read)} read{how}; {coverage_text(found)}"
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from incbak.errors import NbdError, NbdRequestError
+from incbak.errors import NbdError, NbdRequestError, text_of
 from incbak.serve.group import JobGroup
 from incbak.serve.on_error import RETRY, Action, OnError
 from incbak.serve.schema import QmpError
@@ -275,7 +275,7 @@ class Job(ABC):
         if self._stop.is_set():
             self._conclude("BLOCK_JOB_CANCELLED", os.strerror(errno.ECANCELED))
             return
-        self.detail = str(error)
+        self.detail = text_of(error)
         expected = isinstance(error, OSError | NbdError)
         log.log(
             logging.WARNING if expected else logging.ERROR, "job %s failed: %s", self.id, error, exc_info=not expected

@@ -136,7 +136,7 @@ class _Copier:
                 made = self._one(record)
             except (DamagedError, SyncError) as e:
                 if record.id in self._source.storage.list("backups"):  # else it was pruned meanwhile
-                    done.failed[record.id] = e
+                    done.failed[record.id] = type(e)(f"backup {record.id[:8]} of {record.vm}: {e}", hint=e.hint)
                     self._missed.add(record.id)
                 continue
             self._theirs[made.id] = made

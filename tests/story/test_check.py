@@ -69,9 +69,38 @@ def test_damage_is_told_each_night(incbak: Incbak) -> None:
         assert ran.code == 13
         assert ("as an earlier check has found" in ran.err) == (night > 0)
     assert "all data was read within" in ran.out
-    assert "3 packs have damage" in ran.out
+    assert "the last reading found damage in 3 packs" in ran.out
 
 
-@pytest.mark.parametrize("argv", [("--max-duration", "1m"), ("--max-duration", "x", "--read-data")])
+def test_a_check_that_reads_no_data_tells_known_damage_until_it_is_stored_again(incbak: Incbak) -> None:
+    image = incbak.root / "web1.raw"
+    for pack in (incbak.repo / "packs").iterdir():
+        data = bytearray(pack.read_bytes())
+        data[30] ^= 1
+        pack.write_bytes(data)
+    assert incbak.run("check", "--read-data").code == 13
+    for _ in range(2):
+        ran = incbak.run("check")
+        assert (ran.code, ran.out) == (13, "")
+        assert "is damaged, as an earlier check has found" in ran.err
+        assert "backups that are not whole:" in ran.err
+        assert len(list((incbak.repo / "damaged").glob("[!.]*"))) == 1
+    told = [o for o in incbak.run("--json", "doctor").objects() if "damaged blobs" in str(o)]
+    assert ["fault" in str(o).lower() for o in told] == [True]
+    incbak("-q", "full", image)
+    said = incbak("check").out
+    assert said.startswith("no problems: 4 backups")
+    assert "the last reading found damage in 3 packs" in said
+    assert "damaged blobs" not in incbak.run("doctor").out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--max-duration", "1m"),
+        ("--max-duration", "x", "--read-data"),
+        ("--read-data", "--read-data-subset", "5%"),
+    ],
+)
 def test_wrong_arguments(incbak: Incbak, argv: tuple[str, ...]) -> None:
     assert incbak.run("check", *argv).code == 2

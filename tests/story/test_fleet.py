@@ -106,8 +106,8 @@ def test_the_repository_of_all_vms_is_that_of_other_commands_too(fleet: Fleet) -
     fleet("init", other)
     (listed,) = fleet("--json", "list").objects()
     assert listed["vm"] == "web1"
-    assert "1 backups" in fleet("check").out
-    assert fleet("sync", other).out.splitlines()[-1].startswith("1 backups copied")
+    assert "1 backup," in fleet("check").out
+    assert fleet("sync", other).out.splitlines()[-1].startswith("1 backup copied")
     fleet("restore", "latest", fleet.root / "restored.raw")
     assert "repository" in fleet.run("doctor").out
     assert fleet("--json", "list", env={"INCBAK_REPOSITORY": str(other)}).objects()[0]["id"] == listed["id"]

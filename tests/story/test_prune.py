@@ -220,6 +220,14 @@ def _asked(incbak: Incbak, answer: bytes, *argv: str) -> Ran:
     return Ran(process.returncode, out, err)
 
 
+def test_a_removal_beside_a_backup_is_done_and_told_once(scene: Scene) -> None:
+    first, second = scene.back_up(0), scene.back_up(1)
+    with Repository.open(scene.incbak.repo).vm_lock("another VM"):
+        ran = scene.incbak.run("remove", second, "--yes", "--lock-wait", "0")
+    assert (ran.code, len(ran.err.splitlines()), "is freed by a later prune" in ran.err) == (0, 1, True), ran
+    scene.right(first)
+
+
 def test_a_backup_is_removed_on_purpose_also_the_newest(scene: Scene) -> None:
     incbak = scene.incbak
     first, second, third = (scene.back_up(n) for n in range(3))

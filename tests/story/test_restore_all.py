@@ -24,7 +24,7 @@ def test_a_whole_vm(tmp_path: Path, form: str) -> None:
     out = tmp_path / "new" / "out"
     incbak, record = _made(tmp_path, attachments={"web1.xml": "<x/>"}, config={"block": [{"device": "vda"}]})
     told = incbak("restore", "latest", "--all", out, "--format", form).out
-    assert f"2 of 2 disks, 1 attached files are in {out}" in told
+    assert f"2 of 2 disks, 1 attached file: in {out}" in told
     assert sorted(p.name for p in out.iterdir()) == ["attachments", "vda." + form, "vdb." + form, "vm.json"]
     if form == "raw":
         assert {n: (out / f"{n}.raw").read_bytes() for n in DISKS} == DISKS
@@ -59,6 +59,8 @@ def test_one_disk_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert ([d["file"] for d in described["disks"]], list(described["failed"])) == ([None, "vdb.raw"], ["disk vda"])
     ran = incbak.run("restore", "latest", "--all", out, "--force", "--salvage")
     assert (ran.code, "could not be read and are zeroes" in ran.err) == (13, True)
+    (line,) = [line for line in ran.out.splitlines() if "to" in line and "vda.raw" in line]
+    assert "verified and synced, but for 8192 bytes that are damaged and zeroes here" in line
     assert (out / "vda.raw").stat().st_size == len(DISKS["vda"])
     _spoil(incbak, record, "vdb")
     assert incbak.run("restore", "latest", "--all", tmp_path / "none").code == 13

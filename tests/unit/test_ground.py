@@ -154,3 +154,21 @@ def test_host_tells_boot_and_processes(tmp_path: Path, monkeypatch: pytest.Monke
     child.kill()
     child.wait()
     assert host.start_time(child.pid) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory"),
+        (TimeoutError(), "TimeoutError, with no further text"),
+        (ValueError("  "), "ValueError, with no further text"),
+        (OSError(5, "rot"), "[Errno 5] rot"),
+    ],
+)
+def test_an_exception_without_text_says_what_it_is(error: Exception, said: str) -> None:
+    assert errors.text_of(error) == said
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    assert [units.counted(n, "pack") for n in (0, 1, 2)] == ["0 packs", "1 pack", "2 packs"]
+    assert units.counted(2, "directory", "directories") == "2 directories"

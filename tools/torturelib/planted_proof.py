@@ -36,15 +36,15 @@ _CHECKS = (
     Fault(
         "check-forgets-known-damage",
         _CHECK,
-        "    if read_data and not whole:\n",
+        "    if not whole:\n",
         "    if False:\n",
         _verified("test_a_pack_with_damage_is_not_whole_and_no_night_forgets_it"),
     ),
     Fault(
         "check-removes-a-note-it-has-not-seen",
         _CHECK,
-        "affected | doubtful, before if read_data else [])",
-        "affected | doubtful, notes(repo.storage) if read_data else [])",
+        "replace_notes(repo.storage, found.damaged, backups, old)",
+        "replace_notes(repo.storage, found.damaged, backups, notes(repo.storage))",
         _verified("test_a_note_that_came_meanwhile_stays"),
     ),
     Fault(

@@ -118,8 +118,8 @@ _DAMAGE = (
     Fault(
         "prune-unreadable-records-passed-over",
         _PRUNE,
-        "        if repo.unreadable:\n            what =",
-        "        if False:\n            what =",
+        "        if repo.unreadable:\n            why =",
+        "        if False:\n            why =",
         _prune("test_where_anything_is_damaged_nothing_is_removed"),
     ),
     Fault(

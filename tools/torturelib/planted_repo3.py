@@ -68,4 +68,32 @@ FAULTS = [
         "            pass\n",
         unit("files/test_hostile", "test_a_directory_in_which_nothing_is_written_is_left_out"),
     ),
+    Fault(
+        "plain-check-hides-known-damage",
+        "incbak/repo/check.py",
+        "    if not whole:\n        _look_again",
+        "    if read_data and not whole:\n        _look_again",
+        unit("repo/test_damage", "test_a_plain_check_tells_what_is_known_and_still_so"),
+    ),
+    Fault(
+        "plain-check-removes-notes-it-cannot-read",
+        "incbak/repo/check.py",
+        "before if whole else list(known.names))",
+        "before)",
+        unit("repo/test_damage", "test_a_note_that_cannot_be_read_is_removed_only_by_a_check_of_everything"),
+    ),
+    Fault(
+        "plain-check-trusts-the-rest",
+        "incbak/repo/check.py",
+        "doubtful = set() if whole else",
+        "doubtful = set() if whole or not read_data else",
+        unit("repo/test_damage", "test_a_plain_check_tells_what_is_known_and_still_so"),
+    ),
+    Fault(
+        "prune-keeps-quiet-on-damage",
+        "incbak/repo/prune.py",
+        "self._full or lost",
+        "self._full",
+        unit("repo/test_prune", "test_damage_that_a_backup_which_stays_needs_is_told"),
+    ),
 ]

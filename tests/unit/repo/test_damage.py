@@ -329,6 +329,41 @@ def test_a_subset_is_read_in_turn_and_leaves_older_notes(made: tuple[Path, Recor
     assert digest in Repository.open(path).damage().digests
 
 
+def _with_a_known_damaged_cluster(path: Path) -> bytes:
+    digest = blob.digest_of(cluster(1))
+    (place,) = Repository.open(path).index.places(digest)
+    _flip_at(path / "packs" / place.pack, place.offset + 5)
+    assert check(Repository.open(path), read_data=True).damaged == {digest}
+    return digest
+
+
+def test_a_plain_check_tells_what_is_known_and_still_so(made: tuple[Path, Record]) -> None:
+    """It reads what is noted, and nothing else; what was stored again is a problem no more."""
+    path, record = made
+    digest = _with_a_known_damaged_cluster(path)
+    for _ in range(3):
+        report = check(Repository.open(path))
+        assert (report.damaged, report.packs_read) == ({digest}, 0)
+        assert {record.id} == {i for p in report.problems for i in p.backups}
+        assert len(list((path / "damaged").iterdir())) == 1, "the same findings make no further note"
+    back_up(Repository.open(path), CONTENT)
+    assert check(Repository.open(path)).problems == []
+    damage = Repository.open(path).damage()
+    assert (damage.digests, damage.backups) == (frozenset(), {record.id}), "what else is in it, nobody has read"
+
+
+def test_a_note_that_cannot_be_read_is_removed_only_by_a_check_of_everything(made: tuple[Path, Record]) -> None:
+    path, _ = made
+    _with_a_known_damaged_cluster(path)
+    note = path / "damaged" / ("0" * 32)
+    note.write_bytes(b"\xff not json")
+    back_up(Repository.open(path), CONTENT)
+    check(Repository.open(path))
+    assert note.exists()
+    check(Repository.open(path), read_data=True)
+    assert not note.exists()
+
+
 def _flip_at(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1

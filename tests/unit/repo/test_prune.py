@@ -754,3 +754,24 @@ def test_tags_are_in_records_and_older_records_have_none() -> None:
     assert fields["tags"] == ["a", "b"]
     del fields["tags"]
     assert msgspec.convert(fields, Record).tags == ()
+
+
+def test_damage_that_a_backup_which_stays_needs_is_told(path: Path) -> None:
+    """Of a pack from which the needed part should be copied: nothing is lost by it, and the outcome says so."""
+    kept = made(path, [1, 3])
+    made(path, [1, 3], vm="other")
+    for damage in (False, True):
+        digest = blob.digest_of(cluster(1))
+        (place,) = Repository.open(path).index.places(digest)
+        victim = path / "packs" / place.pack
+        if damage:
+            data = bytearray(victim.read_bytes())
+            data[place.offset + 5] ^= 1
+            victim.write_bytes(data)
+            assert check(Repository.open(path), read_data=True).damaged == {digest}
+        events: list[Event] = []
+        done = pruned(path, events=events)
+        assert isinstance(done.trouble, DamagedError) == damage
+        assert [place.pack in e.text and "stays" in e.text for e in events if isinstance(e, Warned)] == [True] * damage
+    assert victim.exists()
+    assert kept.id in {r.id for r in Repository.open(path).backups()}
