@@ -70,4 +70,18 @@ FAULTS = [
         "        if False:\n",
         unit("cli/test_refused", "test_it_is_a_usage_error_and_nothing_was_done"),
     ),
+    Fault(
+        "drill-of-a-mistyped-argument-is-stored",
+        "incbak/drill/boot.py",
+        "and _refused(tail, wanted.arguments):",
+        "and False:",
+        unit("drill/test_boot", "test_qemu_that_does_not_start"),
+    ),
+    Fault(
+        "named-configuration-is-read-late",
+        "incbak/cli/settings.py",
+        "        load(value)\n",
+        "        pass\n",
+        unit("cli/test_refused", "test_it_is_a_usage_error_and_nothing_was_done"),
+    ),
 ]
