@@ -61,7 +61,7 @@ FAULTS = [
         "incbak/cli/given.py",
         "    if not directory.exists() and not parent.exists():\n",
         "    if False:\n",
-        unit("cli/test_refused", "test_it_is_a_usage_error_and_nothing_was_done"),
+        unit("cli/test_refused", "test_a_last_directory_is_made"),
     ),
     Fault(
         "given-name-is-empty",
