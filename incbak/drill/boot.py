@@ -32,6 +32,8 @@ BUSES = ("virtio", "scsi", "ide", "nvme")
 _KEPT = 64 << 10
 """Bytes of what the guest said last in which the sign of life is looked for."""
 _TOLD = 300
+_REFUSED = re.compile(r"\S+: (?:(?P<option>-[\w-]+)\b|unsupported machine type|unable to find CPU model)")
+"""What QEMU says first of an argument that it does not take, before there is a guest."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Boot:
 def boot(repo: Repository, record: Record, disks: Sequence[DiskRecord], wanted: Boot, scratch: Path) -> BootDrill:
     """Run the guest and end it, whatever happens.
 
-    What it writes is kept in ``scratch``, in files without a name. Raises `DiskError` when that cannot be.
+    What it writes is kept in ``scratch``, in files without a name. Raises `DiskError` when that cannot be, and
+    `UsageError` when QEMU does not take an option: that says nothing of the backup.
     """
     began = time.monotonic()
     with ExitStack() as stack:
@@ -110,7 +113,7 @@ def _has_kvm() -> bool:
 
 
 def _run(argv: Sequence[str], wanted: Boot) -> str:
-    """Why there was no sign of life; empty if there was."""
+    """Why there was no sign of life; empty if there was. Raises `UsageError` when QEMU does not take an option."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", guard.__file__, *argv],
         stdin=subprocess.PIPE,  # nothing is written: its end is ours
@@ -136,9 +139,19 @@ def _run(argv: Sequence[str], wanted: Boot) -> str:
         for pipe in (process.stdin, process.stdout):
             if pipe:
                 pipe.close()
-    why = f"no sign of life within {wanted.timeout:g} s" if late else f"QEMU ended with {process.returncode}"
     tail = " ".join(said[-_TOLD:].decode(errors="replace").split())
+    if not late and process.returncode == 1 and _refused(tail, wanted.arguments):
+        raise UsageError(f"{wanted.program} does not start: {tail}", hint="Look at --qemu-arg.")
+    why = f"QEMU ended with {process.returncode}"
+    if late:
+        why = f"{wanted.expect.pattern!r} (--boot-expect) did not come within {wanted.timeout:g} s"
     return f"{why}; the console says: {tail or 'nothing'}"
+
+
+def _refused(said: str, arguments: Sequence[str]) -> bool:
+    """Whether QEMU complains of what the user has added, so that nothing was tried."""
+    found = _REFUSED.match(said)
+    return bool(found and arguments and (found["option"] is None or found["option"] in arguments))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

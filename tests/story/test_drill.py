@@ -205,4 +205,4 @@ def test_a_boot(incbak: Incbak) -> None:
     assert "b: the guest was up after" in incbak("drill", "--name", "b", *argv).out
     assert incbak("--json", "status", incbak.root / "b.raw", "--name", "b").objects()[0]["drill"]["boot"]["good"]
     ran = incbak.run("drill", "--name", "b", *argv, "--boot-expect", "root@", "--boot-timeout", "1s")
-    assert (ran.code, "no sign of life within 1 s; the console says:" in ran.err) == (1, True)
+    assert (ran.code, "'root@' (--boot-expect) did not come within 1 s; the console says:" in ran.err) == (1, True)

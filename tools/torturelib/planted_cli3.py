@@ -61,13 +61,27 @@ FAULTS = [
         "incbak/cli/given.py",
         "    if not directory.exists() and not parent.exists():\n",
         "    if False:\n",
-        unit("cli/test_refused", "test_it_is_a_usage_error_and_nothing_was_done"),
+        unit("cli/test_refused", "test_a_last_directory_is_made"),
     ),
     Fault(
         "given-name-is-empty",
         "incbak/cli/given.py",
         "        if not value:\n",
         "        if False:\n",
+        unit("cli/test_refused", "test_it_is_a_usage_error_and_nothing_was_done"),
+    ),
+    Fault(
+        "drill-of-a-mistyped-argument-is-stored",
+        "incbak/drill/boot.py",
+        "and _refused(tail, wanted.arguments):",
+        "and False:",
+        unit("drill/test_boot", "test_qemu_that_does_not_start"),
+    ),
+    Fault(
+        "named-configuration-is-read-late",
+        "incbak/cli/settings.py",
+        "        load(value)\n",
+        "        pass\n",
         unit("cli/test_refused", "test_it_is_a_usage_error_and_nothing_was_done"),
     ),
 ]

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from incbak.cli import main
-from incbak.cli.given import refuse_unfit_name
+from incbak.cli.given import refuse_tree, refuse_unfit_name
 from incbak.cli.main import cli
 from incbak.errors import IncbakError, UsageError
 from incbak.repo.repository import Repository
@@ -88,6 +88,9 @@ def test_a_name_that_is_there_already_goes_on_working(place: Path, monkeypatch: 
 
 
 def test_a_last_directory_is_made(place: Path) -> None:
+    refuse_tree("it", place)
+    with pytest.raises(UsageError, match="there is no directory"):
+        refuse_tree("it", place / "no" / "such")
     assert _run(place, "init", "{}/new")[0] == 0
     assert (place / "new" / "config").exists()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from incbak.drill.boot import Boot, boot, command
+from incbak.drill.boot import Boot, _refused, boot, command
 from incbak.drill.drill import Options, drill
 from incbak.errors import UsageError
 from incbak.repo.drills import read_drills
@@ -62,7 +62,7 @@ def test_time_is_up(tmp_path: Path) -> None:
     repo, record = _backed_up(tmp_path, "hm")
     done = drill(repo, record, Options(tmp_path, boot=_wanted(timeout=0.5)))
     assert (done.exit_code, done.good) == (1, False)
-    assert "the guest did not boot: no sign of life within 0.5 s" in done.problems[0]
+    assert "the guest did not boot: 'login:' (--boot-expect) did not come within 0.5 s" in done.problems[0]
     assert [d.boot and d.boot.good for d in read_drills(repo.storage)] == [False]
 
 
@@ -70,8 +70,25 @@ def test_time_is_up(tmp_path: Path) -> None:
 def test_qemu_that_does_not_start(tmp_path: Path) -> None:
     repo, record = _backed_up(tmp_path)
     wanted = Boot(re.compile("login:"), 60.0, 64 << 20, arguments=("-no-such-option",), program=PC)
-    found = boot(repo, record, record.disks, wanted, tmp_path)
-    assert (found.good, "no-such-option" in found.why) == (False, True)
+    with pytest.raises(UsageError, match="no-such-option"):
+        drill(repo, record, Options(tmp_path, boot=wanted))
+    assert read_drills(repo.storage) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments", "refused"),
+    [
+        ("qemu-system-x86_64: -no-such: invalid option", ("-no-such",), True),
+        ("qemu-system-x86_64: -device x: 'x' is not a valid device model name", ("-device", "x"), True),
+        ("qemu-system-x86_64: unsupported machine type", ("-machine", "x"), True),
+        ("qemu-system-x86_64: unsupported machine type", (), False),
+        ("qemu-system-x86_64: -blockdev {}: Failed to connect", ("-device", "x"), False),  # ours
+        ("hello login: -device", ("-device",), False),
+        ("", ("-device",), False),
+    ],
+)
+def test_whose_mistake_it_is_that_qemu_does_not_start(said: str, arguments: tuple[str, ...], refused: bool) -> None:
+    assert _refused(said, arguments) is refused
 
 
 def test_what_is_damaged_is_not_booted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
