@@ -7,25 +7,31 @@ fingerprint that is taken earlier is also that of the disk after a write by anot
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
-from incbak import device
 from incbak.bitmap.continuity import may_repeat
-from incbak.disk.base import Disk
-from incbak.disk.file import FileDisk
 from incbak.fingerprint import Fingerprint
 
 SETTLE_SECONDS = 3.0
 """More than the grain of any file system."""
 
 
-def settled(disk: Disk) -> tuple[Fingerprint, bool]:
+class Settling(Protocol):
+    """What a disk must be able to do for it."""
+
+    def settle(self) -> None:
+        """Bring what was written to the device, whose counts show it then."""
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the disk's state."""
+
+
+def settled(disk: Settling) -> tuple[Fingerprint, bool]:
     """Wait up to `SETTLE_SECONDS`; return the fingerprint, and whether a later write would show in it.
 
     It would not if another program writes to the disk all the time. Raises `OSError`.
     """
-    if isinstance(disk, FileDisk) and disk.is_block:
-        disk.flush()
-        device.settle(disk.proc)
+    disk.settle()
     deadline = time.monotonic() + SETTLE_SECONDS
     while may_repeat(found := disk.fingerprint(), time.time_ns()):
         if time.monotonic() > deadline:

@@ -74,6 +74,9 @@ class Disk(ABC):
     def fingerprint(self) -> Fingerprint:
         """What tells this disk, now, from another one or another time; call it after `flush`, with no writer."""
 
+    def settle(self) -> None:  # noqa: B027
+        """Bring what was written as far down as it shows in a `fingerprint`."""
+
     def beat(self) -> Beat:
         """A sign of life of who has the disk open, with what is cheap to see of it; at any time."""
         return Beat(time.time_ns())

@@ -84,6 +84,9 @@ class FaultyDisk(Disk):
     def fingerprint(self) -> Fingerprint:
         return self.inner.fingerprint()
 
+    def settle(self) -> None:
+        self.inner.settle()
+
     def beat(self) -> Beat:
         return self.inner.beat()
 

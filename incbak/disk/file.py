@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from incbak import device
 from incbak.disk.base import Disk
 from incbak.disk.locks import lock_image
 from incbak.errors import DiskError
@@ -203,6 +204,11 @@ class FileDisk(Disk):
             if e.errno == errno.ENXIO:
                 return None
             raise
+
+    def settle(self) -> None:
+        if self.is_block:
+            self.flush()
+            device.settle(self.proc)
 
     def fingerprint(self) -> Fingerprint:
         if self.is_block:

@@ -120,8 +120,8 @@ FAULTS = (
     Fault(
         "times-not-durable-at-the-end",
         "incbak/serve/opening.py",
-        "            tracked.disk.flush_times()\n        fingerprint",
-        "            tracked.disk.flush()\n        fingerprint",
+        "            tracked.disk.flush_times()\n        found",
+        "            tracked.disk.flush()\n        found",
         unit("serve/test_daemon", "test_the_disk_is_flushed_before_the_flag_is_set"),
     ),
     Fault(
