@@ -14,7 +14,7 @@ from incbak.events import Reporter, silent
 from incbak.repo import pack
 from incbak.repo.damage import Damage, notes, replace_notes
 from incbak.repo.ids import ids, is_id, new_id
-from incbak.repo.index import REBUILD, IndexFile, encode, mapped
+from incbak.repo.index import REBUILD, IndexFile, encode, stored
 from incbak.repo.reader import digests_array
 from incbak.repo.reading import PackRead, read_packs, save
 from incbak.repo.record import Record
@@ -167,7 +167,7 @@ def _strays(repo: Repository, found: Report) -> None:
 def _large_indexes(repo: Repository, found: Report) -> None:
     for file in repo.index.files:
         try:
-            IndexFile(file.name, mapped(repo.storage, file.name), verify=True, seal=repo.seal)
+            IndexFile(file.name, stored(repo.storage, file.name), verify=True, seal=repo.seal)
         except FileNotFoundError:
             continue
         except DamagedError as e:
@@ -227,7 +227,7 @@ def _indexed(repo: Repository, name: str) -> pack.Entries:
     parts = [np.zeros(0, dtype=pack.ENTRY)]
     for file in repo.index.files:
         if name in file.names and file.usable[number := file.names.index(name)]:
-            parts.append(file.entries()[file.places["pack"] == number])
+            parts.append(file.entries()[file.numbers() == number])
     entries = np.concatenate(parts)
     return entries[np.argsort(entries["offset"], kind="stable")]
 

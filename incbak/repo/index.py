@@ -1,4 +1,4 @@
-"""The index: which blob lies where. Sorted numpy arrays, mapped, never loaded as a whole.
+"""The index: which blob lies where. Sorted numpy arrays; those of large files are read in pieces (`columns`).
 
 ::
 
@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from incbak.errors import DamagedError, FormatTooNewError
+from incbak.errors import DamagedError, FormatTooNewError, StorageError
+from incbak.repo.columns import Column, StoredBytes
 from incbak.repo.condemned import Condemned, read_condemned
 from incbak.repo.ids import ids
-from incbak.repo.mapping import readable
+from incbak.repo.mapping import opened
 from incbak.repo.pack import ENTRY, Entries
 from incbak.repo.seal import PLAIN, Seal
-from incbak.repo.spool import let_go
 from incbak.repo.storage.base import Storage
 
 VERSION = 1
@@ -46,11 +47,10 @@ PLACE = np.dtype(
 )
 VERIFY_UP_TO = 64 << 20
 """Files up to this size are verified when they are opened; larger ones by `check` only, since blobs verify anyway."""
-_LARGE = 1 << 20
+_ROWS = 1 << 16
+"""Rows that are read at once where all are looked at."""
 _FEWER = 16
 """So many times more rows than keys are searched, rather than gone through."""
-_LOOK_UPS = 16
-"""Of single digests, after which what was read is let go: each may have brought in 2 MiB of every file."""
 _SAMPLE = 32
 """Digests by which it is judged, for its square of them or more, which file they are in."""
 SORTED = 1 << 12
@@ -89,10 +89,13 @@ def encode(packs: list[tuple[str, int]], numbers: NDArray[np.uint32], entries: E
     return bytes(made)
 
 
-class IndexFile:
-    """One file, mapped. Raises `DamagedError` naming it when it does not verify."""
+Data = NDArray[np.uint8] | StoredBytes
 
-    def __init__(self, name: str, data: NDArray[np.uint8], *, verify: bool | None = None, seal: Seal = PLAIN) -> None:
+
+class IndexFile:
+    """One file. Raises `DamagedError` naming it when it does not verify, or later cannot be read."""
+
+    def __init__(self, name: str, data: Data, *, verify: bool | None = None, seal: Seal = PLAIN) -> None:
         self.name = name
         raw = data[:_HEAD_SIZE].tobytes()
         if len(raw) < _HEAD_SIZE or seal.check(raw[:-_CHECKSUM])[:_CHECKSUM] != raw[-_CHECKSUM:]:
@@ -102,28 +105,22 @@ class IndexFile:
             raise FormatTooNewError(f"index {name} is of version {version}", hint="Use a newer incbak.")
         if len(data) != _HEAD_SIZE + packs * PACK.itemsize + count * (8 + PLACE.itemsize):
             raise DamagedError(f"index {name} has a wrong size", hint=REBUILD)
-        body = memoryview(data[_HEAD_SIZE:])  # type: ignore[arg-type]
-        if (len(data) <= VERIFY_UP_TO if verify is None else verify) and seal.check(body) != digest:
+        if (len(data) <= VERIFY_UP_TO if verify is None else verify) and seal.check(_body(data)) != digest:
             raise DamagedError(f"index {name} does not match its digest", hint=REBUILD)
-        self._data = data
         at = _HEAD_SIZE
         self.packs = data[at : at + packs * PACK.itemsize].view(PACK)
         at += packs * PACK.itemsize
-        self.keys: NDArray[np.uint64] = np.frombuffer(data, dtype="<u8", count=count, offset=at)
-        self.places = np.frombuffer(data, dtype=PLACE, count=count, offset=at + 8 * count)
+        self.keys = _column(data, np.dtype("<u8"), count, at)
+        self.places = _column(data, PLACE, count, at + 8 * count)
         self.names = [bytes(n).hex() for n in self.packs["name"]]
         self._sizes = self.packs["size"].tolist()
-        self.let_go()
+        if isinstance(data, StoredBytes):
+            data.error = StorageError  # it was whole: what fails from now on says nothing of its content
         self.usable = np.ones(packs, dtype=bool)
         self.lasting = self.usable
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def let_go(self) -> None:
-        """Of what was read of a large file nothing need stay in this process; the system may keep it."""
-        if len(self._data) > _LARGE:
-            let_go(self._data)
 
     def only_packs(self, there: dict[str, int], condemned: Condemned) -> None:
         """Believe only in packs that exist with their size: others hold nothing to build on (faults rows 24, 25).
@@ -138,11 +135,12 @@ class IndexFile:
         """For each digest its row, or -1; with ``lasting`` only in packs that are not condemned. Shape (n,)."""
         packs = self.lasting if lasting else self.usable
         rows = np.full(len(digests), -1, dtype=np.int64)
-        at = np.searchsorted(self.keys, keys)
-        open_ = np.flatnonzero(at < len(self.keys))
+        ours = _near(self.keys, len(keys))
+        at = ours.searchsorted(keys)
+        open_ = np.flatnonzero(at < len(ours))
         rest = np.ascontiguousarray(digests[:, 8:]).view("V24").ravel()
         while len(open_):
-            open_ = open_[self.keys[at[open_]] == keys[open_]]
+            open_ = open_[ours[at[open_]] == keys[open_]]
             places = self.places[at[open_]]
             hit = places["rest"] == rest[open_]
             hit &= places["pack"] < len(packs)
@@ -151,30 +149,31 @@ class IndexFile:
             rows[open_[hit]] = at[open_[hit]]
             open_ = open_[~hit]
             at[open_] += 1
-            open_ = open_[at[open_] < len(self.keys)]
+            open_ = open_[at[open_] < len(ours)]
         return rows
 
     def matches(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows, in any pack, whose digest begins as one of ``keys`` says, and as which; these sorted, each once."""
         if not len(keys):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        first = int(np.searchsorted(self.keys, keys[0], "left"))
-        end = int(np.searchsorted(self.keys, keys[-1], "right"))
+        first, end = (
+            int(self.keys.searchsorted(keys[:1], "left")[0]),
+            int(self.keys.searchsorted(keys[-1:], "right")[0]),
+        )
         if end - first < _FEWER * len(keys):
             ours = self.keys[first:end]
             at = np.searchsorted(keys, ours)
             hit = np.flatnonzero(keys[at] == ours)
             return first + hit, at[hit]
-        starts, ends = np.searchsorted(self.keys, keys, "left"), np.searchsorted(self.keys, keys, "right")
+        near = _near(self.keys, len(keys))
+        starts, ends = near.searchsorted(keys, "left"), near.searchsorted(keys, "right")
         counts = ends - starts
         which = np.repeat(np.arange(len(keys)), counts)
         return starts[which] + np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts), which
 
     def rows(self, digest: bytes, key: int) -> Iterator[int]:
         """Every row of one digest: a file that was merged or made anew may have copies in several packs."""
-        for row in range(int(np.searchsorted(self.keys, np.uint64(key))), len(self)):
-            if self.keys[row] != key:
-                break
+        for row in range(*_span(self.keys, np.uint64(key))):
             place = self.places[row]
             if (
                 place["rest"].tobytes() == digest[8:]
@@ -185,14 +184,51 @@ class IndexFile:
 
     def entries(self, start: int = 0, end: int | None = None) -> Entries:
         """Every blob (of these rows) as in a pack's table, in the order of `places`."""
-        places = self.places[start:end]
-        entries = np.zeros(len(places), dtype=ENTRY)
-        keys = np.asarray(self.keys[start:end]).astype(">u8").view(np.uint8).reshape(-1, 8)
-        rest = np.frombuffer(places["rest"].tobytes(), dtype=np.uint8).reshape(-1, 24)
-        entries["digest"] = np.ascontiguousarray(np.concatenate([keys, rest], axis=1)).view("V32").ravel()
-        for field in ("offset", "stored", "raw", "codec"):
-            entries[field] = places[field]
+        start, end, _ = slice(start, end).indices(len(self))
+        entries = np.zeros(max(end - start, 0), dtype=ENTRY)
+        for at in range(start, end, _ROWS):
+            to = min(at + _ROWS, end)
+            part, places = entries[at - start : to - start], self.places[at:to]
+            keys = np.asarray(self.keys[at:to]).astype(">u8").view(np.uint8).reshape(-1, 8)
+            rest = np.frombuffer(places["rest"].tobytes(), dtype=np.uint8).reshape(-1, 24)
+            part["digest"] = np.ascontiguousarray(np.concatenate([keys, rest], axis=1)).view("V32").ravel()
+            for field in ("offset", "stored", "raw", "codec"):
+                part[field] = places[field]
         return entries
+
+    def packs_and_sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Of the blobs in these rows the number of the pack, as `numbers`, and the bytes stored."""
+        if isinstance(self.places, Column):
+            pack, size = self.places.fields(rows, "pack", "stored")
+            return pack, size
+        return self.places["pack"][rows], self.places["stored"][rows]
+
+    def numbers(self, start: int = 0, end: int | None = None) -> NDArray[np.uint32]:
+        """Of every blob (of these rows) the number of its pack; one that is damaged may be of none."""
+        start, end, _ = slice(start, end).indices(len(self))
+        parts = [self.places[at : min(at + _ROWS, end)]["pack"].copy() for at in range(start, end, _ROWS)]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+
+
+def _body(data: Data) -> memoryview:
+    return memoryview(data[_HEAD_SIZE:])  # type: ignore[arg-type]
+
+
+def _column(data: Data, kind: np.dtype[Any], count: int, offset: int) -> Any:
+    """What can be used as an array of that many records."""
+    if isinstance(data, StoredBytes):
+        return Column(data, kind, count, offset)
+    return np.frombuffer(data, dtype=kind, count=count, offset=offset)
+
+
+def _span(keys: Any, key: np.uint64) -> tuple[int, int]:
+    if isinstance(keys, Column):
+        return keys.span(key)
+    return int(keys.searchsorted(key, "left")), int(keys.searchsorted(key, "right"))
+
+
+def _near(keys: Any, number: int) -> Any:
+    return keys.near(number) if isinstance(keys, Column) else keys
 
 
 class Place:
@@ -215,7 +251,6 @@ class Index:
         self._there: dict[str, int] = {}
         self._unnamed: frozenset[str] | None = None
         self.condemned = Condemned()
-        self._looked_up = 0
         self._latest: IndexFile | None = None
         self.refresh()
 
@@ -262,7 +297,7 @@ class Index:
         parts = [np.zeros(0, dtype=ENTRY)]
         for file in self.files:
             if pack in file.names:
-                parts.append(file.entries()[file.places["pack"] == file.names.index(pack)])
+                parts.append(file.entries()[file.numbers() == file.names.index(pack)])
         return np.concatenate(parts)
 
     @property
@@ -289,17 +324,12 @@ class Index:
         if name in known:
             return known[name]
         try:
-            return IndexFile(name, mapped(self._storage, name), seal=self._storage.seal)
+            return IndexFile(name, stored(self._storage, name), seal=self._storage.seal)
         except FormatTooNewError:
             raise
         except DamagedError as e:
             self.why[name] = str(e)
             return None
-
-    def let_go(self) -> None:
-        """Of what was read of large files nothing need stay in this process."""
-        for file in self.files:
-            file.let_go()
 
     def have(self, digests: Digests, *, lasting: bool = False) -> NDArray[np.bool_]:
         """Which of the digests are stored in packs that exist; with ``lasting``, in some that are not condemned."""
@@ -310,8 +340,6 @@ class Index:
         digests, keys = digests[order], keys[order]
         for file in self._likely(digests, keys):
             here = file.find(digests, keys, lasting=lasting) >= 0
-            if many:
-                file.let_go()
             if here.any():
                 found[order[here]] = True
                 order, digests, keys = order[~here], digests[~here], keys[~here]
@@ -328,7 +356,6 @@ class Index:
         hits: dict[str, int] = {}
         for file in files:
             hits[file.name] = int(np.count_nonzero(file.find(digests[::step], keys[::step]) >= 0))
-            file.let_go()
         return sorted(files, key=lambda file: -hits[file.name])
 
     def locate(self, digests: Digests) -> list[Place | None]:
@@ -349,9 +376,6 @@ class Index:
         """Every place where a blob lies; the next is looked for when it is asked for."""
         wanted = np.frombuffer(digest, dtype=np.uint8).reshape(1, 32)
         key = int(prefixes(wanted)[0])
-        self._looked_up += 1
-        if self._looked_up % _LOOK_UPS == 0:
-            self.let_go()
         for file in sorted(self.files, key=lambda file: file is not self._latest):
             for row in file.rows(digest, key):
                 self._latest = file
@@ -359,6 +383,7 @@ class Index:
                 yield Place(file.names[p["pack"]], *(int(p[f]) for f in ("offset", "stored", "raw", "codec")))
 
 
-def mapped(storage: Storage, name: str) -> NDArray[np.uint8]:
-    """The bytes of an index file, mapped where the storage allows. Raises `FileNotFoundError`, `DamagedError`."""
-    return readable(storage, "index", name)
+def stored(storage: Storage, name: str) -> Data:
+    """The bytes of an index file, those of a large one when they are asked for. Raises `FileNotFoundError`,
+    `DamagedError`."""
+    return opened(storage, "index", name, REBUILD)

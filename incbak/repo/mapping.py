@@ -1,4 +1,6 @@
-"""Reading files that are large: mapped, but never before all of them could be read.
+"""Reading files that are large: index files piece by piece (`columns`), others mapped.
+
+Nothing is mapped before all of it could be read.
 
 A page of a mapping that the storage cannot read is no error but a signal that ends the process. So a file is read once
 with ``pread``, where it is an error, and what is small stays in memory. A large one is mapped after that: what was read
@@ -14,11 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError
+from incbak.repo.columns import StoredBytes
 from incbak.repo.storage.base import Storage
 
 IN_MEMORY = 1 << 20
 _LARGEST = 1 << 34
 _PIECE = 1 << 20
+
+
+def opened(storage: Storage, kind: str, name: str, hint: str = "") -> NDArray[np.uint8] | StoredBytes:
+    """As `readable`, of a file that is never mapped: a large one is read when slices of it are asked for."""
+    try:
+        path = storage.path(kind, name)
+        if path is None:
+            return readable(storage, kind, name)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        found = StoredBytes(fd, kind, name, hint)
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise DamagedError(f"{kind} {name} cannot be read: {e.strerror}") from e
+    if not len(found):
+        raise DamagedError(f"{kind} {name} is empty")
+    return found if len(found) > IN_MEMORY else found[:]
 
 
 def readable(storage: Storage, kind: str, name: str) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ import numpy as np
 from incbak import durable
 from incbak.errors import DamagedError, LockedError
 from incbak.repo.ids import ids, new_id
-from incbak.repo.index import IndexFile, encode, mapped
+from incbak.repo.index import IndexFile, encode, stored
 from incbak.repo.seal import Seal
 from incbak.repo.storage.base import Storage
 
@@ -55,7 +55,7 @@ def _merge(storage: Storage) -> None:
 
 
 def _file(storage: Storage, name: str, *, verify: bool) -> IndexFile:
-    return IndexFile(name, mapped(storage, name), verify=verify, seal=storage.seal)
+    return IndexFile(name, stored(storage, name), verify=verify, seal=storage.seal)
 
 
 def _merged(files: list[IndexFile], seal: Seal) -> bytes:
@@ -64,9 +64,10 @@ def _merged(files: list[IndexFile], seal: Seal) -> bytes:
     for file in files:
         ours = zip(file.names, file.packs["size"].tolist(), strict=True)
         table = np.array([packs.setdefault(p, len(packs)) for p in ours], dtype=np.uint32)
-        sound = file.places["pack"] < len(table)
+        pack = file.numbers()
+        sound = pack < len(table)
         parts.append(file.entries()[sound])
-        numbers.append(table[file.places["pack"][sound]])
+        numbers.append(table[pack[sound]])
     return encode(list(packs), np.concatenate(numbers), np.concatenate(parts), seal)
 
 
@@ -92,7 +93,7 @@ def _write_without(storage: Storage, file: IndexFile, packs: Collection[str]) ->
         p for p, kept in zip(zip(file.names, file.packs["size"].tolist(), strict=True), stays, strict=True) if kept
     ]
     for start in range(0, len(file), BLOBS):
-        pack = file.places["pack"][start : start + BLOBS]
+        pack = file.numbers(start, start + BLOBS)
         rows = np.flatnonzero(pack < len(stays))
         rows = rows[stays[pack[rows]]]
         if len(rows):

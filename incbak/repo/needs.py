@@ -32,7 +32,7 @@ from incbak.repo.record import DiskRecord, Record, not_whole, order
 from incbak.repo.repository import Repository
 from incbak.repo.tree import TreeReader, clusters_in
 
-_ROWS = 1 << 20
+_ROWS = 1 << 18
 
 Place = tuple[str, str, int, int]
 """VM, disk, size, cluster size: trees of one place have the same shape."""
@@ -150,12 +150,11 @@ class Needs:
         found = np.zeros(len(keys), dtype=bool)
         for file in self._repo.index.files:
             rows, which = file.matches(keys)
-            numbers = file.places["pack"][rows]
+            numbers, sizes = file.packs_and_sizes(rows)
             sound = numbers < len(file.names)
-            rows, which, numbers = rows[sound], which[sound], numbers[sound]
+            which, numbers, sizes = which[sound], numbers[sound], sizes[sound]
             found[which[file.lasting[numbers]]] = True
-            _add(packs, file, rows, numbers, sign)
-            file.let_go()
+            _add(packs, file, numbers, sizes, sign)
         return found
 
     def _with_new_packs(self) -> dict[str, int]:
@@ -165,12 +164,12 @@ class Needs:
         for file in files:
             unknown = np.array([name not in self._packs for name in file.names], dtype=bool)
             for start in range(0, len(file) if self._layers and unknown.any() else 0, _ROWS):
-                numbers = file.places["pack"][start : start + _ROWS]
+                places = file.places[start : start + _ROWS]
+                numbers = places["pack"].copy()
                 rows = np.flatnonzero(numbers < len(unknown))
                 rows = rows[unknown[numbers[rows]]]
-                rows = rows[self._of(file.keys[start + rows]) > 0]
-                _add(packs, file, start + rows, numbers[rows], 1)
-                file.let_go()
+                rows = rows[self._of(file.keys[start : start + _ROWS][rows]) > 0]
+                _add(packs, file, numbers[rows], places["stored"][rows], 1)
         return packs
 
     def weights(self) -> dict[str, int]:
@@ -233,9 +232,9 @@ class Needs:
 
 
 def _add(
-    packs: dict[str, int], file: IndexFile, rows: NDArray[np.int64], numbers: NDArray[np.uint32], sign: int
+    packs: dict[str, int], file: IndexFile, numbers: NDArray[np.uint32], stored: NDArray[np.uint32], sign: int
 ) -> None:
-    sizes = file.places["stored"][rows].astype(np.float64) + ENTRY.itemsize
-    sums = np.bincount(numbers, weights=sizes, minlength=len(file.names)) if len(rows) else np.zeros(0)
+    sizes = stored.astype(np.float64) + ENTRY.itemsize
+    sums = np.bincount(numbers, weights=sizes, minlength=len(file.names)) if len(numbers) else np.zeros(0)
     for number in np.flatnonzero(sums).tolist():
         packs[file.names[number]] += sign * int(sums[number])

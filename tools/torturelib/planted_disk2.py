@@ -168,4 +168,32 @@ FAULTS = [
         "    if shown := False:\n",
         _users("test_file_systems_that_show_others"),
     ),
+    Fault(
+        "index-large-mapped",
+        "incbak/repo/mapping.py",
+        "    return found if len(found) > IN_MEMORY else found[:]\n",
+        '    return np.memmap(path, dtype=np.uint8, mode="r")\n',
+        unit("repo/test_columns", "test_a_sector_that_fails_later_is_an_error_that_names_the_file"),
+    ),
+    Fault(
+        "index-failing-sector-called-damage",
+        "incbak/repo/index.py",
+        "            data.error = StorageError",
+        "            pass",
+        unit("repo/test_columns", "test_a_sector_that_fails_later_is_an_error_that_names_the_file"),
+    ),
+    Fault(
+        "index-equal-keys-over-two-blocks",
+        "incbak/repo/columns.py",
+        "        if end < len(block) or first + end >= self._count:\n",
+        "        if True:\n",
+        unit("repo/test_columns", "test_it_is_searched_as_an_array"),
+    ),
+    Fault(
+        "index-kept-without-limit",
+        "incbak/repo/columns.py",
+        "        if _kept + size <= IN_MEMORY:\n",
+        "        if True:\n",
+        unit("repo/test_columns", "test_no_more_is_kept_than_is_allowed"),
+    ),
 ]

@@ -11,7 +11,7 @@ import pytest
 from incbak.errors import DamagedError
 from incbak.repo import damage, merge
 from incbak.repo.check import check
-from incbak.repo.index import IndexFile, encode, mapped
+from incbak.repo.index import IndexFile, encode, stored
 from incbak.repo.repository import Repository
 from tests.unit.repo import scene
 
@@ -57,7 +57,7 @@ def test_a_pack_number_out_of_range_is_left_out_of_a_merge(
     monkeypatch.setattr(merge, "FILES", 1)
     merge.merge_small(repo.storage)
     (name,) = repo.storage.list("index")
-    assert len(IndexFile(name, mapped(repo.storage, name))) == len(file)
+    assert len(IndexFile(name, stored(repo.storage, name))) == len(file)
     fresh = Repository.open(tmp_path / "repo")
     assert scene.restore(fresh, made) == [scene.cluster(n) for n in content]
     assert not check(fresh, read_data=True).problems

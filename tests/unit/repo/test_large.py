@@ -11,8 +11,8 @@ import pytest
 from incbak.errors import DamagedError
 from incbak.events import Event, Warned
 from incbak.repo import check as checks
+from incbak.repo import columns, mapping, pack
 from incbak.repo import index as module
-from incbak.repo import pack
 from incbak.repo.check import check
 from incbak.repo.damage import add_note
 from incbak.repo.ids import new_id
@@ -23,8 +23,11 @@ from tests.unit.repo.scene import back_up, new
 COUNT = 30_000
 
 
-def test_many_are_found_as_few_are(tmp_path: Path) -> None:
-    """In any order; and a file of which nothing stays in memory can be read again."""
+@pytest.mark.parametrize(("small", "kept"), [(1 << 20, 1 << 26), (0, 1 << 26), (0, 0)])
+def test_many_are_found_as_few_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int, kept: int) -> None:
+    """In any order; from memory, from a column that is kept, and from the file piece by piece."""
+    monkeypatch.setattr(mapping, "IN_MEMORY", small)
+    monkeypatch.setattr(columns, "IN_MEMORY", kept)
     repo = new(tmp_path / "repo")
     rng = np.random.default_rng(1)
     digests = rng.integers(0, 256, (COUNT, 32), dtype=np.uint8)
@@ -35,7 +38,6 @@ def test_many_are_found_as_few_are(tmp_path: Path) -> None:
     entries["digest"] = digests.view("V32").ravel()
     there = rng.permutation(COUNT)[: COUNT // 3]
     data = encode([(name, 100)], np.zeros(len(there), dtype=np.uint32), entries[np.sort(there)])
-    assert len(data) > module._LARGE // 4
     repo.storage.write("index", new_id(), data)
     wanted = np.zeros(COUNT, dtype=bool)
     wanted[there] = True
@@ -43,9 +45,11 @@ def test_many_are_found_as_few_are(tmp_path: Path) -> None:
     index = Index(repo.storage)
     for _ in range(2):
         assert (index.have(digests[order]) == wanted[order]).all()
-        for file in index.files:
-            file.let_go()
-    assert [bool(index.have(digests[i : i + 1])[0]) for i in order[:50]] == wanted[order[:50]].tolist()
+    for step in (1, 4, 5, 20, 100):
+        pieces = [order[at : at + step] for at in range(0, 200, step)]
+        assert [index.have(digests[piece]).tolist() for piece in pieces] == [wanted[piece].tolist() for piece in pieces]
+    assert [place is not None for place in index.locate(digests[order[:99]])] == wanted[order[:99]].tolist()
+    assert [any(index.places(digests[i].tobytes())) for i in order[:20]] == wanted[order[:20]].tolist()
 
 
 def several(repo: Repository, count: int, files: int) -> tuple[Index, np.ndarray]:

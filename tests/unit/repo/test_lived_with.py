@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from incbak.errors import DamagedError, DurabilityError
-from incbak.repo import condemned, mapping
+from incbak.repo import columns, condemned, mapping
 from incbak.repo import prune as module
 from incbak.repo.check import NotNotedError, Report, check, rebuild_index
 from incbak.repo.index import REBUILD
@@ -254,23 +254,10 @@ def test_an_index_that_the_storage_cannot_read_is_an_error_and_not_a_signal(
 ) -> None:
     record = back_up(again(path), [1])
 
-    class Bad:
-        def __init__(self, fd: int) -> None:
-            self._fd = fd
+    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        def fileno(self) -> int:
-            return self._fd
-
-        def readinto(self, piece: bytearray) -> int:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-        def __enter__(self) -> Bad:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            os.close(self._fd)
-
-    monkeypatch.setattr(mapping, "open", lambda fd, *rest, **more: Bad(fd), raising=False)
+    monkeypatch.setattr(columns.os, "preadv", failing)
     found, error = hints(path, record)
     assert "cannot be read: Input/output error" in str(error)
     assert error.hint == found.hint == REBUILD
