@@ -40,11 +40,11 @@ def init(path: Path | None, cluster_size: str, encrypt: bool) -> None:
       INCBAK_PASSWORD_FILE=/root/backup.pass incbak init /backup --encrypt
     """
     here = settings()
+    where = path or here.repository_path()
+    outputs.refuse_own(where.absolute().parent, {})
     if path and "repository" in here.typed:
         raise UsageError(f"two places for the repository: {path} and -r {here.repository}", hint="Leave one of them.")
-    where = path or here.repository_path()
     refuse_tree("the repository", where)
-    outputs.refuse_own(where.absolute().parent, {})
     if not encrypt and (source := here.passphrase.source):
         said = f"incbak: it will not be encrypted, though {source} is set; with it, other commands will refuse it"
         click.echo(said, err=True)

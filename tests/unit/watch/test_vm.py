@@ -81,7 +81,7 @@ def test_a_watch_that_waited_for_another_until_the_vm_had_ended_lost_nothing(
                 raise EngineGone("the engine went away")
             return []
 
-    async def found(*_: object) -> tuple[list[Watched], list[object]]:
+    async def found(*_: object, **options: object) -> tuple[list[Watched], list[object]]:
         return [disk], []
 
     async def lock(each: Watched) -> None:
