@@ -219,9 +219,17 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool
         raise
     except OSError as e:
         _forget(temporary)
-        raise DurabilityError(f"cannot write {path}: {e.strerror}", hint="Free space, or look at the storage.") from e
+        raise DurabilityError(f"cannot write {path}: {e.strerror}", hint=_hint(path, e)) from e
     sync_dir(path.parent)
     return count
+
+
+def _hint(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return f"Make the directory first: mkdir -p {path.parent}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS):
+        return f"Look at the directory and its permissions: ls -ld {path.parent}"
+    return "Free space, or look at the storage."
 
 
 def commit(temporary: Path, path: Path, *, replace: bool = False, fd: int | None = None) -> None:

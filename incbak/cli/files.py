@@ -103,7 +103,8 @@ def cp(
     here = settings()
     here.refuse_own(target)
     if not target.is_dir():
-        raise UsageError(f"{target} is not a directory", hint=f"Make it first: mkdir {target}")
+        hint = "Name a directory to copy into." if target.exists() else f"Make it first: mkdir {target}"
+        raise UsageError(f"{target} is not a directory", hint=hint)
     console = here.reporter()
     with _library(here, backup, name, disk) as (library, _record, which):
         root = _mounted(library, library.volumes(), partition)

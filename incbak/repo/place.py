@@ -41,6 +41,16 @@ def refuse_remains(path: Path) -> None:
         )
 
 
+def room_for_one(path: Path) -> Path:
+    """Return a path at or below ``path``, or beside it where that is a file, in which `init` makes a repository."""
+    with suppress(OSError):
+        if path.is_dir():
+            return path / "incbak" if any(path.iterdir()) else path
+        if path.exists():
+            return path.with_name(f"{path.name}.incbak")
+    return path
+
+
 def _holds_any(folder: Path) -> bool:
     with suppress(FileNotFoundError, NotADirectoryError):
         return any(not each.name.startswith(".") for each in folder.iterdir())

@@ -33,7 +33,7 @@ from incbak.repo.ids import ids, is_id, new_id
 from incbak.repo.index import Index
 from incbak.repo.keys import Cost, Unlocked, add_key, unlock
 from incbak.repo.merge import merge_small
-from incbak.repo.place import refuse_address, refuse_remains
+from incbak.repo.place import refuse_address, refuse_remains, room_for_one
 from incbak.repo.reader import BlobReader
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.seal import PLAIN, Seal
@@ -170,7 +170,7 @@ class Repository:
             refuse_address(path)
             refuse_remains(path)
             what = "is not a repository" if path.exists() else "does not exist"
-            raise NoRepositoryError(f"{path} {what}", hint=f"Make one with: incbak init {path}") from None
+            raise NoRepositoryError(f"{path} {what}", hint=f"Make one with: incbak init {room_for_one(path)}") from None
         except OSError as e:
             raise NoRepositoryError(f"cannot read {path}: {e.strerror}", hint="Check the path and permissions.") from e
         version = _version_of(raw)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from incbak.errors import LostConfigError, NoRepositoryError, UsageError
+from incbak import durable
+from incbak.errors import DurabilityError, LostConfigError, NoRepositoryError, UsageError
 from incbak.repo.repository import Repository
 
 from .scene import CLUSTER, PASSPHRASE, back_up, new, opened
@@ -58,3 +59,18 @@ def test_an_address_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     new(tmp_path / "s3:bucket")  # said plainly, it is a name like any other
     with pytest.raises(NoRepositoryError):
         Repository.open(tmp_path / "other:bucket")
+
+
+def test_the_hint_names_a_place_where_init_works(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path, tmp_path / "file", tmp_path / "empty", tmp_path / "new"):
+        with pytest.raises(NoRepositoryError) as refused:
+            Repository.open(path)
+        new(Path(refused.value.hint.partition("incbak init ")[2]))
+
+
+def test_the_hint_for_a_directory_that_is_missing_is_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(DurabilityError) as refused:
+        durable.write_new(tmp_path / "missing" / "x", [b""])
+    assert refused.value.hint == f"Make the directory first: mkdir -p {tmp_path / 'missing'}"
