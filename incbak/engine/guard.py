@@ -7,7 +7,9 @@ byte. It reads single bytes from CONTROL:
 - ``h``: the owner is alive. After SILENCE seconds without any byte, or at the end of file, the connections are cut and
   the listeners closed, so that no drain in QEMU waits for them.
 - ``s``: the VM is about to be stopped. At the end of file, or WINDOW seconds later, ``cont`` goes to MONITOR; at the
-  end of file only if the VM is ``paused`` then, since any other state is not the owner's stop.
+  end of file only if the VM is ``paused`` then, since any other state is not the owner's stop. QEMU may be busy with
+  ``stop`` for long (it flushes the disks), and drops the commands of a monitor that is closed: so after the end of file
+  it is asked again and again until an answer says that the VM is not stopped by the owner any more.
 - ``c``: it runs again. The answer is ``c``; or ``r`` if the guard has resumed it, so that there is no point in time.
 - ``f``: the guest's file systems are about to be frozen. At the end of file, or FREEZE seconds later, AGENT thaws them.
 - ``t``: they are thawed. The answer is ``t``; or ``r`` if the guard has done it.
@@ -28,11 +30,12 @@ import sys
 import time
 from contextlib import suppress
 
-_CONT = b'{"execute": "cont", "id": "incbak-guard"}\n'
+_CONT = b'{"execute": "cont", "id": "incbak-guard-cont"}\n'
 _STATUS = b'{"execute": "query-status", "id": "incbak-guard"}\n'
 _THAW = b'{"execute": "guest-fsfreeze-thaw"}\n'
 _RESET = b"\xff"  # ends a message that was cut off
 _ANSWER_SECONDS = 5.0
+_ORPHAN_SECONDS = 600.0  # for which QEMU's answer is awaited when the owner is gone
 _LEAVE_SECONDS = 1.0
 _LONGEST_ANSWER = 4096
 _PATIENCE = 60.0
@@ -125,25 +128,35 @@ class Watch:
         return True
 
     def _end(self, orphan: bool) -> None:
-        if self._resume_at != _NEVER:
-            self._resume(orphan)
+        if orphan:
+            self._cut()  # first: what QEMU is busy with may wait for a target
         if self._thaw_at != _NEVER:
             self._thaw()
-        if orphan:
-            self._cut()
+        if self._resume_at != _NEVER or (orphan and self._resumed):
+            self._resume(orphan)
 
     def _resume(self, orphan: bool) -> None:
         self._resume_at, self._resumed = _NEVER, True
         with suppress(OSError):
-            if not orphan:  # the answers are the owner's, who has the monitor yet
+            if orphan:
+                self._resume_surely()
+            else:  # the answers are the owner's, who has the monitor yet
                 self._monitor.sendall(_CONT)
-                return
+
+    def _resume_surely(self) -> None:
+        """Give ``cont`` to a VM that the owner has stopped. Its connection may be open yet, and take answers away."""
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while time.monotonic() < deadline:
             self._monitor.settimeout(_ANSWER_SECONDS)
             self._monitor.sendall(_RESET + _STATUS)
-            status = self._wait_answer()
-            if not status or b'"paused"' in status:
+            status = self._wait_answer(b'"incbak-guard"')
+            if status and b'"paused"' not in status:
+                return
+            if status:
                 self._monitor.sendall(_CONT)
-                self._wait_answer()
+                if self._wait_answer(b'"incbak-guard-cont"'):
+                    return
+        self._monitor.sendall(_CONT)
 
     def _thaw(self) -> None:
         """The agent takes one command after the other, so this is also right while it freezes."""
@@ -154,14 +167,20 @@ class Watch:
                 self._agent.sendall(_RESET + _THAW)
                 time.sleep(_LEAVE_SECONDS)  # an agent may drop what comes from a peer that is gone again
 
-    def _wait_answer(self) -> bytes:
-        """Return the line that answers a command of ours; nothing if there was none in time."""
+    def _wait_answer(self, ident: bytes) -> bytes:
+        """Return the line that answers the command ``ident``; nothing if there was none in time.
+
+        Raises `OSError` when QEMU is gone.
+        """
         seen, deadline = b"", time.monotonic() + _ANSWER_SECONDS
-        with suppress(OSError):
-            while time.monotonic() < deadline and (data := self._monitor.recv(1 << 16)):
+        with suppress(TimeoutError):
+            while (left := deadline - time.monotonic()) > 0:
+                self._monitor.settimeout(left)
+                if not (data := self._monitor.recv(1 << 16)):
+                    raise ConnectionResetError
                 *lines, seen = (seen + data).split(b"\n")
                 seen = seen[-_LONGEST_ANSWER:]
-                if found := [line for line in lines if b"incbak-guard" in line]:
+                if found := [line for line in lines if ident in line]:
                     return found[0]
         return b""
 

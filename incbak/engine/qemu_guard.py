@@ -18,6 +18,7 @@ FREEZE_SECONDS = 14.0  # from the first thought of freezing to the thaw
 SILENCE_SECONDS = 15.0
 _BEAT = 1.0
 _ANSWER = 10.0
+_LEAVE = 5.0
 
 
 class GuardChannel:
@@ -49,6 +50,12 @@ class GuardChannel:
             self.process.wait()
             return None
 
+    def leave(self, timeout: float) -> None:
+        """Let it go on alone; wait up to ``timeout`` for its end."""
+        self.ours.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout)
+
 
 class Guard:
     """Watches over one run. Use as an async context manager; `stopped` around the time in which the VM is stopped."""
@@ -70,6 +77,7 @@ class Guard:
             for sock in held:
                 sock.close()
         self._channel.ours.settimeout(_ANSWER)
+        self._stopped = False
         self._beating: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Guard:
@@ -85,10 +93,13 @@ class Guard:
     async def __aexit__(self, *_: object) -> None:
         if self._beating:
             self._beating.cancel()
+        self._handed.close()
+        if self._stopped:  # and nothing says that it runs again: the guard stays until it does
+            self._channel.leave(_LEAVE)
+            return
         with suppress(OSError):
             self._channel.ours.send(b"q")
-        self._handed.close()
-        self._channel.close(5)
+        self._channel.close(_LEAVE)
 
     async def _beat(self) -> None:
         while True:
@@ -112,12 +123,15 @@ class Guard:
 
     def stopping(self) -> None:
         """Call it just before the VM is stopped."""
+        self._stopped = True
         self._tell(b"s")
 
     async def running(self) -> bool:
         """Call it when the VM runs again; false if the guard had to resume it before that."""
         self._tell(b"c")
-        return await self._answer(b"c", b"r") == b"c"
+        answer = await self._answer(b"c", b"r")
+        self._stopped = False
+        return answer == b"c"
 
     def freezing(self) -> None:
         """Call it just before the guest's file systems are frozen."""

@@ -75,8 +75,8 @@ FAULTS = [
     Fault(
         "live: the guard gives cont to a VM that has left",
         "incbak/engine/guard.py",
-        """            if not status or b'"paused"' in status:\n""",
-        "            if True:\n",
+        """            if status and b'"paused"' not in status:\n""",
+        "            if False:\n",
         unit("engine/test_run_state", "test_the_guard_of_a_dead_runner_resumes_only_its_stop"),
     ),
     Fault(
@@ -141,5 +141,26 @@ FAULTS = [
         '                left.append(f"node {node}: {e}")\n',
         "                assert e\n",
         unit("engine/test_qemu_migration", "test_what_qemu_keeps_is_said"),
+    ),
+    Fault(
+        "live: the guard goes before qemu has resumed the vm",
+        "incbak/engine/guard.py",
+        "        while time.monotonic() < deadline:\n            self._monitor.settimeout",
+        "        for _ in range(1):\n            self._monitor.settimeout",
+        unit("engine/test_run_state", "test_the_guard_stays_until_qemu_says_that_the_vm_runs"),
+    ),
+    Fault(
+        "live: a cont of the guard is taken for carried out",
+        "incbak/engine/guard.py",
+        "        if self._resume_at != _NEVER or (orphan and self._resumed):\n",
+        "        if self._resume_at != _NEVER:\n",
+        unit("engine/test_run_state", "test_the_guard_stays_until_qemu_says_that_the_vm_runs"),
+    ),
+    Fault(
+        "live: a runner that gives up ends the guard",
+        "incbak/engine/qemu_guard.py",
+        "        self._stopped = True\n",
+        "",
+        unit("engine/test_run_state", "test_a_runner_that_gives_up_leaves_the_vm_to_the_guard"),
     ),
 ]

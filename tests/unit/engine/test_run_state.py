@@ -15,7 +15,7 @@ from incbak.engine import guard
 from incbak.engine.qemu_guard import Guard
 from incbak.engine.qemu_window import stopped
 from incbak.engine.run_state import RunState, judge
-from incbak.engine.session import Session
+from incbak.engine.session import EngineSilent, Session
 from incbak.errors import RunStateError
 
 REFUSED = {"inmigrate", "finish-migrate", "postmigrate", "save-vm", "restore-vm", "colo", "preconfig"}
@@ -94,30 +94,93 @@ def test_only_a_stop_of_our_own_is_resumed(then: str, told: list[str]) -> None:
     assert qemu.told == told
 
 
-@pytest.mark.parametrize(("status", "resumed"), [("paused", True), ("postmigrate", False), ("running", False)])
-def test_the_guard_of_a_dead_runner_resumes_only_its_stop(status: str, resumed: bool) -> None:
-    ours, monitor = socket.socketpair()
-    control, owner = socket.socketpair()
-    told: list[str] = []
+class Monitor:
+    """QEMU's end of a monitor: notes commands in ``told``, and answers all but the first ``deaf`` of them."""
 
-    def answer() -> None:
+    def __init__(self, status: str, deaf: int = 0) -> None:
+        self.told: list[str] = []
+        self._status, self._deaf = status, deaf
+        self._ours, self.theirs = socket.socketpair()
+        self._thread = threading.Thread(target=self._answer)
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Until nobody has the other end."""
+        self.theirs.close()
+        self._thread.join()
+        self._ours.close()
+
+    def _answer(self) -> None:
         rest = b""
-        while data := ours.recv(4096):
+        while data := self._ours.recv(4096):
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 command = json.loads(line.lstrip(b"\xff"))
-                told.append(command["execute"])
-                state = {"status": status} if command["execute"] == "query-status" else {}
-                ours.sendall(json.dumps({"event": "X"}).encode() + b"\r\n")
-                ours.sendall(json.dumps({"return": state, "id": command["id"]}).encode() + b"\r\n")
+                self.told.append(command["execute"])
+                if len(self.told) > self._deaf:
+                    self._reply(command)
 
-    thread = threading.Thread(target=answer)
-    thread.start()
-    owner.sendall(b"s")
-    owner.shutdown(socket.SHUT_WR)
-    guard.Watch(control, monitor, None, None, 60, 60, 60).run()
-    monitor.close()
-    thread.join()
-    assert told == ["query-status", *(["cont"] if resumed else [])]
-    for sock in (ours, control, owner):
-        sock.close()
+    def _reply(self, command: Mapping[str, str]) -> None:
+        state = {"status": self._status} if command["execute"] == "query-status" else {}
+        if command["execute"] == "cont":
+            self._status = "running"
+        self._ours.sendall(json.dumps({"event": "X"}).encode() + b"\r\n")
+        self._ours.sendall(json.dumps({"return": state, "id": command["id"]}).encode() + b"\r\n")
+
+
+def _orphaned(monitor: Monitor, byte: bytes, *, resumed: bool = False) -> None:
+    """A guard whose owner said ``byte`` and is gone; ``resumed``: it has given ``cont`` to the owner's stop before."""
+    control, owner = socket.socketpair()
+    with control, owner, monitor:
+        watch = guard.Watch(control, monitor.theirs, None, None, 60, 60, 60)
+        watch._resumed = resumed
+        owner.sendall(byte)
+        owner.shutdown(socket.SHUT_WR)
+        watch.run()
+
+
+@pytest.mark.parametrize(("status", "resumed"), [("paused", True), ("postmigrate", False), ("running", False)])
+def test_the_guard_of_a_dead_runner_resumes_only_its_stop(status: str, resumed: bool) -> None:
+    monitor = Monitor(status)
+    _orphaned(monitor, b"s")
+    assert monitor.told == ["query-status", *(["cont"] if resumed else [])]
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_the_guard_stays_until_qemu_says_that_the_vm_runs(monkeypatch: pytest.MonkeyPatch, resumed: bool) -> None:
+    """QEMU is busy with the stop, and drops what a monitor had said that is closed meanwhile.
+
+    Also where the guard gave ``cont`` while the owner lived, and nobody knows whether that was carried out.
+    """
+    monkeypatch.setattr(guard, "_ANSWER_SECONDS", 0.01)
+    monitor = Monitor("paused", deaf=3)
+    _orphaned(monitor, b"h" if resumed else b"s", resumed=resumed)
+    assert "cont" in monitor.told[3:]
+
+
+class Silent:
+    """A QEMU that does not answer a ``stop``, nor anything after it."""
+
+    stopped = False
+
+    async def execute(self, command: str, *_: Any, **__: Any) -> Any:
+        self.stopped = self.stopped or command == "stop"
+        if self.stopped:
+            raise EngineSilent("no answer")
+        return {"status": "running", "running": True}
+
+
+def test_a_runner_that_gives_up_leaves_the_vm_to_the_guard() -> None:
+    """It ends without knowing whether its stop will be carried out, and does not tell the guard to end."""
+    monitor = Monitor("paused")
+
+    async def run() -> None:
+        async with Guard(monitor.theirs.dup(), []) as watching, stopped(cast(Session, Silent()), watching):
+            pass
+
+    with monitor, pytest.raises(EngineSilent):
+        asyncio.run(run())
+    assert monitor.told == ["query-status", "cont"]
