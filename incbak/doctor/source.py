@@ -12,7 +12,7 @@ from incbak.bitmap.look import owned
 from incbak.bitmap.store import BitmapStore
 from incbak.doctor import places
 from incbak.doctor.finding import Finding, Level, fault, ok, warning
-from incbak.engine.base import PREFIX, Description, Engine, EngineDisk, Leftover
+from incbak.engine.base import Description, Engine, EngineDisk, Leftover, is_bitmap_name
 from incbak.engine.detect import Source, open_engine
 from incbak.engine.qemu import QemuEngine
 from incbak.engine.session import Address
@@ -111,7 +111,7 @@ def _held(state_dir: Path, vm: str, disk: EngineDisk) -> bool:
 
 def _disk(kind: str, disk: EngineDisk, *, watched: bool) -> Finding:
     what, size = f"disk {disk.name}", f"{disk.format}, {format_size(disk.size)}"
-    unsound = [(b.name, b.trouble(b.granularity)) for b in disk.bitmaps if b.name.startswith(PREFIX)]
+    unsound = [(b.name, b.trouble(b.granularity)) for b in disk.bitmaps if is_bitmap_name(b.name)]
     if bad := [f"{name} [{reason}]" for name, reason in unsound if reason]:
         return warning(
             what, f"{size}; bitmaps that cannot be used: {', '.join(bad)}", "The next backup reads it whole."

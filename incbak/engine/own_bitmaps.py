@@ -12,11 +12,10 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from incbak.engine.base import PREFIX, BitmapInfo, Engine, EngineDisk
+from incbak.engine.base import PREFIX, BitmapInfo, Engine, EngineDisk, end_mark_of
 from incbak.errors import BitmapError, UsageError
 
 _NAME = re.compile(f"{PREFIX}-([0-9a-f]{{8}})-([0-9a-f]{{8}})(?:-[0-9a-f]{{8}})?")
-_END_MARK = "-end"
 """Ends the name of a bitmap that stands beside one of ours, and goes with it."""
 
 
@@ -74,5 +73,5 @@ def choose(found: Sequence[OwnBitmap], names: Collection[str], disks: Collection
 async def remove(engine: Engine, chosen: Sequence[OwnBitmap]) -> None:
     """Remove them. Raises `EngineError` or `DiskError`; those before the one that failed are gone."""
     there = {(disk.node, bitmap.name) for disk, bitmap in await engine.bitmaps()}
-    named = [(each.disk, each.info.name + end) for each in chosen for end in ("", _END_MARK)]
+    named = [(each.disk, name) for each in chosen for name in (each.info.name, end_mark_of(each.info.name))]
     await engine.remove_bitmaps([(disk, name) for disk, name in named if (disk.node, name) in there])

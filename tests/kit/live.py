@@ -122,6 +122,11 @@ def assert_written(where: tuple[Path, str], fill: int, offset: int, length: int)
     assert (seen.returncode, "failed" in seen.stdout) == (0, False), f"a write failed: {seen.stdout}{seen.stderr}"
 
 
+def backup_jobs(qmp: Qmp) -> list[dict[str, Any]]:
+    """The backup jobs of a QEMU; a mirror job of ours is there for a moment before, of nodes that are no disk's."""
+    return [job for job in qmp("query-block-jobs") if job["type"] == "backup"]
+
+
 def running(guest: Guest) -> bool:
     """Whether the VM is not stopped."""
     return bool(guest.qmp("query-status")["running"])

@@ -16,7 +16,7 @@ import pytest
 from tests.kit.cli import Incbak, content
 from tests.kit.guest import Guest, GuestDisk, Target, need_guest
 from tests.kit.guest_targets import MemoryTarget, chain_of
-from tests.kit.live import Chain, Writes, bitmaps_of, eventually, ours_in, running
+from tests.kit.live import Chain, Writes, backup_jobs, bitmaps_of, eventually, ours_in, running
 from tests.kit.serve import raw_image
 
 pytestmark = pytest.mark.kvm
@@ -70,7 +70,7 @@ def test_a_disk_is_resized_added_and_removed(vm: Vm) -> None:
 def test_a_disk_cannot_be_resized_under_a_backup(vm: Vm) -> None:
     """Row 37: refused by QEMU, or the backup fails; here the point in time stays whole."""
     process = vm.chain.incbak.popen("full", f"qmp:{vm.guest.monitor}", "--name", "vm", "--speed-limit", "4M")
-    eventually(lambda: vm.guest.qmp("query-block-jobs"), 20, "a job")
+    eventually(lambda: backup_jobs(vm.guest.qmp), 20, "a job")
     before = content(vm.images["vda"])
     try:
         vm.guest.qmp("block_resize", 20, node_name="vda", size=2 * SIZE)
@@ -122,7 +122,7 @@ def test_a_dry_run_says_what_and_why_and_changes_nothing(vm: Vm) -> None:
 
 def test_qemu_is_killed_during_a_backup(vm: Vm) -> None:
     process = vm.chain.incbak.popen("full", f"qmp:{vm.guest.monitor}", "--name", "vm", "--speed-limit", "2M")
-    eventually(lambda: vm.guest.qmp("query-block-jobs"), 20, "a job")
+    eventually(lambda: backup_jobs(vm.guest.qmp), 20, "a job")
     vm.guest.process.kill()
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -186,7 +186,7 @@ def test_a_reset_does_not_wait_for_a_sink_that_stalls(vm: Vm) -> None:
     def reset(targets: Mapping[str, MemoryTarget]) -> None:
         for target in targets.values():
             target.stall()
-        eventually(lambda: len(vm.guest.qmp("query-block-jobs")) == 2, 20, "two jobs")
+        eventually(lambda: len(backup_jobs(vm.guest.qmp)) == 2, 20, "two jobs")
         begun = time.monotonic()
         vm.guest.qmp("system_reset", 40)
         took.append(time.monotonic() - begun)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.kit.cli import Incbak, content, differing
 from tests.kit.guest import Guest, GuestDisk, need_guest
-from tests.kit.live import content_of, eventually, ours_in, qcow2_image
+from tests.kit.live import backup_jobs, content_of, eventually, ours_in, qcow2_image
 from tests.kit.need import need
 from tests.kit.serve import raw_image, serving
 
@@ -142,7 +142,7 @@ def test_qemu_ends_cleanly_during_a_backup(slow: tuple[Incbak, Path, Guest]) -> 
     """As after a guest's shutdown; the bitmap of the last backup is kept, and that of the broken one is not used."""
     incbak, image, guest = slow
     process = incbak.popen("full", f"qmp:{guest.monitor}", "--name", "vm", "--speed-limit", "2M")
-    eventually(lambda: guest.qmp("query-block-jobs"), 20, "a job")
+    eventually(lambda: backup_jobs(guest.qmp), 20, "a job")
     assert guest.quit() == 0
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1

@@ -14,7 +14,7 @@ import pytest
 
 from tests.kit.cli import Incbak
 from tests.kit.guest import Guest, GuestDisk, Target, need_guest
-from tests.kit.live import Chain, Writes, bitmaps_of, eventually, ours_in, unharmed
+from tests.kit.live import Chain, Writes, backup_jobs, bitmaps_of, eventually, ours_in, unharmed
 from tests.kit.qmp import Qmp
 from tests.kit.serve import raw_image
 
@@ -48,19 +48,19 @@ class Vm:
 
     def copying(self) -> bool:
         """Whether a backup job is there."""
-        return any(j["device"].startswith("incbak-") for j in self.guest.qmp("query-block-jobs"))
+        return any(j["device"].startswith("incbak-") for j in backup_jobs(self.guest.qmp))
 
     def waiting(self) -> bool:
         """Whether the job does not get on."""
         offsets = []
         for _ in range(2):
-            offsets += [j["offset"] for j in self.guest.qmp("query-block-jobs")]
+            offsets += [j["offset"] for j in backup_jobs(self.guest.qmp)]
             time.sleep(1)
         return len(offsets) == 2 and offsets[0] == offsets[1]
 
     def io_status(self) -> list[str]:
         """Of each job."""
-        return [j["io-status"] for j in self.guest.qmp("query-block-jobs")]
+        return [j["io-status"] for j in backup_jobs(self.guest.qmp)]
 
     def good_again(self) -> None:
         """The guest goes on, the next incremental is one, holds everything, and leaves nothing behind."""
@@ -232,7 +232,7 @@ def test_a_copy_that_never_ends_is_ended_by_the_longest_duration(vm: Vm, how: st
     base = bitmaps_of(vm.guest, "vda")
     process = vm.start("full", "--max-duration", "5s")
     eventually(vm.copying, 20, "a job")
-    (job,) = (j["device"] for j in vm.guest.qmp("query-block-jobs"))
+    (job,) = (j["device"] for j in backup_jobs(vm.guest.qmp))
     if how == "paused":
         vm.guest.qmp("block-job-pause", device=job)
     else:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.kit.cli import Incbak, content, differing
 from tests.kit.guest import accelerator, need_guest
-from tests.kit.live import eventually, ours_in
+from tests.kit.live import backup_jobs, eventually, ours_in
 from tests.kit.qmp import Qmp
 from tests.kit.serve import raw_image
 
@@ -56,7 +56,7 @@ class Pair:
     def start(self, host: Host, *options: str) -> subprocess.Popen[str]:
         """Begin a full; return when its job copies."""
         process = self.incbak.popen("full", f"qmp:{host.monitor}", "--name", "vm", "--speed-limit", "2M", *options)
-        eventually(lambda: host.qmp("query-block-jobs"), 20, "a job")
+        eventually(lambda: backup_jobs(host.qmp), 20, "a job")
         return process
 
     def runs_somewhere(self) -> bool:

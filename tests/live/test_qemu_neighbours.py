@@ -11,7 +11,16 @@ import pytest
 
 from tests.kit.cli import Incbak, differing
 from tests.kit.guest import Guest, GuestDisk, need_guest
-from tests.kit.live import assert_written, content_of, device_write, eventually, ours_in, qcow2_image, unproven_write
+from tests.kit.live import (
+    assert_written,
+    backup_jobs,
+    content_of,
+    device_write,
+    eventually,
+    ours_in,
+    qcow2_image,
+    unproven_write,
+)
 from tests.kit.serve import raw_image
 
 pytestmark = pytest.mark.kvm
@@ -34,7 +43,7 @@ class Vm:
     def start(self) -> subprocess.Popen[str]:
         """Begin a full; return when its job copies."""
         process = self.incbak.popen("full", f"qmp:{self.guest.monitor}", "--name", "vm", *SLOW)
-        eventually(lambda: self.guest.qmp("query-block-jobs"), 20, "a job")
+        eventually(lambda: backup_jobs(self.guest.qmp), 20, "a job")
         return process
 
     def top(self) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.kit.cli import Incbak
 from tests.kit.guest import accelerator, need_guest
-from tests.kit.live import eventually
+from tests.kit.live import backup_jobs, eventually
 from tests.kit.qmp import Qmp, QmpFailed
 from tests.kit.serve import raw_image
 
@@ -46,7 +46,7 @@ class Vm:
     def start(self) -> subprocess.Popen[str]:
         """Begin a full; return when its job copies."""
         process = self.incbak.popen("full", f"qmp:{self.root}/qmp", "--name", "vm", "--speed-limit", "1M")
-        eventually(lambda: self.keeper("query-block-jobs"), 20, "a job")
+        eventually(lambda: backup_jobs(self.keeper), 20, "a job")
         return process
 
     def guards(self, runner: int) -> list[int]:
@@ -76,7 +76,7 @@ def test_a_target_that_was_cut_is_never_dialled_again(vm: Vm) -> None:
         process.kill()
         process.communicate()
         for _ in range(3):
-            eventually(lambda: vm.keeper("query-block-jobs")[0]["io-status"] == "failed", 20, "the job meets the cut")
+            eventually(lambda: backup_jobs(vm.keeper)[0]["io-status"] == "failed", 20, "the job meets the cut")
             others = [Qmp(vm.root / f"other{n}") for n in range(1, OTHERS)]
             vm.keeper("job-resume", 20, id=job["id"])  # a request for the target: the first makes QEMU close its socket
             for other in others * 3:

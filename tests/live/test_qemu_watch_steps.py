@@ -248,7 +248,7 @@ def test_a_manager_changes_the_owner_at_each_start(vm: WatchedVm, option: tuple[
     os.chown(vm.images["vda"], 64055, 64055)
     assert vm.files() == {"vda": "clean" if option else "invalid unproven"}
     vm.begin(*option)
-    assert vm.next_reads() == {"vda": (None, 1) if option else ("bitmap-missing", WHOLE)}
+    assert vm.next_reads() == {"vda": (None, 1) if option else ("unproven", WHOLE)}
 
 
 def test_sigterm(vm: WatchedVm) -> None:
