@@ -125,8 +125,8 @@ FAULTS = [
     Fault(
         "own bitmaps: an end mark stays without its bitmap",
         "incbak/engine/own_bitmaps.py",
-        'for end in ("", _END_MARK)]',
-        'for end in ("",)]',
+        "for name in (each.info.name, end_mark_of(each.info.name))]",
+        "for name in (each.info.name,)]",
         (f"{_OWN}test_a_running_qemu",),
     ),
     Fault(
