@@ -81,8 +81,8 @@ def test_where_a_passphrase_comes_from(incbak: Encrypted) -> None:
     [
         ({"INCBAK_PASSWORD_COMMAND": "true"}, "INCBAK_PASSWORD_FILE and INCBAK_PASSWORD_COMMAND are set"),
         ({"INCBAK_PASSWORD_FILE": "/no/such/file"}, "cannot read the passphrase from /no/such/file"),
-        ({"INCBAK_PASSWORD_FILE": "/dev/null"}, "from /dev/null is empty"),
-        ({"INCBAK_PASSWORD_FILE": "/dev/zero"}, "is longer than 4096 bytes"),
+        ({"INCBAK_PASSWORD_FILE": "/dev/null"}, "from /dev/null: it is not a regular file"),
+        ({"INCBAK_PASSWORD_FILE": "/dev/zero"}, "from /dev/zero: it is not a regular file"),
         ({"INCBAK_PASSWORD_FILE": "", "INCBAK_PASSWORD_COMMAND": "false"}, "false, failed with exit code 1"),
         ({"INCBAK_PASSWORD_FILE": "", "INCBAK_PASSWORD_COMMAND": "/no/such"}, "cannot run the command"),
         ({"INCBAK_PASSWORD_FILE": "", "INCBAK_PASSWORD_COMMAND": "'"}, "INCBAK_PASSWORD_COMMAND is no command"),

@@ -11,6 +11,7 @@ from random import Random
 
 from incbak import durable
 from incbak.errors import IncbakError
+from incbak.extents import whole_sectors
 from incbak.nbd.client import NbdClient
 from torturelib.children import Child, spawn
 from torturelib.model import Model, State, Write, apply, difference, random_write, read_state
@@ -208,8 +209,8 @@ class World:
         target = self.aside / "restored.raw"
         target.unlink(missing_ok=True)
         self.command("-q", "restore", ident, str(target))
-        if (size := os.stat(target).st_size) != self.model.size:
-            raise LostError(f"backup {ident} restored to {size} bytes instead of {self.model.size}")
+        if (size := os.stat(target).st_size) != (expected := whole_sectors(self.model.size)):
+            raise LostError(f"backup {ident} restored to {size} bytes instead of {expected}")
         return read_state(target)
 
     def verify_all(self) -> None:

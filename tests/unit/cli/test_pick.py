@@ -19,7 +19,7 @@ NAMES = ("incbak-11112222-33334444", "incbak-11112222-33335555", "incbak-1")
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     (tmp_path / "a.raw").write_bytes(bytes(1 << 20))
-    found: Fingerprint = take_path(tmp_path / "a.raw")
+    found: Fingerprint = take_path(tmp_path / "a.raw", raw=True)
     for disk in ("vda", "vdb"):
         store = BitmapStore(tmp_path / "state", "vm", disk)
         store.lock()

@@ -50,9 +50,9 @@ def made(path: Path, content: Sequence[int]) -> Record:
     return back_up(Repository.open(path), list(content))
 
 
-def pruned(path: Path, policy: Policy = LAST, below: float = 1.0) -> Outcome:
+def pruned(path: Path, policy: Policy = LAST, below: float = 1.0, *, damaged: bool = False) -> Outcome:
     done = prune(Repository.open(path), policy, None, Options(grace=0.0, repack_below=below))
-    assert done.trouble is None
+    assert isinstance(done.trouble, DamagedError) if damaged else done.trouble is None
     return done
 
 
@@ -303,7 +303,8 @@ def test_what_all_have_rotten_holds_up_nothing(path: Path) -> None:
     shared = Repository.open(path).tree(kept.disks[0]).leaf_digest(0)
     assert Repository.open(path).tree(old.disks[0]).leaf_digest(0) == shared
     _rot(path, shared)
-    assert [d.keep for d in pruned(path).decisions] == [False, True]
+    assert [d.keep for d in pruned(path, damaged=True).decisions] == [False, True]
+    assert [r.id for r in Repository.open(path).backups()] == [kept.id]
 
 
 def test_what_goes_need_not_be_readable(path: Path) -> None:
