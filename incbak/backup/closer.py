@@ -21,7 +21,7 @@ def provisional(planned: Planned) -> bool:
 def look_by_sample(repo: Repository, planned: Planned, report: Reporter) -> tuple[str, str]:
     """Sample a provisional bitmap. Returns a note for the record, and the bitmap that was found wrong; or "" for each.
 
-    What was not believed, the disk is read whole for.
+    A disk whose bitmap is not used is read whole.
     """
     name = planned.plan.base_bitmap or ""
     try:
@@ -37,16 +37,14 @@ def look_by_sample(repo: Repository, planned: Planned, report: Reporter) -> tupl
     if not found.enough:
         distrust(planned, "there is too little unmarked data to compare with the base", Reason.UNPROVEN)
         return "", ""
-    text = (
-        f"disk {planned.name} was set up anew since its last owner let go of it; its bitmap was believed by a sample:"
-    )
-    note = f"{text} {found.compared} random clusters were as in the base"
+    note = f"disk {planned.name}: the device was set up again after its bitmap was closed; the bitmap was used because"
+    note += f" {found.compared} random clusters match the base"
     report(Notice(note))
     return note, ""
 
 
 def look_by_audit(repo: Repository, planned: Planned, slices: int, report: Reporter) -> None:
-    """Look whether the bitmap tells the truth about a slice of the disk, another one in each run."""
+    """Compare a slice of the unchanged clusters with the base, the next slice in each run."""
     last = planned.before.audit_turn if planned.before else None
     turn = 0 if last is None else last + 1
     try:

@@ -61,7 +61,7 @@ class Options:
 
     ``strict``: whether a name that the source contradicts is refused.
     ``audit``: in how many runs all clean clusters are to be compared with the base, a slice in each; 0 for none.
-    ``sampling``: whether a sample may speak for a device that was set up anew: see `incbak.backup.sample`.
+    ``sampling``: whether the bitmap of a device that was set up again is sampled: see `incbak.backup.sample`.
     """
 
     incremental: bool
@@ -232,7 +232,7 @@ class _Attempt:
                 note, wrong = await asyncio.to_thread(look_by_sample, self._repo, planned, self._report)
                 notes += [note] if note else []
                 if wrong:
-                    await self._engine.give_up(planned.name, wrong, Reason.AUDIT)
+                    await self._engine.invalidate(planned.plan.disk, wrong, Reason.AUDIT)
             if self._options.audit:
                 await asyncio.to_thread(look_by_audit, self._repo, planned, self._options.audit, self._report)
         return notes

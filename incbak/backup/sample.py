@@ -1,12 +1,11 @@
-"""A bitmap that only a sample may speak for: random clusters that it calls clean, read again and compared with the
-base.
+"""Check a bitmap by a sample: random clusters that it calls clean are read again and compared with the base.
 
 A block device that was let go of cleanly is unchanged where the kernel has counted no write since, which it does within
-one boot and one set-up of the device only. Later nothing shows whether somebody wrote: such a disk is read whole. Its
-owner may ask for less (``trust-after-boot = "sample"``), and the bitmap is then believed where none of `WANTED`
-clusters differs that had data in the base and are not marked. They are chosen from the system's source of randomness,
-each equally likely, so that nobody can know beforehand which are looked at; they are read past the page cache, which
-may still have what the device had before.
+one boot and one set-up of the device only. Later nothing shows whether another program wrote: such a disk is read
+whole. Its owner may ask for less (``trust-after-boot = "sample"``), and the bitmap is then believed where none of
+`WANTED` clusters differs that had data in the base and are not marked. They are chosen from the system's source of
+randomness, each equally likely, so that the choice cannot be predicted; they are read past the page cache, which may
+still have what the device had before.
 
 What it shows is a probability. If k of n such clusters were changed, that is missed with about (1 - k/n) ** WANTED: of
 a disk of 1 TiB, a changed 1 % is found in 994 of 1000 cases, and a single changed cluster hardly ever. It tells a
@@ -47,7 +46,7 @@ Clean = Callable[[int, int], NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Sampled:
-    """``compared``: clusters. ``wrong``: those that differ from the base. ``enough``: whether it may speak for all."""
+    """``compared``: clusters. ``wrong``: those that differ from the base. ``enough``: whether they suffice."""
 
     compared: int
     wrong: tuple[Extent, ...]
@@ -110,7 +109,7 @@ def _usable(tree: TreeReader, clean: Clean, leaf: int, rows: NDArray[np.int64]) 
 
 
 class _Uncached:
-    """A device, read with ``O_DIRECT``: what the page cache has of it may be of the time before it was set up anew."""
+    """A device, read with ``O_DIRECT``: the page cache may hold content from before the last set-up."""
 
     def __init__(self, path: Path, longest: int) -> None:
         self._fd = open_image(path, os.O_RDONLY | os.O_DIRECT)

@@ -69,7 +69,7 @@ number of links
 flag set, a block device to which the kernel has     written by another program               invalid: disk-changed
 counted writes since
 flag set, a block device in another boot, set up     nobody knows                             invalid: unproven; or,
-anew, or not counted                                                                          for who samples it first,
+anew, or not counted                                                                          for a caller that samples,
                                                                                               ``PROVISIONAL``
 flag set, another digest                             rot; an older copy of a part             invalid: digest
 flag set, all of these match                         a clean end                              used: ``CLEAN``

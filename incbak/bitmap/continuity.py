@@ -28,7 +28,7 @@ The rule: a bitmap is believed where that is shown, and what is unknown shows no
 
 from __future__ import annotations
 
-from incbak.device import grain
+from incbak.device import grain, may_come_again
 from incbak.fingerprint import NO_WRITES, Beat, Fingerprint
 from incbak.reasons import Reason
 
@@ -38,7 +38,6 @@ OWN_WRITE_NS = 100_000_000
 """How much later than it noted before an owner may have written: its threads wait for one another and for the CPU."""
 POWER_CUT_SLACK_NS = 120_000_000_000
 """The same after a power cut: the kernel writes dirty pages back after some 35 s."""
-_SECOND = 1_000_000_000
 
 
 def changed(before: Fingerprint, now: Fingerprint) -> Reason | None:
@@ -105,6 +104,4 @@ def bypassed_in_a_power_cut(
 
 def may_repeat(fingerprint: Fingerprint, now_ns: int) -> bool:
     """Whether a write after ``now_ns`` could leave the file's times as they are. A clock set back is no reason."""
-    latest = max(fingerprint.mtime_ns, fingerprint.ctime_ns)
-    lag = max(grain(fingerprint.mtime_ns), grain(fingerprint.ctime_ns or 1))
-    return latest - _SECOND <= now_ns <= latest + lag
+    return any(may_come_again(each, now_ns) for each in (fingerprint.mtime_ns, fingerprint.ctime_ns) if each)

@@ -33,7 +33,7 @@ class Found(StrEnum):
     RECOVERED = "recovered"
     COARSE = "coarse"
     PROVISIONAL = "provisional"
-    """Clean, of a block device that was set up anew since: for who compares a sample before it is believed."""
+    """Clean, of a block device that was set up again since: used only after a sample was compared."""
     INVALID = "invalid"
 
 

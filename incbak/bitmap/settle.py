@@ -26,13 +26,13 @@ class Settling(Protocol):
         """Return the disk's state."""
 
 
-def settled(disk: Settling) -> tuple[Fingerprint, bool]:
-    """Wait up to `SETTLE_SECONDS`; return the fingerprint, and whether a later write would show in it.
+def settled(disk: Settling, seconds: float | None = None) -> tuple[Fingerprint, bool]:
+    """Wait up to ``seconds`` (`SETTLE_SECONDS`); return the fingerprint, and whether a later write would show in it.
 
     It would not if another program writes to the disk all the time. Raises `OSError`.
     """
     disk.settle()
-    deadline = time.monotonic() + SETTLE_SECONDS
+    deadline = time.monotonic() + (SETTLE_SECONDS if seconds is None else seconds)
     while may_repeat(found := disk.fingerprint(), time.time_ns()):
         if time.monotonic() > deadline:
             return found, False

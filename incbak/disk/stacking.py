@@ -23,11 +23,12 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 DEPTH, MOST = 16, 4096
 """Levels of devices that are walked, and devices in all."""
@@ -36,6 +37,7 @@ _SECTOR = 512  # in sysfs, whatever the device has
 _LOOP_GET_STATUS64, _LOOP_INFO = 0x4C05, struct.Struct("=QQQQQIIII")
 _LOOP_READ_ONLY = 1
 
+P = TypeVar("P")
 Range = tuple[int, int]
 """First byte and end of the part of a device or file that belongs to the image."""
 _WHOLE: Range = (0, 1 << 63)
@@ -103,12 +105,19 @@ class _Walk:
 
     def up(self, start: dict[Key, Range], but: frozenset[Key] = frozenset()) -> dict[Key, Range]:
         """Return ``start``, with the image's part of each, and what stands on these parts, without ``but``."""
-        found, level = dict(start), list(start.items())
+        found = self._spread(start, but, self._above)
+        self.met += [loop for loop in self.loops if loop.key in found and loop.key not in start]
+        return found
+
+    def _spread(
+        self, start: dict[Key, P], but: Collection[Key], step: Callable[[Key, P], Iterable[tuple[Key, P]]]
+    ) -> dict[Key, P]:
+        """Return ``start`` and all that ``step`` leads to from there, without ``but``, within the bounds."""
+        found, level = dict(start), start
         for _ in range(DEPTH):
-            above = [each for key, part in level for each in self._above(key, part)]
-            level = list({k: part for k, part in above if k not in found and k not in but}.items())
+            reached = (each for key, part in level.items() for each in step(key, part))
+            level = {key: part for key, part in reached if key not in found and key not in but}
             found.update(level)
-            self.met += [loop for loop in self.loops if loop.key in dict(level)]
             if not level:
                 return found
             if len(found) > MOST:
@@ -133,18 +142,9 @@ class _Walk:
 
     def down(self, key: Key) -> dict[Key, Range | None]:
         """Return what the image stands on, each with the image's part of it, as far as that can be known."""
-        found: dict[Key, Range | None] = {}
-        level: list[tuple[Key, Range | None]] = [(key, _WHOLE)]
-        for _ in range(DEPTH):
-            below = [each for place, part in level for each in self._below(place, part)]
-            level = list({k: part for k, part in below if k not in found and k != key}.items())
-            found.update(level)
-            if not level:
-                return found
-            if len(found) > MOST:
-                break
-        self.complete = False
-        return found
+        start: dict[Key, Range | None] = {key: _WHOLE}
+        found = self._spread(start, (), self._below)
+        return {below: part for below, part in found.items() if below != key}
 
     def _below(self, key: Key, part: Range | None) -> Iterator[tuple[Key, Range | None]]:
         for loop in self.loops:

@@ -252,9 +252,6 @@ class Engine(ABC):
         was removed, for people. Call `describe` again afterwards.
         """
 
-    async def give_up(self, disk: str, bitmap: str, reason: Reason) -> None:  # noqa: B027
-        """Make it durable, where the engine can, that a bitmap was found wrong. Raises `IncbakError`."""
-
     @abstractmethod
     async def run(
         self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback

@@ -42,6 +42,9 @@ async def add_end_mark(session: Session, plan: DiskPlan, number: int, *, persist
     ident = f"{plan.run}-{number}"
     try:
         await _write_last_cluster(session, ident, plan)
+        if not await _is_set(session, f"{ident}n"):  # without its bit it would say that the disk was cut
+            log.warning("a cut of disk %s will not be noticed: the mark cannot be made", plan.disk.name)
+            return
         one = {"node": plan.disk.node, "name": end_mark_of(plan.new_bitmap)}
         add = one | {"granularity": plan.granularity, "disabled": True, "persistent": persistent}
         await session.execute("block-dirty-bitmap-add", add)
@@ -50,7 +53,7 @@ async def add_end_mark(session: Session, plan: DiskPlan, number: int, *, persist
         await session.execute("block-dirty-bitmap-merge", merge)
     except CommandFailed as e:
         log.warning("a cut of disk %s will not be noticed: %s", plan.disk.name, e)
-        with suppress(CommandFailed):  # a mark without its bit would say that the disk was cut
+        with suppress(CommandFailed):  # it may be there, without its bit
             one = {"node": plan.disk.node, "name": end_mark_of(plan.new_bitmap)}
             await session.execute("block-dirty-bitmap-remove", one)
     finally:
@@ -68,11 +71,21 @@ async def _write_last_cluster(session: Session, ident: str, plan: DiskPlan) -> N
     await session.execute("block-dirty-bitmap-add", mark)
     window = {"driver": "raw", "node-name": f"{ident}w", "file": f"{ident}n", "offset": offset, "size": length}
     await session.execute("blockdev-add", window)
-    zeroes = {"driver": "null-co", "node-name": f"{ident}s", "size": length, "read-zeroes": True}
-    await session.execute("blockdev-add", zeroes)
+    source = {"driver": "null-co", "node-name": f"{ident}s", "size": length, "read-zeroes": True}
+    await session.execute("blockdev-add", source)
+    await _mirror(session, ident)
+
+
+async def _mirror(session: Session, ident: str) -> None:
     job = {"job-id": f"{ident}e", "device": f"{ident}s", "target": f"{ident}w", "sync": "full", "auto-dismiss": False}
     await session.execute("blockdev-mirror", job)
     await _end(session, f"{ident}e")
+
+
+async def _is_set(session: Session, node: str) -> bool:
+    nodes = await session.execute("query-named-block-nodes", {"flat": True})
+    marks = (b for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", ()))
+    return any(b.get("name") == _MARK and b["count"] for b in marks)
 
 
 async def _end(session: Session, job: str) -> None:

@@ -109,12 +109,6 @@ class ImageEngine(Engine):
             self._remove(name)
         return [f"bitmap {name} of {self._name}" for name in gone]
 
-    async def give_up(self, disk: str, bitmap: str, reason: Reason) -> None:
-        if held := self._bitmaps.pop(bitmap, None):
-            self._bad[bitmap] = reason
-            await asyncio.to_thread(held.invalidate, reason)
-            held.close(None)
-
     async def run(
         self, plans: Sequence[DiskPlan], targets: Mapping[str, Target], progress: ProgressCallback
     ) -> RunResult:

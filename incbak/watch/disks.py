@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from incbak import device, host
-from incbak.bitmap.continuity import may_repeat
 from incbak.bitmap.identity import RAW
 from incbak.bitmap.owner import Owner
+from incbak.bitmap.settle import settled
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.locks import writer_present
 from incbak.engine.base import EngineDisk, LeftOut
@@ -61,22 +61,17 @@ class Watched:
         """Return what is recorded of it, as `seen`: a manager of VMs may move the ctime at each start and end."""
         return without_ctime(self.seen()) if self.ignore_ctime else self.seen()
 
-    def settled(self) -> Fingerprint:
-        """Return the same, when any later write must show in it: the clock has gone past the image's time of change.
-
-        File systems take that time from a clock that ticks every few milliseconds; some keep whole seconds, or pairs
-        of them. Raises `DiskError` when somebody goes on writing.
-        """
-        deadline = time.monotonic() + _SETTLE_SECONDS
+    def settle(self) -> None:
+        """Bring what was written as far down as it shows in a `fingerprint`."""
         device.settle(self.image)
-        while True:
-            now = time.time_ns()
-            found = self.fingerprint()
-            if not found.mtime_ns or not may_repeat(found, now):
-                return found
-            if time.monotonic() > deadline:
-                raise DiskError(f"somebody goes on writing to {self.image}", hint="Look who has it open.")
-            time.sleep(0.002)
+
+    def settled(self) -> Fingerprint:
+        """Return the fingerprint when any later write shows in it. Raises `DiskError` if a program keeps writing."""
+        found, shows = settled(self, _SETTLE_SECONDS)
+        if not shows:
+            hint = "Find out which program has it open (fuser, lsof)."
+            raise DiskError(f"another program keeps writing to {self.image}", hint=hint)
+        return found
 
     def sync(self) -> None:
         """What was written to the image is on its storage. Raises `OSError`."""

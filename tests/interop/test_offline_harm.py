@@ -18,6 +18,7 @@ import pytest
 
 from incbak.backup.runner import Options, run
 from incbak.disk import users
+from incbak.engine import end_mark
 from incbak.engine.base import DiskPlan
 from incbak.engine.detect import Source, open_engine
 from incbak.engine.image import ImageEngine
@@ -146,6 +147,20 @@ def test_an_image_that_was_shrunk_and_has_its_size_again(tmp_path: Path) -> None
         assert incbak.list()[-1]["disks"][0]["reason"] == reason
         incbak("restore", "latest", tmp_path / "out.raw", "--force")
         assert (tmp_path / "out.raw").read_bytes() == content(image)
+
+
+def test_an_end_mark_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its bit it would say each time that the disk was cut."""
+
+    async def writes_nothing(*_: object) -> None: ...
+
+    monkeypatch.setattr(end_mark, "_mirror", writes_nothing)
+    image = make(tmp_path / "disk.qcow2")
+    chain = chain_of(str(image), tmp_path)
+    chain.full()
+    info = subprocess.run(["qemu-img", "info", "--output=json", image], check=True, timeout=20, capture_output=True)
+    stored = json.loads(info.stdout)["format-specific"]["data"]["bitmaps"]
+    assert [b["name"] for b in stored] == list(bitmaps(image))
 
 
 def test_an_image_that_was_written_during_the_copy_is_not_written(tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.kit.cli import Incbak, differing
-from tests.kit.guest import Guest, GuestDisk, need_guest
+from tests.kit.guest import Guest, GuestDisk
 from tests.kit.live import content_of, ours_in, qcow2_image
 from tests.kit.serve import raw_image
 
 pytestmark = pytest.mark.kvm
 SIZE = 4 << 20
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    need_guest()
-    with ExitStack() as made:
-        yield made
 
 
 def _filled(path: Path, byte: int) -> Path:

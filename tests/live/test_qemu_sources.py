@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,18 +11,11 @@ import pytest
 
 from tests.kit.cli import Incbak, differing
 from tests.kit.devices import written
-from tests.kit.guest import Guest, GuestDisk, need_guest
+from tests.kit.guest import Guest, GuestDisk
 from tests.kit.live import content_of, device_write, eventually
 
 pytestmark = pytest.mark.kvm
 SIZE = 4 << 20
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    need_guest()
-    with ExitStack() as made:
-        yield made
 
 
 @pytest.fixture

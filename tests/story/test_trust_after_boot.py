@@ -99,7 +99,7 @@ def test_a_sample_speaks_for_it(device: Device) -> None:
     """What is marked is not compared; the record says so; in this boot the kernel's count tells again."""
     made = device.back_up(*SAMPLE)
     assert _facts(made) == (None, 1)
-    assert any("63 random clusters were as in the base" in note for note in made["notes"])
+    assert any("63 random clusters match the base" in note for note in made["notes"])
     again = device.back_up()
     assert _facts(again) == (None, 0)
     assert not any("sample" in note for note in again["notes"])

@@ -249,4 +249,11 @@ FAULTS = [
         '        for path in [self.path] if self.format == "qcow2" else []:\n',
         ("tests/interop/test_offline_harm.py::test_a_backing_file_that_is_corrupt_is_refused_unread",),
     ),
+    Fault(
+        "end-mark-without-its-bit",
+        "incbak/engine/end_mark.py",
+        '        if not await _is_set(session, f"{ident}n"):',
+        "        if False:",
+        ("tests/interop/test_offline_harm.py::test_an_end_mark_that_cannot_be_made_is_left_out",),
+    ),
 ]

@@ -290,9 +290,9 @@ _TO_FILES = (
     ),
     Fault(
         "watch-clock-not-waited-for",
-        _DISKS,
-        "            if not found.mtime_ns or not may_repeat(found, now):\n",
-        "            if found:\n",
+        "incbak/bitmap/settle.py",
+        "    while may_repeat(found := disk.fingerprint(), time.time_ns()):\n",
+        "    while not (found := disk.fingerprint()):\n",
         _disks("test_any_later_write_shows", "test_a_clock_that_ticks"),
     ),
     Fault(

@@ -92,7 +92,7 @@ def test_an_image_that_is_written_all_the_time_is_given_up(disk: Watched, monkey
     monkeypatch.setattr(disks, "_SETTLE_SECONDS", 0.05)
     disk = replace(disk, ignore_ctime=True)
     monkeypatch.setattr(disks.time, "time_ns", lambda: disk.image.stat().st_mtime_ns)
-    with pytest.raises(DiskError, match="goes on writing"):
+    with pytest.raises(DiskError, match="keeps writing"):
         disk.settled()
 
 
