@@ -29,8 +29,8 @@ def serve(bench: Bench) -> list[Row]:
             for _ in range(256):
                 f.write(os.urandom(4096) * 256)
     rates: dict[str, dict[str, list[float]]] = {}
+    bench.forget()
     with serving(bench, images["tracked"], "t") as tracked, serving(bench, images["untracked"], "u") as untracked:
-        bench.run(*incbak("-q", "init"))
         bench.run(*incbak("-q", "full", f"qmp:{bench.directory}/t.qmp"))
         with _qemu_nbd(bench, images["qemu-nbd"]) as rival:
             uris = {"incbak, tracked": tracked, "incbak, untracked": untracked, "qemu-nbd": rival}

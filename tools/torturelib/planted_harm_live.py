@@ -157,6 +157,25 @@ FAULTS = [
         unit("engine/test_run_state", "test_the_guard_stays_until_qemu_says_that_the_vm_runs"),
     ),
     Fault(
+        "live: the guard asks qemu before it cuts the targets",
+        "incbak/engine/guard.py",
+        """        if orphan:
+            self._cut()  # first: what QEMU is busy with may wait for a target
+        if self._thaw_at != _NEVER:
+            self._thaw()
+        if self._resume_at != _NEVER or (orphan and self._resumed):
+            self._resume(orphan)
+""",
+        """        if self._thaw_at != _NEVER:
+            self._thaw()
+        if self._resume_at != _NEVER or (orphan and self._resumed):
+            self._resume(orphan)
+        if orphan:
+            self._cut()
+""",
+        unit("engine/test_run_state", "test_the_guard_cuts_targets_before_it_asks_qemu"),
+    ),
+    Fault(
         "live: a runner that gives up ends the guard",
         "incbak/engine/qemu_guard.py",
         "        self._stopped = True\n",

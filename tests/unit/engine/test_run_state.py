@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -131,12 +131,16 @@ class Monitor:
         self._ours.sendall(json.dumps({"return": state, "id": command["id"]}).encode() + b"\r\n")
 
 
-def _orphaned(monitor: Monitor, byte: bytes, *, resumed: bool = False) -> None:
-    """A guard whose owner said ``byte`` and is gone; ``resumed``: it has given ``cont`` to the owner's stop before."""
+def _orphaned(monitor: Monitor, byte: bytes, *, resumed: bool = False, sinks: Sequence[socket.socket] = ()) -> None:
+    """A guard whose owner said ``byte`` and is gone; ``resumed``: it has given ``cont`` to the owner's stop before.
+
+    ``sinks``: the connections to targets that it has accepted.
+    """
     control, owner = socket.socketpair()
     with control, owner, monitor:
         watch = guard.Watch(control, monitor.theirs, None, None, 60, 60, 60)
         watch._resumed = resumed
+        watch._sinks.extend(sinks)
         owner.sendall(byte)
         owner.shutdown(socket.SHUT_WR)
         watch.run()
@@ -184,3 +188,21 @@ def test_a_runner_that_gives_up_leaves_the_vm_to_the_guard() -> None:
     with monitor, pytest.raises(EngineSilent):
         asyncio.run(run())
     assert monitor.told == ["query-status", "cont"]
+
+
+def test_the_guard_cuts_targets_before_it_asks_qemu() -> None:
+    """What QEMU is busy with may wait for a target, and its answer with it."""
+    ours, sink = socket.socketpair()
+    found: list[str] = []
+
+    class Waiting(Monitor):
+        def _reply(self, command: Mapping[str, str]) -> None:
+            try:
+                found.append(f"{command['execute']}: {sink.recv(1, socket.MSG_DONTWAIT)!r}")
+            except BlockingIOError:
+                found.append("not cut")
+            super()._reply(command)
+
+    with ours, sink:
+        _orphaned(Waiting("paused"), b"s", sinks=[ours])
+    assert found == ["query-status: b''", "cont: b''"]
