@@ -91,7 +91,7 @@ def show(kind: str, to: Path | None) -> None:
     refuse_unencodable_path("the path of the configuration", [path])
     for each in schedules.left_out(kind, found):
         click.echo(printable(f"incbak: {each}"), err=True)
-    program = shutil.which("incbak") or sys.argv[0]
+    program = _program()
     state = _state_dir(here, found)
     options = ("--config", str(path.absolute()), *(("--state-dir", str(state)) if state else ()))
     if kind == "cron":
@@ -107,6 +107,19 @@ def show(kind: str, to: Path | None) -> None:
             here.say(f"wrote {to / name}")
         else:
             click.echo(printable(f"# {name}\n{text}"))
+
+
+def _program() -> str:
+    """Return the path of the command that runs, for lines that run without its environment.
+
+    ``python -m incbak`` has no such path, but there is a command beside its interpreter or on ``PATH``. Raises
+    `UsageError` where there is none.
+    """
+    beside = Path(sys.executable).with_name("incbak")
+    for candidate in (Path(sys.argv[0]).absolute(), beside, Path(shutil.which("incbak") or beside)):
+        if candidate.name == "incbak" and candidate.is_file() and os.access(candidate, os.X_OK):
+            return str(candidate)
+    raise UsageError("the command incbak is not on PATH", hint="Install the package, so that there is one to run.")
 
 
 def _state_dir(here: Settings, found: Config) -> Path | None:

@@ -59,6 +59,9 @@ class Source:
 async def open_engine(source: Source) -> Engine:
     """Connect to the monitor or open the image. Raises `EngineError`, `DiskError`, `UsageError`."""
     if source.text.startswith("qmp:"):
+        if source.format or source.allow_backing:
+            hint = "Leave them out: QEMU and serve know what their disks are."
+            raise UsageError("a format and allowed backing files are for an image, not for a monitor", hint=hint)
         session = await Session.connect(Address.parse(source.text), timeout=source.monitor_wait)
         try:
             return await _over_qmp(session, source)

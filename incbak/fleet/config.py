@@ -228,6 +228,9 @@ def _troubles(config: Config) -> Iterator[tuple[str, str, str]]:
         paths = {"agent-socket": vm.agent_socket, "metrics": vm.metrics}
         if vm.format and vm.format not in OFFERED:
             yield f"{key}.format", f"not a format of an image: {vm.format!r}", f"There are: {', '.join(OFFERED)}."
+        if vm.source.startswith("qmp:") and (vm.format or vm.allow_backing):
+            what = "format" if vm.format else "allow-backing"
+            yield f"{key}.{what}", "is for an image, not for a monitor", "Leave it out: QEMU knows what its disks are."
         paths |= {f"allow-backing[{n}]": path for n, path in enumerate(vm.allow_backing)}
         paths |= {f"attach[{n}]": path for n, path in enumerate(vm.attach)}
         paths |= {f"serve.{disk}": path for disk, path in vm.serve.items()}

@@ -268,6 +268,8 @@ def _children(pid: int) -> list[int]:
         ("[vms.web1]\nsource=7", "vms.web1.source: expected `str`, got `int`"),
         ("[vms.web1]\nsource='web1.raw'", "vms.web1.source: neither a monitor nor an absolute path"),
         ("[vms.web1]\nsource='/x'\nquiesce=true", "vms.web1.quiesce: goes together with agent-socket"),
+        ("[vms.web1]\nsource='qmp:/x'\nformat='raw'", "vms.web1.format: is for an image, not for a monitor"),
+        ("[vms.web1]\nsource='qmp:/x'\nallow-backing=['/a']", "vms.web1.allow-backing: is for an image"),
         ("[vms.web1]\nsource='/x'\nattach=['/a','b']", "vms.web1.attach[1]: not an absolute path: 'b'"),
         ("[defaults]\nmax-duration='x'", "defaults.max-duration: not a duration"),
         ("[vms.web1]\nsource='/x'\nlock-wait='soon'", "vms.web1.lock-wait: not a duration: 'soon'"),
