@@ -73,8 +73,8 @@ class Cipher(Seal):
             raise DamagedError("a blob does not verify with the repository's key")
         return blob.decode(codec - _SEALED_BLOB, packed, raw)
 
-    def check(self, table: bytes | memoryview) -> bytes:
-        return blake3(table, key=self._tables).digest()
+    def checker(self) -> blake3:
+        return blake3(key=self._tables)
 
     def close(self, kind: str, name: str, data: bytes) -> bytes:
         path = f"{kind}/{name}".encode()

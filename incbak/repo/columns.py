@@ -31,8 +31,10 @@ MANY = 1 << 12
 """Keys of which there are so many that the next time they are others."""
 _ROWS_A_READ = 2000
 """Rows that are read in the time of one small read."""
-_STEP = 1 << 16
+_STEP = 1 << 14
 """Rows that are read at once."""
+_PIECE = 256 << 10
+"""Bytes that are read at once, where all are looked at: the cache of a processor has room for them."""
 
 _kept = 0
 
@@ -62,6 +64,14 @@ class StoredBytes:
         found = np.empty(count, dtype=kind)
         self.read_into(_bytes_of(found), offset)
         return found
+
+    def pieces(self, start: int) -> Iterator[memoryview]:
+        """Yield all from ``start`` on; each piece is valid until the next one. Raises ``error`` naming the file."""
+        buffer = memoryview(bytearray(min(_PIECE, max(self._size - start, 0))))
+        for at in range(start, self._size, _PIECE):
+            piece = buffer[: self._size - at]
+            self.read_into(piece, at)
+            yield piece
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer. Raises ``error`` naming the file."""
@@ -163,15 +173,21 @@ class Column:
         return len(rows) * _ROWS_A_READ >= self._count * self.dtype.itemsize // 8
 
     def _pieces(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[Any], NDArray[np.int64] | slice, Any]]:
-        """Pieces of the column in which any of the rows are; which of the rows these are; and where in the piece."""
+        """Pieces of the column in which any of the rows are; which of the rows these are; and where in the piece.
+
+        A piece is valid until the next one.
+        """
         ordered = bool((rows[1:] >= rows[:-1]).all())
         order = np.zeros(0, dtype=np.int64) if ordered else np.argsort(rows, kind="stable")
         rows = rows if ordered else rows[order]
+        buffer = np.empty(min(_STEP, self._count), dtype=self.dtype)
         for start in range(0, self._count, _STEP):
             first, end = np.searchsorted(rows, (start, start + _STEP)).tolist()
             if first < end:
                 which = slice(first, end) if ordered else order[first:end]
-                yield self[start : start + _STEP], which, rows[first:end] - start
+                piece = buffer[: self._count - start]
+                self._source.read_into(_bytes_of(piece), self._at(start))
+                yield piece, which, rows[first:end] - start
 
     def _rows(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         found = np.empty(len(rows), dtype=self.dtype)

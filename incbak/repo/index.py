@@ -13,8 +13,10 @@ may stand in more than one. Names are random; files are immutable; one that vani
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -51,8 +53,12 @@ _ROWS = 1 << 16
 """Rows that are read at once where all are looked at."""
 _FEWER = 16
 """So many times more rows than keys are searched, rather than gone through."""
-_SAMPLE = 32
-"""Digests by which it is judged, for its square of them or more, which file they are in."""
+_MUCH = 16 << 20
+"""Bytes of new files from which on it pays to open them by several threads."""
+_SAMPLE = 8
+"""Digests by which it is judged which file they are in."""
+_SAMPLED = 1 << 10
+"""Digests from which on that is done."""
 SORTED = 1 << 12
 """Digests from which on it pays to look them up in their order."""
 
@@ -105,7 +111,7 @@ class IndexFile:
             raise FormatTooNewError(f"index {name} is of version {version}", hint="Use a newer incbak.")
         if len(data) != _HEAD_SIZE + packs * PACK.itemsize + count * (8 + PLACE.itemsize):
             raise DamagedError(f"index {name} has a wrong size", hint=REBUILD)
-        if (len(data) <= VERIFY_UP_TO if verify is None else verify) and seal.check(_body(data)) != digest:
+        if (len(data) <= VERIFY_UP_TO if verify is None else verify) and _checked(data, seal) != digest:
             raise DamagedError(f"index {name} does not match its digest", hint=REBUILD)
         at = _HEAD_SIZE
         self.packs = data[at : at + packs * PACK.itemsize].view(PACK)
@@ -210,8 +216,13 @@ class IndexFile:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
 
 
-def _body(data: Data) -> memoryview:
-    return memoryview(data[_HEAD_SIZE:])  # type: ignore[arg-type]
+def _checked(data: Data, seal: Seal) -> bytes:
+    """What proves the body, which is not held in memory as a whole."""
+    checker = seal.checker()
+    body = data.pieces(_HEAD_SIZE) if isinstance(data, StoredBytes) else (memoryview(data[_HEAD_SIZE:]),)  # type: ignore[arg-type]
+    for piece in body:
+        checker.update(piece)
+    return checker.digest()
 
 
 def _column(data: Data, kind: np.dtype[Any], count: int, offset: int) -> Any:
@@ -252,6 +263,7 @@ class Index:
         self._unnamed: frozenset[str] | None = None
         self.condemned = Condemned()
         self._latest: IndexFile | None = None
+        self._likely_names: frozenset[str] = frozenset()
         self.refresh()
 
     def refresh(self) -> None:
@@ -264,7 +276,7 @@ class Index:
         for _ in range(8):
             names = ids(self._storage.list("index"))
             try:
-                files = [known.get(n) or f for n in names if (f := self._open(n, known)) is not None]
+                files = self._opened(names, known)
             except FileNotFoundError:
                 continue
             packs = ids(self._storage.list("packs"))
@@ -320,9 +332,18 @@ class Index:
             return next(iter(self.why.values()))
         return f"{len(self.unnamed)} packs are there that no index names" if self.unnamed else ""
 
-    def _open(self, name: str, known: dict[str, IndexFile]) -> IndexFile | None:
-        if name in known:
-            return known[name]
+    def _opened(self, names: Mapping[str, int], known: Mapping[str, IndexFile]) -> list[IndexFile]:
+        """These files, but for damaged ones. Much that is new is verified by all processors."""
+        new = [name for name in names if name not in known]
+        if sum(names[name] for name in new) > _MUCH:
+            with ThreadPoolExecutor(os.cpu_count() or 1, "index") as threads:
+                found = dict(zip(new, threads.map(self._open, new), strict=True))
+        else:
+            found = {name: self._open(name) for name in new}
+        every = (known.get(name) or found.get(name) for name in names)
+        return [file for file in every if file is not None]
+
+    def _open(self, name: str) -> IndexFile | None:
         try:
             return IndexFile(name, stored(self._storage, name), seal=self._storage.seal)
         except FormatTooNewError:
@@ -348,15 +369,26 @@ class Index:
         return found
 
     def _likely(self, digests: Digests, keys: NDArray[np.uint64]) -> list[IndexFile]:
-        """All files, those first in which most of a sample is: what is looked up together was often stored together."""
+        """All files, those first in which most of a sample is: what is looked up together was often stored together.
+
+        And often in the order in which it is looked up. So those that were likely the last time are asked first, and no
+        more files once all of the sample is found.
+        """
         files = self.files  # another thread may put other ones in their place
-        if len(keys) < _SAMPLE * _SAMPLE:
+        if len(keys) < _SAMPLED:
             return files
         step = len(keys) // _SAMPLE
+        digests, keys = digests[::step], keys[::step]
         hits: dict[str, int] = {}
-        for file in files:
-            hits[file.name] = int(np.count_nonzero(file.find(digests[::step], keys[::step]) >= 0))
-        return sorted(files, key=lambda file: -hits[file.name])
+        for file in sorted(files, key=lambda file: file.name not in self._likely_names):
+            missing = file.find(digests, keys) < 0
+            if not missing.all():
+                hits[file.name] = len(keys) - int(np.count_nonzero(missing))
+                digests, keys = digests[missing], keys[missing]
+            if not len(keys):
+                break
+        self._likely_names = frozenset(hits)
+        return sorted(files, key=lambda file: -hits.get(file.name, 0))
 
     def locate(self, digests: Digests) -> list[Place | None]:
         """One place for each digest, or ``None``."""
