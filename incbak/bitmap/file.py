@@ -357,7 +357,10 @@ class Bitmap:
             self._stored.put(fmt.HEARTBEAT, np.frombuffer(beat, dtype=np.uint8))
 
     def note_writes(self, note: int) -> None:
-        """Store until when the owner writes: see `format`. Never synced: it is for a kill, not for a power cut."""
+        """Store until when the owner writes: see `format`. Never synced: it is for a kill, not for a power cut.
+
+        So after a kill its last writes are told from later ones of others.
+        """
         try:
             self._stored.note(note)
         except OSError:  # less is believed later

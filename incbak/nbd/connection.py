@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import mmap
 import queue
+import select
 import socket
 import threading
 import time
@@ -83,7 +84,10 @@ class Connection:
         self.contexts, self._has_contexts = agreed.contexts, bool(agreed.contexts)
         self.size, self.read_only = device.size, device.read_only
         self._send_lock, self._budget = threading.Lock(), _Budget()
-        self._rest: Task = getattr(device, "rest", lambda: None)
+        self._rest: Callable[..., None] = getattr(device, "rest", lambda *_: None)
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        self._waiting = poll.poll  # for the receiving thread only
         self._out = bytearray(BUFFER)
         self._out_view = memoryview(self._out)
         self._out_len, self._dead = 0, False
@@ -390,7 +394,7 @@ class Connection:
 
     def _flush_out(self) -> None:
         length, self._out_len = self._out_len, 0
-        self._rest()
+        self._rest(self._waiting)
         with self._send_lock:
             self.sock.sendall(self._out_view[:length])
 

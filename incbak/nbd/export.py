@@ -10,7 +10,8 @@ class Device(Protocol):
     """One connection's way to a disk. Called from the connection's thread and its few workers at once.
 
     Offsets and lengths have been validated against `size`. Failures are `OSError`; its errno goes to the client. A
-    method ``rest``, if there is one, is called before replies are sent: what they are about has been done.
+    method ``rest``, if there is one, is called before replies are sent: what they are about has been done. It may be
+    given a function that says whether the client's next request has come, as ``poll(0)`` does.
     """
 
     @property

@@ -183,10 +183,11 @@ class TrackedDisk:
         that comes in pieces says how many seconds it has ``spent`` here: the bound on saving is for all of it. Call
         `rest` some time after it.
         """
-        now = time.time_ns()
-        if not 0 < self._until_ns - now <= NOTED_NS:
-            self._note(now + NOTED_NS | BUSY)
-            self._until_ns = now + NOTED_NS
+        if self._noted:
+            now = time.time_ns()
+            if not 0 < self._until_ns - now <= NOTED_NS:
+                self._note(now + NOTED_NS | BUSY)
+                self._until_ns = now + NOTED_NS
         if self.settled.holds(offset, length):
             return
         self._check(offset, length)
@@ -196,23 +197,23 @@ class TrackedDisk:
             copy.before_write(offset, length, spent)
         self.settled.settle(offset, length)
 
-    def rest(self) -> None:
+    def rest(self, waiting: Callable[[int], object] = lambda _milliseconds: ()) -> None:
         """Note that no write is in flight, if so: a later change of the image is another program's.
 
         The caller is outside the gate, and has written, or is about to tell a client so. A write that begins meanwhile
-        may find no note of it, and is taken for another program's if we are killed within it.
+        may find no note of it, and is taken for another program's if we are killed within it. ``waiting``: ``poll`` of
+        the caller's client. Where its next request has come already, nothing is at rest, and nothing is noted.
         """
-        if self._until_ns:
+        if self._until_ns and not waiting(0):
             self.gate.while_quiet(self._note_rest)
 
     def _note_rest(self) -> None:
         self._note(time.time_ns() & ~BUSY)
         self._until_ns = 0
 
-    def _note(self, note: int) -> None:
-        """After a kill the files tell our last writes from later ones of others."""
+    def _note(self, word: int) -> None:
         for bitmap in self._noted:
-            bitmap.note_writes(note)
+            bitmap.note_writes(word)
 
     def _check(self, offset: int, length: int) -> None:
         """A client that came when the disk was larger may ask for what is gone."""

@@ -133,8 +133,8 @@ _REPO = (
     Fault(
         "repo-index-not-verified",
         _INDEX,
-        " and seal.check(_body(data)) != digest:\n",
-        " and seal.check(_body(data)) is None:\n",
+        " and _checked(data, seal) != digest:\n",
+        " and _checked(data, seal) is None:\n",
         unit("repo/test_formats", "test_a_damaged_index_file_is_named_and_left_out"),
     ),
     Fault(

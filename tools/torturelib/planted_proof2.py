@@ -71,7 +71,7 @@ FAULTS = (
     Fault(
         "writes-not-noted-before",
         _TRACKER,
-        "            self._note(now + NOTED_NS | BUSY)\n",
+        "                self._note(now + NOTED_NS | BUSY)\n",
         "",
         _NOTES,
     ),
@@ -85,8 +85,10 @@ FAULTS = (
     Fault(
         "writes-noted-as-done-while-some-are-in-flight",
         "incbak/serve/gate.py",
-        " and not self._inside and not any(slot.locked() for slot in self._slots):\n",
-        ":\n",
+        "            if self._draining or self._inside:\n"
+        "                return\n"
+        "            for slot in self._slots:\n",
+        "            for slot in ():\n",
         unit("serve/test_tracker", "test_a_write_beside_another_prolongs_the_note"),
     ),
     Fault(
@@ -99,7 +101,7 @@ FAULTS = (
     Fault(
         "rest-not-told-before-the-answers",
         "incbak/nbd/connection.py",
-        "        length, self._out_len = self._out_len, 0\n        self._rest()\n",
+        "        length, self._out_len = self._out_len, 0\n        self._rest(self._waiting)\n",
         "        length, self._out_len = self._out_len, 0\n",
         unit("nbd/test_transmission", "test_a_device_is_told_that_writes_are_done_before_their_answers_go"),
     ),

@@ -31,7 +31,7 @@ class DiskExport:
         self.calls: list[tuple[object, ...]] = []
         self.opened = self.closed = 0
         self.may_block: Callable[[int, int], bool] = lambda _offset, _length: False
-        self.rest: Callable[[], None] = lambda: None
+        self.rest: Callable[[bool], None] = lambda _waits: None
 
     def contexts(self) -> list[str]:
         return [p.ALLOCATION, DIRTY]
@@ -50,8 +50,8 @@ class _Device:
     def may_block(self, offset: int, length: int) -> bool:
         return self.export.may_block(offset, length)
 
-    def rest(self) -> None:
-        self.export.rest()
+    def rest(self, waiting: Callable[[int], object] = lambda _milliseconds: ()) -> None:
+        self.export.rest(bool(waiting(0)))
 
     def write(self, buf: memoryview, offset: int) -> None:
         self.export.calls.append(("write", offset, len(buf)))

@@ -56,11 +56,24 @@ def test_a_device_is_told_that_writes_are_done_before_their_answers_go(
 ) -> None:
     """Also those that a worker does."""
     rested: list[int] = []
-    export.rest = lambda: rested.append(len(export.calls))
+    export.rest = lambda _waits: rested.append(len(export.calls))
     export.may_block = lambda _offset, _length: slow
     for done in (1, 2):
         assert simple.error(p.WRITE, 0, 512, payload=bytes(512)) == 0
         assert rested[-1] == done
+
+
+def test_a_device_is_told_whether_the_next_request_waits(simple: Raw, export: DiskExport) -> None:
+    told: list[bool] = []
+    inside, further = threading.Event(), threading.Event()
+    export.rest = told.append
+    export.may_block = lambda _offset, _length: inside.set() or not further.wait(30)  # type: ignore[func-returns-value]
+    simple.request(p.WRITE, 0, 512, payload=bytes(512))
+    assert inside.wait(30)
+    simple.request(p.WRITE, 512, 512, payload=bytes(512))
+    further.set()
+    assert [simple.simple()[0], simple.simple()[0]] == [0, 0]
+    assert told == [True, False]
 
 
 @pytest.mark.parametrize("length", [1, 512, connection.INLINE, connection.INLINE + 1, SIZE - 100])

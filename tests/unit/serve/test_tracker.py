@@ -432,8 +432,9 @@ def test_a_write_beside_another_prolongs_the_note(rig: Rig, monkeypatch: pytest.
         rig.tracked.rest()
     with rig.tracked.gate.drained():
         pass
+    rig.tracked.rest(lambda _milliseconds: [(3, 1)])
     assert _until(rig.bitmap)[1]
-    rig.tracked.rest()
+    rig.tracked.rest(lambda _milliseconds: [])
     assert _until(rig.bitmap) == (clock[0], False)
 
 
