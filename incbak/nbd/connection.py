@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import mmap
 import queue
-import select
 import socket
 import threading
 import time
@@ -24,7 +23,7 @@ from incbak.nbd.handshake import Agreed
 from incbak.nbd.protocol import Dialect
 from incbak.nbd.replies import Replies, Tag
 from incbak.nbd.slots import Slot
-from incbak.nbd.wire import bound_waits
+from incbak.nbd.wire import bound_waits, poller
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +84,9 @@ class Connection:
         self.size, self.read_only = device.size, device.read_only
         self._send_lock, self._budget = threading.Lock(), _Budget()
         self._rest: Callable[..., None] = getattr(device, "rest", lambda *_: None)
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        self._waiting = poll.poll  # for the receiving thread only
-        self._out = bytearray(BUFFER)
+        self._waiting = poller(sock)
+        self._out, self._out_len, self._dead = bytearray(BUFFER), 0, False
         self._out_view = memoryview(self._out)
-        self._out_len, self._dead = 0, False
         self._large: bytearray | mmap.mmap = bytearray(0)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []

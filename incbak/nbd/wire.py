@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 from incbak.errors import NbdError, NbdProtocolError
 
@@ -69,6 +71,13 @@ def bound_waits(sock: socket.socket, seconds: float, *options: int) -> None:
     whole = int(seconds)
     for option in options:
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", whole, int((seconds - whole) * 1_000_000)))
+
+
+def poller(sock: socket.socket) -> Callable[[int], object]:
+    """Return ``poll`` for what has come on a socket. One thread at a time may call it."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return poll.poll
 
 
 def close_hard(sock: socket.socket) -> None:

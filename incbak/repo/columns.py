@@ -207,6 +207,28 @@ class Column:
         return self._offset + row * self.dtype.itemsize
 
 
+Data = NDArray[np.uint8] | StoredBytes
+
+
+def column(data: Data, kind: np.dtype[Any], count: int, offset: int) -> Any:
+    """Return what can be used as an array of that many records."""
+    if isinstance(data, StoredBytes):
+        return Column(data, kind, count, offset)
+    return np.frombuffer(data, dtype=kind, count=count, offset=offset)
+
+
+def span(keys: Any, key: np.uint64) -> tuple[int, int]:
+    """As `Column.span`, also of an array."""
+    if isinstance(keys, Column):
+        return keys.span(key)
+    return int(keys.searchsorted(key, "left")), int(keys.searchsorted(key, "right"))
+
+
+def near(keys: Any, number: int) -> Any:
+    """As `Column.near`, also of an array."""
+    return keys.near(number) if isinstance(keys, Column) else keys
+
+
 def _bytes_of(array: NDArray[Any]) -> memoryview:
     return memoryview(array.view(np.uint8)) if len(array) else memoryview(b"")  # type: ignore[arg-type]
 

@@ -17,13 +17,12 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from incbak.errors import DamagedError, FormatTooNewError, StorageError
-from incbak.repo.columns import Column, StoredBytes
+from incbak.repo.columns import Column, Data, StoredBytes, column, near, span
 from incbak.repo.condemned import Condemned, read_condemned
 from incbak.repo.ids import ids
 from incbak.repo.mapping import opened
@@ -95,9 +94,6 @@ def encode(packs: list[tuple[str, int]], numbers: NDArray[np.uint32], entries: E
     return bytes(made)
 
 
-Data = NDArray[np.uint8] | StoredBytes
-
-
 class IndexFile:
     """One file. Raises `DamagedError` naming it when it does not verify, or later cannot be read."""
 
@@ -116,8 +112,8 @@ class IndexFile:
         at = _HEAD_SIZE
         self.packs = data[at : at + packs * PACK.itemsize].view(PACK)
         at += packs * PACK.itemsize
-        self.keys = _column(data, np.dtype("<u8"), count, at)
-        self.places = _column(data, PLACE, count, at + 8 * count)
+        self.keys = column(data, np.dtype("<u8"), count, at)
+        self.places = column(data, PLACE, count, at + 8 * count)
         self.names = [bytes(n).hex() for n in self.packs["name"]]
         self._sizes = self.packs["size"].tolist()
         if isinstance(data, StoredBytes):
@@ -141,7 +137,7 @@ class IndexFile:
         """For each digest its row, or -1; with ``lasting`` only in packs that are not condemned. Shape (n,)."""
         packs = self.lasting if lasting else self.usable
         rows = np.full(len(digests), -1, dtype=np.int64)
-        ours = _near(self.keys, len(keys))
+        ours = near(self.keys, len(keys))
         at = ours.searchsorted(keys)
         open_ = np.flatnonzero(at < len(ours))
         rest = np.ascontiguousarray(digests[:, 8:]).view("V24").ravel()
@@ -171,15 +167,15 @@ class IndexFile:
             at = np.searchsorted(keys, ours)
             hit = np.flatnonzero(keys[at] == ours)
             return first + hit, at[hit]
-        near = _near(self.keys, len(keys))
-        starts, ends = near.searchsorted(keys, "left"), near.searchsorted(keys, "right")
+        ours = near(self.keys, len(keys))
+        starts, ends = ours.searchsorted(keys, "left"), ours.searchsorted(keys, "right")
         counts = ends - starts
         which = np.repeat(np.arange(len(keys)), counts)
         return starts[which] + np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts), which
 
     def rows(self, digest: bytes, key: int) -> Iterator[int]:
         """Every row of one digest: a file that was merged or made anew may have copies in several packs."""
-        for row in range(*_span(self.keys, np.uint64(key))):
+        for row in range(*span(self.keys, np.uint64(key))):
             place = self.places[row]
             if (
                 place["rest"].tobytes() == digest[8:]
@@ -223,23 +219,6 @@ def _checked(data: Data, seal: Seal) -> bytes:
     for piece in body:
         checker.update(piece)
     return checker.digest()
-
-
-def _column(data: Data, kind: np.dtype[Any], count: int, offset: int) -> Any:
-    """What can be used as an array of that many records."""
-    if isinstance(data, StoredBytes):
-        return Column(data, kind, count, offset)
-    return np.frombuffer(data, dtype=kind, count=count, offset=offset)
-
-
-def _span(keys: Any, key: np.uint64) -> tuple[int, int]:
-    if isinstance(keys, Column):
-        return keys.span(key)
-    return int(keys.searchsorted(key, "left")), int(keys.searchsorted(key, "right"))
-
-
-def _near(keys: Any, number: int) -> Any:
-    return keys.near(number) if isinstance(keys, Column) else keys
 
 
 class Place:
