@@ -14,7 +14,9 @@ preallocated. The process dies then, and the guest with it. So:
 Both keep what the protocol builds on: after `Body.put` or `Body.set_bit` has returned, the page cache has the bytes,
 so that they outlive this process; a sync of the file makes them durable. In memory a byte never has a bit that the
 page cache lacks, since another thread may see it without a lock and issue its write. Both read the whole file by
-``pread`` when they open it: a sector that cannot be read is an `OSError`, not a SIGBUS.
+``pread`` when they open it: a sector that cannot be read is an `OSError`, not a SIGBUS. A mapping is locked in
+memory after that, up to `_LOCKED` and as far as the limit of the process allows (``RLIMIT_MEMLOCK``; root has none): a
+page that the system has dropped, and cannot read again, would be a SIGBUS.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ _EXT, _TMPFS, _BTRFS = 0xEF53, 0x01021994, 0x9123683E
 _OVERWRITES_IN_PLACE = {_EXT, _TMPFS}
 _GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  # linux/fs.h
 _CHUNK = 1 << 20
+_LOCKED = 64 << 20
+"""Bytes of a mapping that are locked in memory: the bitmap of a disk of 32 TiB."""
 _NOTE = NOTE // NOTE_SIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -98,8 +102,10 @@ class MappedBody(Body):
     def __init__(self, fd: int, path: Path, slot: Slot) -> None:
         size = layout(slot)[2]
         for at in range(0, size, _CHUNK):
-            _read(fd, at, min(_CHUNK, size - at))
+            read_exactly(fd, at, min(_CHUNK, size - at))
         super().__init__(np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,)), slot)
+        if size <= _LOCKED:
+            _libc.mlock(ctypes.c_void_p(self.array.ctypes.data), ctypes.c_size_t(size))
         self._view = memoryview(self.bits)  # type: ignore[arg-type]
         self._words = memoryview(self.array[:HEADER]).cast("Q")  # type: ignore[arg-type]
 
@@ -124,7 +130,7 @@ class WrittenBody(Body):
         super().__init__(np.empty(size, dtype=np.uint8), slot)
         for at in range(0, size, _CHUNK):
             length = min(_CHUNK, size - at)
-            self.array[at : at + length] = np.frombuffer(_read(fd, at, length), dtype=np.uint8)
+            self.array[at : at + length] = np.frombuffer(read_exactly(fd, at, length), dtype=np.uint8)
 
     def note(self, word: int) -> None:
         os.pwrite(self._fd, word.to_bytes(NOTE_SIZE, sys.byteorder), NOTE)
@@ -176,7 +182,8 @@ def keep_in_place(fd: int) -> None:
         fcntl.ioctl(fd, _SET_FLAGS, struct.pack("L", flags | _NO_COPY_ON_WRITE))
 
 
-def _read(fd: int, at: int, length: int) -> bytes:
+def read_exactly(fd: int, at: int, length: int) -> bytes:
+    """Return ``length`` bytes of the file from ``at`` on. Raises `OSError`, also where it has fewer."""
     data = os.pread(fd, length, at)
     if len(data) != length:
         raise OSError(f"the file ends within its first {at + length} bytes")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import uuid
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from incbak.bitmap import bits as kernels
 from incbak.bitmap import format as fmt
+from incbak.bitmap.body import read_exactly
 from incbak.bitmap.format import REGION, REGION_SHIFT, TOUCHED, Flag, Slot
 from incbak.bitmap.identity import RAW, Identity, read_identity
 from incbak.bitmap.judge import Found, Header, judge, judge_body, read_body, read_header, said_invalid, why_put_aside
@@ -58,35 +60,77 @@ class BitmapView:
         return kernels.runs(bits, self.slot.clusters)
 
     def _bits(self) -> kernels.Bits:
+        fd, slot = self._opened()
+        start, coarse, _ = fmt.layout(slot)
+        try:
+            bits = _read(fd, self.path, start, kernels.bytes_for(slot.clusters))
+            if self.found is Found.COARSE:
+                return _with_regions(bits, slot, _read(fd, self.path, coarse, slot.regions))
+            return bits
+        finally:
+            os.close(fd)
+
+    def _opened(self) -> tuple[int, Slot]:
+        """Open the file for reading, which has to be one to believe."""
         if self.slot is None or self.reason:
             why = self.reason.text if self.reason else "its header does not verify"
             what = "cannot be read" if self.slot is None else "is not to be believed"
             hint = "The next backup reads the whole disk."
             raise BitmapError(f"bitmap {self.path} {what}: {why}", reason=self.reason, hint=hint)
-        start, coarse, end = fmt.layout(self.slot)
-        if os.stat(self.path).st_size != end:
+        try:
+            fd = open_regular(self.path, os.O_RDONLY)
+        except OSError as e:
+            raise _unreadable(self.path, e) from e
+        if os.fstat(fd).st_size != fmt.layout(self.slot)[2]:
+            os.close(fd)
             raise BitmapError(f"bitmap {self.path} has a wrong size", reason=Reason.HEADER)
-        mapped = np.memmap(self.path, dtype=np.uint8, mode="r", offset=0, shape=(end,))
-        bits = mapped[start : start + kernels.bytes_for(self.slot.clusters)]
-        if self.found is Found.COARSE:
-            return _with_regions(bits, self.slot, mapped[coarse : coarse + self.slot.regions])
-        return bits
+        return fd, self.slot
 
     def clean_mask(self) -> Callable[[int, int], NDArray[np.bool_]]:
-        """A function from (first cluster, count) to which of them are not marked *now*. Raises as `runs`."""
-        bits = self._bits()
+        """A function from (first cluster, count) to which of them are not marked *now*. Raises as `runs`, as it does.
 
-        def clean(first: int, count: int) -> NDArray[np.bool_]:
-            window = np.unpackbits(bits[first >> 3 : (first + count + 7) >> 3], bitorder="little")
-            return np.asarray(window[first & 7 :][:count] == 0)
-
-        return clean
+        What a power cut left of a bitmap has no owner that marks, and is read once.
+        """
+        if self.found is Found.COARSE:
+            bits = self._bits()
+            return lambda first, count: _clean(bits[first >> 3 : (first + count + 7) >> 3], first, count)
+        return _CleanMask(*self._opened(), self.path)
 
     def extents(self) -> list[Extent]:
         """The dirty bytes. Raises as `runs`."""
         found = self.runs()
         assert self.slot
         return kernels.extents_of(found, self.slot.granularity, self.slot.size)
+
+
+class _CleanMask:
+    """See `BitmapView.clean_mask`. Owns ``fd``."""
+
+    def __init__(self, fd: int, slot: Slot, path: Path) -> None:
+        self._fd, self._path, self._at = fd, path, fmt.layout(slot)[0]
+        weakref.finalize(self, os.close, fd)
+
+    def __call__(self, first: int, count: int) -> NDArray[np.bool_]:
+        low, end = first >> 3, (first + count + 7) >> 3
+        return _clean(_read(self._fd, self._path, self._at + low, end - low), first, count)
+
+
+def _clean(window: kernels.Bits, first: int, count: int) -> NDArray[np.bool_]:
+    """Which are not marked; ``window`` begins with the byte of the first."""
+    return np.asarray(np.unpackbits(window, bitorder="little")[first & 7 :][:count] == 0)
+
+
+def _read(fd: int, path: Path, at: int, length: int) -> kernels.Bits:
+    """A mapping would end the process where a sector cannot be read."""
+    try:
+        return np.frombuffer(read_exactly(fd, at, length), dtype=np.uint8)
+    except OSError as e:
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: Path, e: OSError) -> BitmapError:
+    hint = "The next backup reads the whole disk."
+    return BitmapError(f"bitmap {path} cannot be read: {e.strerror or e}", reason=Reason.HEADER, hint=hint)
 
 
 def _with_regions(bits: kernels.Bits, slot: Slot, coarse: kernels.Bits) -> kernels.Bits:

@@ -64,7 +64,7 @@ prune           yes (7)         yes (8)         yes (9)         no (5)          
 2. Two backups may merge small index files at once (`merge`): old files go only when the merged one is durable, so the
    same blobs may be in two files, never in none. A run's own new file is not touched by a merge that listed before it.
    ``index.lock`` makes the second one leave it.
-3. A backup adds files, and removes index files only as in 2; a reader has these mapped, or finds them gone, and lists
+3. A backup adds files, and removes index files only as in 2; a reader has these open, or finds them gone, and lists
    again. Packs and records are never removed by a backup.
 4. A check lists the records before it reads the index, so a backup that is committed meanwhile is not part of it.
    Its notes only make later backups store more, and a note is durable before an older one goes.

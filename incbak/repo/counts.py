@@ -12,11 +12,14 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from incbak.repo.columns import Column, near, span
 from incbak.repo.index import Digests, prefixes
-from incbak.repo.spool import Spool, let_go
+from incbak.repo.spool import Spool
 
 Keys = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
+StoredKeys = Keys | Column
+StoredNumbers = NDArray[np.uint32] | Numbers | Column
 
 _RUN = 1 << 18
 """Keys that are sorted at once: 4 MiB."""
@@ -34,24 +37,24 @@ def ranges(total: int) -> Iterator[tuple[np.uint64, np.uint64]]:
         yield np.uint64(first), np.uint64(end - 1)
 
 
-def _between(keys: Keys, first: np.uint64, last: np.uint64) -> slice:
-    return slice(int(np.searchsorted(keys, first, "left")), int(np.searchsorted(keys, last, "right")))
+def _between(keys: StoredKeys, first: np.uint64, last: np.uint64) -> slice:
+    return slice(span(keys, first)[0], span(keys, last)[1])
 
 
 class Counts:
     """Blocks of sorted keys with their counts, one block after the other. Never changed but by `append`."""
 
     def __init__(self) -> None:
-        self._blocks: list[tuple[Keys, NDArray[np.uint32]]] = []
+        self._blocks: list[tuple[StoredKeys, StoredNumbers]] = []
         self._spool = Spool()
 
     def append(self, keys: Keys, counts: Numbers) -> None:
         """More keys, all behind those that are here."""
         if len(keys):
-            self.map(self._spool.put(keys), self._spool.put(counts.astype(np.uint32)))
+            self.add_stored(self._spool.put(keys), self._spool.put(counts.astype(np.uint32)))
 
-    def map(self, keys: Keys, counts: NDArray[np.uint32]) -> None:
-        """As `append`, for arrays that lie in a file already."""
+    def add_stored(self, keys: StoredKeys, counts: StoredNumbers) -> None:
+        """As `append`, for what lies in a file already."""
         self._blocks.append((keys, counts))
 
     def __len__(self) -> int:
@@ -61,35 +64,29 @@ class Counts:
         """The count of each key, which are sorted; -1 where it is not here. Shape (n,)."""
         found = np.full(len(keys), -1, dtype=np.int64)
         for ours, counts in self._blocks:
-            part = _between(keys, ours[0], ours[-1])
+            part = _between(keys, ours[0], ours[len(ours) - 1])
             wanted = keys[part]
-            at = np.searchsorted(ours, wanted)
-            hit = ours[at] == wanted
-            found[part][hit] = counts[at[hit]]
+            if len(wanted):
+                block = near(ours, len(wanted))
+                at = block.searchsorted(wanted)
+                hit = block[at] == wanted
+                found[part][hit] = counts[at[hit]]
         return found
 
     def between(self, first: np.uint64, last: np.uint64) -> tuple[Keys, Numbers]:
         """The keys of a stretch, and their counts."""
         return _joined(_slices(self._blocks, first, last))
 
-    def let_go(self) -> None:
-        """What is mapped need not stay in memory."""
-        for keys, counts in self._blocks:
-            let_go(keys)
-            let_go(counts)
-
 
 def _slices(
-    pairs: Sequence[tuple[Keys, NDArray[np.uint32] | Numbers]], first: np.uint64, last: np.uint64
+    pairs: Sequence[tuple[StoredKeys, StoredNumbers]], first: np.uint64, last: np.uint64
 ) -> list[tuple[Keys, Numbers]]:
-    """Of each pair of arrays what lies in a stretch of the keys, copied; of the pair nothing stays mapped."""
+    """Of each pair of arrays what lies in a stretch of the keys."""
     found = []
     for keys, numbers in pairs:
         part = _between(keys, first, last)
         if part.start < part.stop:
-            found.append((keys[part].copy(), numbers[part].astype(np.int64)))
-        let_go(keys)
-        let_go(numbers)
+            found.append((keys[part], numbers[part].astype(np.int64)))
     return found
 
 
@@ -128,7 +125,7 @@ class Tally:
     def __init__(self) -> None:
         self._waiting: list[tuple[Keys, int]] = []
         self._pending = 0
-        self._runs: list[tuple[Keys, Numbers]] = []
+        self._runs: list[tuple[StoredKeys, StoredNumbers]] = []
         self._spool = Spool()
 
     def add(self, digests: Digests, times: int) -> None:

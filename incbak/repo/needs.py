@@ -140,7 +140,6 @@ class Needs:
         for layer in self._layers:
             open_ = np.flatnonzero(found < 0)
             found[open_] = layer.of(keys[open_])
-            layer.let_go()
         return np.maximum(found, 0)
 
     # -- packs ----------------------------------------------------------------------------------------------------

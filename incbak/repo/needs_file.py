@@ -19,12 +19,12 @@ import msgspec
 import numpy as np
 
 from incbak import durable
-from incbak.errors import DamagedError
+from incbak.errors import DamagedError, StorageError
+from incbak.repo.columns import StoredBytes, column
 from incbak.repo.counts import Counts, Keys, Numbers
 from incbak.repo.digested import digested, verified_body
 from incbak.repo.ids import is_id, new_id
-from incbak.repo.mapping import readable
-from incbak.repo.spool import let_go
+from incbak.repo.mapping import opened
 from incbak.repo.storage.base import Storage
 
 VERSION = 1
@@ -88,8 +88,10 @@ def load(storage: Storage) -> tuple[Manifest, Counts] | None:
 
 def _read(storage: Storage, name: str) -> tuple[Manifest, Counts]:
     if not is_id(name):
-        raise DamagedError(f"needs {name[:100]!r} cannot be mapped")
-    data = readable(storage, "needs", name)
+        raise DamagedError(f"needs {name[:100]!r} is none of ours")
+    data = opened(storage, "needs", name)
+    if len(data) < _FOOT.size:
+        raise DamagedError(f"needs {name} is cut off")
     length, magic = _FOOT.unpack(data[-_FOOT.size :].tobytes())
     end = len(data) - _FOOT.size - length
     if magic != _MAGIC or end < 0:
@@ -106,7 +108,9 @@ def _read(storage: Storage, name: str) -> tuple[Manifest, Counts]:
         middle, behind = at + number * _KEY, at + number * (_KEY + _COUNT)
         if number < 1 or storage.seal.check(memoryview(data[at:behind])).hex() != check:  # type: ignore[arg-type]
             raise DamagedError(f"needs {name} does not match its digest")
-        let_go(data)
-        counts.map(data[at:middle].view("<u8"), data[middle:behind].view("<u4"))
+        keys, numbers = column(data, np.dtype("<u8"), number, at), column(data, np.dtype("<u4"), number, middle)
+        counts.add_stored(keys, numbers)
         at = behind
+    if isinstance(data, StoredBytes):
+        data.error = StorageError  # it was whole
     return manifest, counts

@@ -59,7 +59,7 @@ def test_a_fault_is_caught_and_a_harmless_change_is_not(planted: Any, capsys: py
         planted.Fault("caught", MODULE, whole, "return 0", (TEST,)),
         planted.Fault("harmless", MODULE, whole, "return sum([e.length for e in extents])", (TEST,)),
     ]
-    assert planted.campaign(faults, as_json=True) == 2
+    assert planted.campaign(faults, 2, as_json=True) == 2
     told = {found["fault"]: found for found in map(json.loads, capsys.readouterr().out.splitlines())}
     assert {name: found["caught"] for name, found in told.items()} == {
         "fatal": False,
@@ -74,5 +74,5 @@ def test_a_fault_is_caught_and_a_harmless_change_is_not(planted: Any, capsys: py
 @pytest.mark.parametrize("text", ["no such text", "Extent"])
 def test_a_stale_entry_is_an_error(planted: Any, text: str) -> None:
     with pytest.raises(planted.StaleError, match=r"found \d+ times"):
-        planted.campaign([planted.Fault("stale", MODULE, text, "", (TEST,))], as_json=False)
+        planted.campaign([planted.Fault("stale", MODULE, text, "", (TEST,))], 1, as_json=False)
     assert planted.main(["--only", "no-such-fault"]) == 1

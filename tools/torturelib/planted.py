@@ -11,12 +11,14 @@ import argparse
 import importlib
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +101,7 @@ class Copy:
             else:
                 shutil.copy(source, self.top / name)
         ours = {k: v for k, v in os.environ.items() if not k.startswith("INCBAK_") or k == "INCBAK_MUST_RUN"}
-        temporary = scratch / "t"  # short, since tests make sockets below it
+        temporary, self._base = scratch / "t", scratch / "b"  # short, since tests make sockets below them
         temporary.mkdir()
         self.environment = {**ours, "PYTHONPATH": str(self.top), "TMPDIR": str(temporary)}
         self._check_import(scratch)
@@ -113,10 +115,10 @@ class Copy:
                 if not Path(line).is_relative_to(self.top):
                     raise StaleError(f"not the copy is imported but {line}")
 
-    def pytest(self, tests: Iterable[str], deadline: float) -> tuple[int | None, str]:
+    def pytest(self, tests: Iterable[str], deadline: float, *more: str) -> tuple[int | None, str]:
         """Exit code and output; ``None`` when it did not end in time. Stops at the first failure."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
-        command += ["--hypothesis-seed=0", *dict.fromkeys(tests)]
+        command += ["--hypothesis-seed=0", f"--basetemp={self._base}", *more, *dict.fromkeys(tests)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         child = subprocess.Popen(
             command, cwd=self.top, env=self.environment, text=True, start_new_session=True, **pipes
@@ -178,21 +180,40 @@ def _chosen(faults: Sequence[Fault], only: Sequence[str]) -> list[Fault]:
     return [f for f in faults if not only or f.name in only]
 
 
-def campaign(faults: Sequence[Fault], *, as_json: bool) -> int:
-    """Try all of ``faults``; the number of those that nothing caught. Raises `StaleError`."""
+def campaign(faults: Sequence[Fault], jobs: int, *, as_json: bool) -> int:
+    """Try all of ``faults``, each of ``jobs`` threads in a copy of its own. Raises `StaleError`.
+
+    Return the number of those that nothing caught.
+    """
     if old := stale(faults):
         raise StaleError("; ".join(old))
-    with tempfile.TemporaryDirectory(prefix="planted-", dir=MEMORY if MEMORY.is_dir() else None) as scratch:
-        copy = Copy(Path(scratch))
-        code, out = copy.pytest((t for f in faults for t in f.tests), DEADLINE + 10 * len(faults))
+    jobs = min(jobs, len(faults))
+    with tempfile.TemporaryDirectory(prefix="pl-", dir=MEMORY if MEMORY.is_dir() else None) as scratch:
+        copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+        for number in range(jobs):
+            place = Path(scratch) / str(number)
+            place.mkdir()
+            copies.put(Copy(place))
+        copy = copies.get()
+        tests, spread = (t for f in faults for t in f.tests), ("-n", str(jobs), "--dist=loadfile")
+        code, out = copy.pytest(tests, DEADLINE + 10 * len(faults), *(spread if jobs > 1 else ()))
+        copies.put(copy)
         if code != 0:
             raise StaleError(f"without any fault the tests do not pass:\n{out[-3000:]}")
         print(f"without a fault: {out.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
+
+        def try_out(fault: Fault) -> Verdict:
+            copy = copies.get()
+            try:
+                return copy.try_out(fault)
+            finally:
+                copies.put(copy)
+
         missed = 0
-        for fault in faults:
-            verdict = copy.try_out(fault)
-            missed += not verdict.by
-            _tell(verdict, as_json)
+        with ThreadPoolExecutor(jobs) as threads:
+            for done in as_completed([threads.submit(try_out, fault) for fault in faults]):
+                missed += not done.result().by
+                _tell(done.result(), as_json)
     print(f"{len(faults)} faults, {missed} not caught", file=sys.stderr)
     return missed
 
@@ -210,6 +231,7 @@ def main(argv: Sequence[str]) -> int:
     """``tools/torture --planted``: 0 when every fault is caught."""
     parser = argparse.ArgumentParser(prog="tools/torture --planted")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only this fault; may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="try N at a time")
     parser.add_argument("--list", action="store_true", help="say what would be planted")
     parser.add_argument("--json", action="store_true", help="one object per line")
     options = parser.parse_args(argv)
@@ -219,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
             for fault in faults:
                 print(f"{fault.name:34} {fault.file}")
             return 0
-        return min(campaign(faults, as_json=options.json), 1)
+        return min(campaign(faults, max(options.jobs, 1), as_json=options.json), 1)
     except StaleError as e:
         print(f"planted: {e}", file=sys.stderr)
         return 1

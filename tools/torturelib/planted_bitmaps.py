@@ -139,7 +139,7 @@ FAULTS = (
     Fault(
         "bitmap-mapped-unread",
         _BODY,
-        "            _read(fd, at, min(_CHUNK, size - at))\n",
+        "            read_exactly(fd, at, min(_CHUNK, size - at))\n",
         "            pass\n",
         _body("test_a_bitmap_that_cannot_be_read_is_not_believed"),
     ),

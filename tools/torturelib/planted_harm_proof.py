@@ -116,8 +116,15 @@ FAULTS = (
     Fault(
         "look-fine-bits-after-a-power-cut",
         "incbak/bitmap/look.py",
-        "        if self.found is Found.COARSE:\n",
-        "        if False:\n",
+        "            if self.found is Found.COARSE:\n                return _with",
+        "            if False:\n                return _with",
+        _look("test_the_look_is_what_the_next_owner_finds"),
+    ),
+    Fault(
+        "look-mask-of-fine-bits-after-a-power-cut",
+        "incbak/bitmap/look.py",
+        "        if self.found is Found.COARSE:\n            bits =",
+        "        if False:\n            bits =",
         _look("test_the_look_is_what_the_next_owner_finds"),
     ),
     Fault(

@@ -244,8 +244,8 @@ _DAMAGE = (
     Fault(
         "repo-unreadable-index-mapped",
         "incbak/repo/mapping.py",
-        "        count = file.readinto(piece) or 0\n",
-        "        return np.memmap(path, dtype=np.uint8, mode='r')\n        count = 0\n",
+        "            found = StoredBytes(fd, kind, name, hint)\n",
+        "            found = np.memmap(path, dtype=np.uint8, mode='r')\n",
         _lived("test_an_index_that_the_storage_cannot_read_is_an_error_and_not_a_signal"),
     ),
     Fault(

@@ -149,6 +149,22 @@ def test_where_a_full_disk_refuses_even_the_rename_the_file_is_removed(
     bitmap.close(None)
 
 
+def test_a_mapping_is_locked_in_memory_so_that_no_page_has_to_be_read_again(
+    scene: Scene, request: pytest.FixtureRequest
+) -> None:
+    def locked() -> int:
+        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmLck:")]
+        return int(line.split()[1]) << 10
+
+    before = locked()
+    bitmap = scene.create()
+    mapped = "mapped" in request.node.name
+    assert locked() - before == (-(-scene.path.stat().st_size // 4096) * 4096 if mapped else 0)
+    bitmap.close(None)
+    del bitmap
+    assert locked() == before
+
+
 def test_only_file_systems_that_overwrite_in_place_are_mapped(tmp_path: Path) -> None:
     """What is not known is written through."""
     for directory, magic in (("/dev/shm", 0x01021994), ("/proc", 0x9FA0), ("/sys", 0x62656572)):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from incbak.bitmap import body
 from incbak.bitmap import format as fmt
 from incbak.bitmap.file import Bitmap, Found, State
 from incbak.bitmap.format import REGION
@@ -21,7 +24,7 @@ from incbak.engine.image import ImageEngine
 from incbak.errors import BitmapError
 from incbak.fingerprint import Beat, of_content, take_path
 from incbak.reasons import Reason
-from tests.unit.bitmap.scene import CLUSTER, NAME, SIZE, Scene
+from tests.unit.bitmap.scene import CLUSTER, NAME, SIZE, Scene, clusters
 
 S = 10**9
 
@@ -114,6 +117,9 @@ def test_the_look_is_what_the_next_owner_finds(
     before = {p: p.read_bytes() for p in scene.store.directory.iterdir()}
     seen = view(scene.state, "vm", "disk", NAME)
     extents = seen.extents() if seen.reason is None else None
+    if seen.slot and extents is not None:
+        marked = ~seen.clean_mask()(0, seen.slot.clusters)
+        assert set(np.flatnonzero(marked).tolist()) == clusters(*extents)
     assert {p: p.read_bytes() for p in scene.store.directory.iterdir()} == before
     assert (seen.reason or seen.found) is expected
     scene.store.lock()
@@ -137,6 +143,24 @@ def test_there_are_no_extents_of_what_is_not_believed(
     assert raised.value.reason is expected
     ran = CliRunner().invoke(cli, ["--state-dir", str(scene.state), "bitmap", "dirty", "vm"])
     assert ran.exit_code == 1
+    scene.store.lock()
+
+
+def test_a_sector_that_cannot_be_read_is_an_error(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not a signal, also when it fails later than the look."""
+    _clean(scene)
+    scene.store.unlock()
+    seen = view(scene.state, "vm", "disk", NAME)
+    clean = seen.clean_mask()
+    assert not clean(5000 // CLUSTER, 1)[0]
+
+    def failing(fd: int, length: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(body.os, "pread", failing)
+    for read in (seen.extents, seen.clean_mask(), clean):
+        with pytest.raises(BitmapError, match="cannot be read: Input/output error"):
+            read(*(() if read == seen.extents else (0, 1)))  # type: ignore[operator]
     scene.store.lock()
 
 

@@ -262,7 +262,7 @@ def test_small_index_files_are_merged_and_nothing_is_lost(storage: LocalStorage)
     merge_small(storage)
     assert len(storage.list("index")) == 1
     assert Index(storage).have(array).all()
-    assert open_before.have(array).all(), "a reader that has the old files mapped goes on"
+    assert open_before.have(array).all(), "a reader that has the old files open goes on"
     open_before.refresh()
     assert open_before.have(array).all()
 

@@ -14,6 +14,7 @@ from incbak.errors import DamagedError, DurabilityError
 from incbak.repo import columns, condemned, mapping
 from incbak.repo import prune as module
 from incbak.repo.check import NotNotedError, Report, check, rebuild_index
+from incbak.repo.columns import StoredBytes
 from incbak.repo.index import REBUILD
 from incbak.repo.prune import Options, Outcome, prune
 from incbak.repo.record import Record
@@ -264,13 +265,13 @@ def test_an_index_that_the_storage_cannot_read_is_an_error_and_not_a_signal(
 
 
 @pytest.mark.parametrize("size", [100, mapping.IN_MEMORY, mapping.IN_MEMORY + 1, 3 * mapping.IN_MEMORY + 7])
-def test_small_files_are_held_and_large_ones_mapped(path: Path, size: int) -> None:
+def test_small_files_are_held_and_large_ones_read_in_slices(path: Path, size: int) -> None:
     storage = again(path).storage
     content = np.random.default_rng(size).bytes(size)
     storage.write("packs", "a" * 32, content)
-    found = mapping.readable(storage, "packs", "a" * 32)
-    assert found.tobytes() == content
-    assert isinstance(found, np.memmap) == (size > mapping.IN_MEMORY)
+    found = mapping.opened(storage, "packs", "a" * 32)
+    assert found[:].tobytes() == content
+    assert isinstance(found, StoredBytes) == (size > mapping.IN_MEMORY)
 
 
 # -- a repository that cannot be written -----------------------------------------------------------------------------

@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from incbak.errors import DamagedError, DurabilityError
+from incbak.errors import DamagedError, DurabilityError, StorageError
 from incbak.events import Event, Warned
-from incbak.repo import blob, counts, needs_file, pins, spool, tree
+from incbak.repo import blob, columns, counts, mapping, needs_file, pins, spool, tree
 from incbak.repo import needs as module
 from incbak.repo.check import check, rebuild_index
 from incbak.repo.condemned import condemn
@@ -91,12 +91,36 @@ def reads(path: Path, work: Callable[[], object]) -> int:
     return len(seen)
 
 
+def _all_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    for where, name, value in ((counts, "_RUN", 7), (counts, "RANGE", 5), (spool, "_IN_MEMORY", 100)):
+        monkeypatch.setattr(where, name, value)
+    monkeypatch.setattr(mapping, "IN_MEMORY", 0)
+
+
+@pytest.mark.parametrize("where", ["temporary file", "needs "])
+def test_a_sector_that_fails_later_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """And not a signal."""
+    _all_in_files(monkeypatch)
+    made(path, list(range(40)))
+    needs = Needs(Repository.open(path), anew=True)
+    needs.count(Repository.open(path).backups())
+    if where == "needs ":
+        needs.save()
+        needs = Needs(Repository.open(path))
+
+    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(columns.os, "preadv", failing)
+    with pytest.raises(StorageError, match=f"{where}.*cannot be read: Input/output error"):
+        list(needs.all())
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_kept_over_many_prunes(path: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
     """With two disks that share content; when ``large``, as if nothing went into memory at once."""
     if large:
-        for where, name, value in ((counts, "_RUN", 7), (counts, "RANGE", 5), (spool, "_IN_MEMORY", 100)):
-            monkeypatch.setattr(where, name, value)
+        _all_in_files(monkeypatch)
     rng = Random(5)
     contents = {"vda": [rng.randrange(30) for _ in range(40)], "vdb": [rng.randrange(30) for _ in range(17)]}
     held: dict[str, dict[str, list[int]]] = {}
