@@ -1,22 +1,19 @@
 """The content of one bitmap file in memory, and how what is stored there reaches the file.
 
-The rule: no store may raise SIGBUS. A store into a shared mapping faults when the file system has to find a block for
-it and has none: on a copy-on-write file system each changed block needs a new one, also where the file was
-preallocated. The process dies then, and the guest with it. So:
+The rule: nothing here may raise SIGBUS. The process would die, and the guest with it. A store into a shared mapping
+faults when the file system refuses it: it has to find a block and has none (copy-on-write, or a file that was copied
+with holes), or it went read-only after an error of its own. So each store is a ``pwrite``: what is refused is an error
+of that call, and the bitmap becomes invalid, as after any other failure to record. What is read is
 
-- `MappedBody`, where a block that was preallocated is overwritten in place for good: ext2 to ext4 and tmpfs. A store
-  is a store.
-- `WrittenBody`, everywhere else (btrfs, XFS, whose files may share blocks after ``cp --reflink``, ZFS, f2fs, bcachefs,
-  overlays, FUSE, network file systems; also what is not known): the content is in memory of this process, and each
-  store is a ``pwrite`` first. A full disk is an error of that call, and the bitmap becomes invalid, as after any
-  other failure to record.
+- `MappedBody`, a mapping for reading, on ext2 to ext4 and tmpfs, where it shows what is written at once. Its pages are
+  locked in memory, since one that the system drops, and cannot read again, would be a SIGBUS;
+- `WrittenBody`, a copy in memory of this process: everywhere else, and where the limit of the process does not allow to
+  lock a mapping (``RLIMIT_MEMLOCK``; root has none).
 
 Both keep what the protocol builds on: after `Body.put` or `Body.set_bit` has returned, the page cache has the bytes,
 so that they outlive this process; a sync of the file makes them durable. In memory a byte never has a bit that the
 page cache lacks, since another thread may see it without a lock and issue its write. Both read the whole file by
-``pread`` when they open it: a sector that cannot be read is an `OSError`, not a SIGBUS. A mapping is locked in
-memory after that, up to `_LOCKED` and as far as the limit of the process allows (``RLIMIT_MEMLOCK``; root has none): a
-page that the system has dropped, and cannot read again, would be a SIGBUS.
+``pread`` when they open it: a sector that cannot be read is an `OSError`.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ import fcntl
 import os
 import struct
 import sys
-from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,44 +31,57 @@ from blake3 import blake3
 
 from incbak.bitmap import bits as kernels
 from incbak.bitmap.bits import Bits
-from incbak.bitmap.format import HEADER, NOTE, NOTE_SIZE, TOUCHED, Slot, layout
+from incbak.bitmap.format import NOTE, NOTE_SIZE, TOUCHED, Slot, layout
 
 _EXT, _TMPFS, _BTRFS = 0xEF53, 0x01021994, 0x9123683E
-_OVERWRITES_IN_PLACE = {_EXT, _TMPFS}
+_SHOWS_WRITES = {_EXT, _TMPFS}
 _GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  # linux/fs.h
 _CHUNK = 1 << 20
 _LOCKED = 64 << 20
 """Bytes of a mapping that are locked in memory: the bitmap of a disk of 32 TiB."""
-_NOTE = NOTE // NOTE_SIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Body(ABC):
-    """The bytes of the file. The arrays are for reading; the caller holds a lock around all that stores.
+class Body:
+    """The bytes of the file ``fd``. The arrays are for reading; the caller holds a lock around all that stores.
 
     ``array`` is all of it (uint8); its first 4096 bytes are the header as it was on open. ``bits`` and ``coarse`` are
     the parts that `format` tells. What stores raises `OSError`; then any part of it may be in the file.
     """
 
-    kind: str
+    kind = ""
 
-    def __init__(self, array: Bits, slot: Slot) -> None:
+    def __init__(self, fd: int, array: Bits, slot: Slot) -> None:
+        self._fd = fd
         self._bits_at, self._coarse_at, _end = layout(slot)
         self.array = array
         self.bits = array[self._bits_at : self._bits_at + kernels.bytes_for(slot.clusters)]
         self.coarse = array[self._coarse_at : self._coarse_at + slot.regions]
+        self._view = memoryview(self.bits)  # type: ignore[arg-type]
 
-    @abstractmethod
     def put(self, at: int, data: Bits) -> None:
         """Store ``data`` from byte ``at`` of the file on."""
+        left, position = memoryview(data.tobytes()), at
+        while left:
+            written = os.pwrite(self._fd, left, position)
+            left, position = left[written:], position + written
+        self._show(at, data)
 
-    @abstractmethod
+    def _show(self, at: int, data: Bits) -> None:
+        """Show what the file has now."""
+
     def note(self, word: int) -> None:
         """Store the owner's note, at once: no kill leaves half of it. Without a lock, and fast."""
+        os.pwrite(self._fd, word.to_bytes(NOTE_SIZE, sys.byteorder), NOTE)
 
-    @abstractmethod
     def set_bit(self, at: int, mask: int) -> None:
         """Set the bits of ``mask`` in byte ``at`` of the bits."""
+        byte = self._view[at] | mask
+        os.pwrite(self._fd, bytes((byte,)), self._bits_at + at)
+        self._show_bit(at, byte)
+
+    def _show_bit(self, at: int, byte: int) -> None:
+        """As `_show`, of one byte of the bits."""
 
     def set_range(self, first: int, last: int) -> None:
         """Set the bits ``first`` to ``last``, both included."""
@@ -95,7 +104,7 @@ class Body(ABC):
 
 
 class MappedBody(Body):
-    """A shared mapping of the file."""
+    """A mapping of the file that is read, and locked. Raises `OSError` where that is not allowed."""
 
     kind = "mapped"
 
@@ -103,20 +112,10 @@ class MappedBody(Body):
         size = layout(slot)[2]
         for at in range(0, size, _CHUNK):
             read_exactly(fd, at, min(_CHUNK, size - at))
-        super().__init__(np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,)), slot)
-        if size <= _LOCKED:
-            _libc.mlock(ctypes.c_void_p(self.array.ctypes.data), ctypes.c_size_t(size))
-        self._view = memoryview(self.bits)  # type: ignore[arg-type]
-        self._words = memoryview(self.array[:HEADER]).cast("Q")  # type: ignore[arg-type]
-
-    def note(self, word: int) -> None:
-        self._words[_NOTE] = word
-
-    def put(self, at: int, data: Bits) -> None:
-        self.array[at : at + len(data)] = data
-
-    def set_bit(self, at: int, mask: int) -> None:
-        self._view[at] |= mask
+        array = np.memmap(path, dtype=np.uint8, mode="r", shape=(size,))
+        if _libc.mlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(size)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        super().__init__(fd, array, slot)
 
 
 class WrittenBody(Body):
@@ -126,29 +125,24 @@ class WrittenBody(Body):
 
     def __init__(self, fd: int, path: Path, slot: Slot) -> None:
         size = layout(slot)[2]
-        self._fd = fd
-        super().__init__(np.empty(size, dtype=np.uint8), slot)
+        super().__init__(fd, np.empty(size, dtype=np.uint8), slot)
         for at in range(0, size, _CHUNK):
             length = min(_CHUNK, size - at)
             self.array[at : at + length] = np.frombuffer(read_exactly(fd, at, length), dtype=np.uint8)
 
-    def note(self, word: int) -> None:
-        os.pwrite(self._fd, word.to_bytes(NOTE_SIZE, sys.byteorder), NOTE)
-
-    def put(self, at: int, data: Bits) -> None:
-        left, position = memoryview(data.tobytes()), at
-        while left:
-            written = os.pwrite(self._fd, left, position)
-            left, position = left[written:], position + written
+    def _show(self, at: int, data: Bits) -> None:
         self.array[at : at + len(data)] = data
 
-    def set_bit(self, at: int, mask: int) -> None:
-        self.put(self._bits_at + at, self.bits[at : at + 1] | np.uint8(mask))
+    def _show_bit(self, at: int, byte: int) -> None:
+        self._view[at] = byte
 
 
 def open_body(fd: int, path: Path, slot: Slot) -> Body:
     """Return the content of the file ``path``, open as ``fd``, with the header ``slot``. Raises `OSError`."""
-    return (MappedBody if overwrites_in_place(fd) else WrittenBody)(fd, path, slot)
+    if layout(slot)[2] <= _LOCKED and shows_writes(fd):
+        with suppress(OSError):  # a sector that cannot be read is found again below
+            return MappedBody(fd, path, slot)
+    return WrittenBody(fd, path, slot)
 
 
 def digest_of(body: Bits) -> bytes:
@@ -156,9 +150,9 @@ def digest_of(body: Bits) -> bytes:
     return blake3(memoryview(body)).digest()  # type: ignore[arg-type]
 
 
-def overwrites_in_place(fd: int) -> bool:
-    """Return whether the file system of ``fd`` never needs a new block for one that was preallocated."""
-    return filesystem_magic(fd) in _OVERWRITES_IN_PLACE
+def shows_writes(fd: int) -> bool:
+    """Return whether a mapping of a file is known to show at once what is written to it."""
+    return filesystem_magic(fd) in _SHOWS_WRITES
 
 
 def filesystem_magic(fd: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from incbak import __version__, host
-from incbak.bitmap.body import MappedBody, WrittenBody, overwrites_in_place
+from incbak.bitmap.body import MappedBody, WrittenBody, shows_writes
 from incbak.bitmap.format import Flag
 from incbak.bitmap.store import views
 from incbak.doctor import places
@@ -70,12 +70,12 @@ def _state(path: Path) -> list[Finding]:
 
 
 def _body_kind(directory: Path) -> str:
-    """Return how stores into a bitmap below ``directory`` reach its file: see `incbak.bitmap.body`."""
+    """Return how a bitmap below ``directory`` is read: see `incbak.bitmap.body`."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if overwrites_in_place(fd):
-            return f"{MappedBody.kind} (preallocated blocks are overwritten in place)"
-        return f"{WrittenBody.kind} (the file system may need a new block for each store)"
+        if shows_writes(fd):
+            return f"{MappedBody.kind} (and each store is a write of its own)"
+        return f"{WrittenBody.kind} (from a copy in memory)"
     finally:
         os.close(fd)
 

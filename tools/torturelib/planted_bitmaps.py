@@ -102,11 +102,14 @@ FAULTS = (
         _protocol("test_a_bit_is_set_in_one_step"),
     ),
     Fault(
-        "bitmap-mapped-on-copy-on-write",
+        "bitmap-stored-in-its-mapping",
         _BODY,
-        "_OVERWRITES_IN_PLACE = {_EXT, _TMPFS}",
-        "_OVERWRITES_IN_PLACE = {_EXT, _TMPFS, _BTRFS}",
-        _body("test_marks_on_a_full_btrfs_never_kill_the_process"),
+        "        super().__init__(fd, array, slot)\n",
+        """        super().__init__(fd, np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,)), slot)
+        self.put = lambda at, data: self.array.__setitem__(slice(at, at + len(data)), data)
+        self.set_bit = lambda at, mask: self._view.__setitem__(at, self._view[at] | mask)
+""",
+        _body("test_marks_on_an_ext4_that_refuses_them_never_kill_the_process"),
     ),
     Fault(
         "bitmap-in-snapshots-of-btrfs-only",

@@ -178,9 +178,16 @@ FAULTS = [
     Fault(
         "bitmap-not-locked-in-memory",
         "incbak/bitmap/body.py",
-        "        if size <= _LOCKED:\n",
-        "        if False:\n",
+        "        if _libc.mlock(",
+        "        if False and _libc.mlock(",
         unit("bitmap/test_body", "test_a_mapping_is_locked_in_memory_so_that_no_page_has_to_be_read_again"),
+    ),
+    Fault(
+        "bitmap-mapped-though-not-locked",
+        "incbak/bitmap/body.py",
+        "            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))\n        super",
+        "            pass\n        super",
+        unit("bitmap/test_body", "test_what_cannot_be_locked_in_memory_is_not_mapped"),
     ),
     Fault(
         "needs-spool-mapped",

@@ -18,15 +18,7 @@ from tests.unit.bitmap.scene import Scene
 @pytest.fixture(params=[True, False], ids=["mapped", "written"])
 def scene(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     """In memory where that is possible: what a sync does is watched, not waited for. With both kinds of `Body`."""
-    monkeypatch.setattr(body, "overwrites_in_place", lambda fd: request.param)
-    with _scene(monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture
-def written_scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """With a `WrittenBody`, whose stores the file system may refuse."""
-    monkeypatch.setattr(body, "overwrites_in_place", lambda fd: False)
+    monkeypatch.setattr(body, "shows_writes", lambda fd: request.param)
     with _scene(monkeypatch) as made:
         yield made
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,11 +47,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("change", ["mark", "mark-range", "merge", "keep", "clear", "new-region"])
-def test_a_store_that_fails_makes_the_bitmap_durably_invalid(
-    written_scene: Scene, full_disk: list[int], change: str
-) -> None:
+def test_a_store_that_fails_makes_the_bitmap_durably_invalid(scene: Scene, full_disk: list[int], change: str) -> None:
     """faults row 26: bits or coarse bytes that are not in the page cache must not be believed after a kill."""
-    scene = written_scene
     bitmap = scene.create()
     scene.write(bitmap, (0, 8))
     full_disk.append(HEADER)
@@ -69,9 +68,9 @@ def test_a_store_that_fails_makes_the_bitmap_durably_invalid(
     assert scene.open() in (Reason.TRACKING_FAILED, Reason.INVALIDATED)
 
 
-def test_no_bit_is_seen_before_it_is_in_the_file(written_scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_is_seen_before_it_is_in_the_file(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that sees its bit set skips the store: if the process dies then, the page cache must have the bit."""
-    bitmap = written_scene.create()
+    bitmap = scene.create()
     bitmap.touch(0, 1)
     seen: list[bool] = []
     pwrite = os.pwrite
@@ -84,7 +83,7 @@ def test_no_bit_is_seen_before_it_is_in_the_file(written_scene: Scene, monkeypat
     bitmap.set_bits(3 * CLUSTER, 1)
     bitmap.set_bits(90 * CLUSTER, 20 * CLUSTER)
     assert seen == [False, True]  # the second look sees the first bit
-    stored = np.frombuffer(written_scene.path.read_bytes()[HEADER:], dtype=np.uint8)[: len(bitmap.snapshot())]
+    stored = np.frombuffer(scene.path.read_bytes()[HEADER:], dtype=np.uint8)[: len(bitmap.snapshot())]
     assert (stored == bitmap.snapshot()).all()
     bitmap.close(None)
 
@@ -149,6 +148,15 @@ def test_where_a_full_disk_refuses_even_the_rename_the_file_is_removed(
     bitmap.close(None)
 
 
+def test_what_cannot_be_locked_in_memory_is_not_mapped(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "shows_writes", lambda fd: True)
+    monkeypatch.setattr(body._libc, "mlock", lambda *_: -1)
+    bitmap = scene.create()
+    assert bitmap._stored.kind == "written through"
+    bitmap.mark(0, 1)
+    bitmap.close(None)
+
+
 def test_a_mapping_is_locked_in_memory_so_that_no_page_has_to_be_read_again(
     scene: Scene, request: pytest.FixtureRequest
 ) -> None:
@@ -165,15 +173,88 @@ def test_a_mapping_is_locked_in_memory_so_that_no_page_has_to_be_read_again(
     assert locked() == before
 
 
-def test_only_file_systems_that_overwrite_in_place_are_mapped(tmp_path: Path) -> None:
-    """What is not known is written through."""
+def test_only_file_systems_that_show_what_is_written_are_mapped(tmp_path: Path) -> None:
+    """Of others there is a copy in memory."""
     for directory, magic in (("/dev/shm", 0x01021994), ("/proc", 0x9FA0), ("/sys", 0x62656572)):
         fd = os.open(directory, os.O_RDONLY)
         try:
             assert body.filesystem_magic(fd) == magic
-            assert body.overwrites_in_place(fd) == (directory == "/dev/shm")
+            assert body.shows_writes(fd) == (directory == "/dev/shm")
         finally:
             os.close(fd)
+
+
+# -- a real ext4 ------------------------------------------------------------------------------------------------------
+
+_MARK = """
+import sys
+from pathlib import Path
+from incbak.bitmap import body
+from incbak.bitmap.store import BitmapStore
+from incbak.disk.file import open_disk
+from incbak.reasons import Reason
+
+state, image, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+disk = open_disk(image)
+store = BitmapStore(state, "vm", "disk")
+store.lock()
+bitmap = store.open(name, disk.fingerprint())
+assert not isinstance(bitmap, Reason), bitmap
+bitmap.mark(0, 1)
+print(bitmap._stored.kind, flush=True)
+sys.stdin.readline()
+for at in (1 << 20, 3 << 30):
+    try:
+        bitmap.mark(at, 1)
+        print("marked", flush=True)
+    except Exception as e:
+        print("refused" if bitmap.state != "invalid" else "invalid", flush=True)
+"""
+
+
+def _shut_down(directory: Path) -> None:
+    """As after an error of the storage that the file system cannot live with."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, 0x8004587D, struct.pack("I", 2))  # EXT4_IOC_SHUTDOWN, without its log
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("how", ["is shut down", "copied with holes, and full"])
+def test_marks_on_an_ext4_that_refuses_them_never_kill_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Each is refused, or the bitmap is given up: nothing is recorded that the file does not have."""
+    need_root()
+    need("mkfs.ext4")
+    scene = Scene(tmp_path, monkeypatch)
+    scene.store.unlock()
+    os.truncate(scene.image, DISK)
+    with _mounted(tmp_path, "mkfs.ext4", "-q", "-m", "0") as mounted:
+        scene.state = mounted / "state"
+        scene.store = BitmapStore(scene.state, "vm", "disk")
+        scene.store.lock()
+        scene.store.create(NAME, DISK, CLUSTER, scene.fingerprint()).close(scene.fingerprint())
+        scene.store.unlock()
+        state = scene.state
+        if how != "is shut down":
+            state = mounted / "copied"
+            _run("cp", "-a", "--sparse=always", scene.state, state)
+        command = [sys.executable, "-c", _MARK, str(state), str(scene.image), NAME]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipes) as child:  # type: ignore[call-overload]
+            assert child.stdout.readline() == "mapped\n"
+            os.sync()  # what was written is clean, and the next store faults
+            if how == "is shut down":
+                _shut_down(mounted)
+            else:
+                _fill(mounted)
+            out, _ = child.communicate("go\n", timeout=60)
+        assert child.returncode == 0
+        said = out.split()
+        assert len(said) == 2
+        assert how != "is shut down" or "marked" not in said
 
 
 # -- a real btrfs, full ------------------------------------------------------------------------------------------------
@@ -182,11 +263,17 @@ def test_only_file_systems_that_overwrite_in_place_are_mapped(tmp_path: Path) ->
 @contextmanager
 def _btrfs(directory: Path) -> Iterator[Path]:
     """A small btrfs on a loop device, mounted."""
+    with _mounted(directory, "mkfs.btrfs", "-q", "-m", "single") as mounted:
+        yield mounted
+
+
+@contextmanager
+def _mounted(directory: Path, *mkfs: str) -> Iterator[Path]:
     mounted = directory / "mounted"
     mounted.mkdir()
     with NamedTemporaryFile(dir="/dev/shm") as image:
         os.truncate(image.name, 120 * MiB)
-        _run("mkfs.btrfs", "-q", "-m", "single", image.name)
+        _run(*mkfs, image.name)
         _run("mount", "-o", "loop", image.name, mounted)
         try:
             yield mounted
