@@ -7,7 +7,9 @@ when the record would be a base; and it has to be the same when a run commits as
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ from incbak.backup.facts import (
     settled,
     without_ctime,
 )
+from incbak.disk.stacking import key_of, share_bytes
 from incbak.engine.base import BitmapInfo, Description, EngineDisk
 from incbak.errors import ImageChangedError, UsageError
 from incbak.reasons import Reason
@@ -59,6 +62,7 @@ class Sources:
     def __init__(
         self, description: Description, *, off: bool, trusted: Collection[str] = (), ctime: bool = True
     ) -> None:
+        _check_bytes(description)
         self._off, self._ctime, self.trusted = off, ctime, frozenset(trusted)
         self.opened = {} if off else opened_of(description)
         self._leaves = {d.name: leaves(description, d.node) for d in description.disks}
@@ -158,6 +162,23 @@ def check_names(description: Description) -> None:
             what = f"two disks are called {disk.name!r}: nodes {nodes[disk.name]} and {disk.node}"
             raise UsageError(what, hint="Give each -drive and each -device an id that no other one has.")
         nodes[disk.name] = disk.node
+
+
+def _check_bytes(description: Description) -> None:
+    """Raise `UsageError` where two disks have bytes in common, as a device and its partition: each bitmap lacks writes.
+
+    Two nodes above one file are found in the graph of the engine.
+    """
+    found: dict[str, os.stat_result] = {}
+    for name, path in description.config.get("images", {}).items():
+        with suppress(OSError, ValueError):
+            if str(path).startswith("/"):
+                found[name] = os.stat(path)
+    if len(found) > 1 and any(stat.S_ISBLK(each.st_mode) for each in found.values()):
+        both = share_bytes({name: key_of(each) for name, each in found.items()})
+        if both:
+            hint = "What the guest writes to one of them is not recorded for the other: give the VM one of them only."
+            raise UsageError(f"disks {both[0]} and {both[1]} have bytes in common", hint=hint)
 
 
 def contradictions(vm: str, description: Description, records: Sequence[Record]) -> list[str]:

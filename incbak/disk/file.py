@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from incbak import device
@@ -24,6 +26,7 @@ from incbak.extents import StatusExtent, whole_sectors
 from incbak.fingerprint import Beat, Fingerprint, take, unlike_any, writes_of
 from incbak.opening import open_image
 
+_BLKFLSBUF = 0x1261  # linux/fs.h
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 _PUNCH = _PUNCH_HOLE | _KEEP_SIZE
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
@@ -64,10 +67,27 @@ def open_disk(path: Path, *, read_only: bool = False, lock: bool = True) -> File
     try:
         if lock:
             lock_image(fd, str(path), write=not read_only)
-        return FileDisk(fd, path, read_only=read_only)
+        disk = FileDisk(fd, path, read_only=read_only)
+        if disk.is_block:
+            _forget_cached(fd)
+        return disk
     except BaseException:
         os.close(fd)
         raise
+
+
+def _forget_cached(fd: int) -> None:
+    """Drop what the page cache has of a device. While any process has it open the cache stays, and may be outdated.
+
+    That is the case where what is below the device was written without it: the file of a loop device, the disk of a
+    partition, a device that two hosts share.
+    """
+    with suppress(OSError):  # what could not be written shows in a later flush
+        os.fdatasync(fd)
+    try:
+        fcntl.ioctl(fd, _BLKFLSBUF)
+    except OSError:  # that is for root
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class FileDisk(Disk):

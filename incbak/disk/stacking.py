@@ -23,7 +23,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,6 +93,20 @@ def stack_of(key: Key) -> Stack:
     others = frozenset(below.keys() | beside.keys()) - image.keys()
     loops = tuple(loop for loop in walk.met if loop.key in image or not loop.read_only)
     return Stack(frozenset(image), others, loops, walk.complete)
+
+
+def share_bytes(images: Mapping[str, Key]) -> tuple[str, str] | None:
+    """Return the names of two images of which one holds bytes of the other, if there are any.
+
+    What is written to one of them changes the other, and a bitmap of the other does not tell.
+    """
+    names = sorted(images)
+    for number, name in enumerate(names[:-1]):
+        keys = stack_of(images[name]).keys
+        for other in names[number + 1 :]:
+            if images[other] in keys:
+                return name, other
+    return None
 
 
 @dataclass

@@ -84,7 +84,7 @@ class Watch:
         while True:
             wait = min(self._resume_at, self._thaw_at, self._cut_at) - time.monotonic()
             awaited = [self._control.fileno(), *self._listeners]
-            ready, _, _ = select.select(awaited, [], [], None if wait == _NEVER else max(wait, 0))
+            ready = _ready(awaited, wait)
             now = time.monotonic()
             if now >= self._resume_at:
                 self._resume(orphan=False)
@@ -193,6 +193,17 @@ class Watch:
             cut_off(sock)
 
 
+def _ready(awaited: list[int], seconds: float) -> list[int]:
+    """Return those of these descriptors that have something to read, or an end, within a time.
+
+    By poll(2): the numbers of descriptors may be larger than select(2) takes.
+    """
+    poll = select.poll()
+    for fd in awaited:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(None if seconds == _NEVER else max(int(seconds * 1000) + 1, 0))]
+
+
 def cut_off(sock: socket.socket) -> None:
     """End a Unix connection so that its peer notices even while it waits for room to send.
 
@@ -225,7 +236,7 @@ def _child(arguments: list[str]) -> int:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     exited = os.pidfd_open(process.pid)
     while True:
-        ready, _, _ = select.select([end, exited], [], [])
+        ready = _ready([end, exited], _NEVER)
         if exited in ready:
             return process.wait()
         if not os.read(end, 64):

@@ -33,10 +33,11 @@ from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, without_paddin
 from incbak.engine.leftovers import find_leftovers
 from incbak.engine.qemu_disks import bitmaps_by_node, find_disks, layout
 from incbak.engine.qemu_filter import DiskFilter
-from incbak.engine.qemu_graph import qom_path, read_graph, shareable
+from incbak.engine.qemu_graph import qom_path, read_graph, unguarded
 from incbak.engine.qemu_guard import Guard
 from incbak.engine.qemu_jobs import CopyJob
 from incbak.engine.qemu_leftovers import remove_leftovers
+from incbak.engine.qemu_outside import find_outside
 from incbak.engine.qemu_migration import MigrationBlocker
 from incbak.engine.qemu_window import stopped
 from incbak.engine.run_state import check_run_state, until_refused
@@ -91,7 +92,8 @@ class QemuEngine(Engine):
         name = (await self._session.execute("query-name")).get("name")
         devices = await self._session.execute("query-block")
         graph = await read_graph(self._session)
-        disks, left_out = find_disks(devices, graph, await shareable(self._session, devices))
+        disks, left_out = find_disks(devices, graph, await unguarded(self._session, devices))
+        left_out += await find_outside(self._session)
         number = version["qemu"]
         config = {
             "qemu": f"{number['major']}.{number['minor']}.{number['micro']}",

@@ -6,7 +6,8 @@ the image, below whatever filters there are; our own filters, left by a dead run
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from incbak.engine.base import DECRYPTED, PREFIX, BitmapInfo, EngineDisk, LeftOut
@@ -28,11 +29,11 @@ def stable_name(device: Raw, node: str) -> str:
 
 
 def find_disks(
-    devices: Sequence[Raw], graph: Graph, share_rw: Collection[str] = ()
+    devices: Sequence[Raw], graph: Graph, unguarded: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[list[EngineDisk], list[LeftOut]]:
     """Return the disks of ``query-block``, and what is left out, with the reason.
 
-    ``share_rw``: the QOM paths of the devices that let others write.
+    ``unguarded``: as `incbak.engine.qemu_graph.unguarded` returns it.
     """
     disks: list[EngineDisk] = []
     left_out: list[LeftOut] = []
@@ -45,7 +46,7 @@ def find_disks(
         name = stable_name(device, top)
         why = _why_not(device, graph.nodes.get(node), name)
         if not why:
-            why = why_shared(graph, root, node, share_rw=qom_path(device) in share_rw)
+            why = why_shared(graph, root, node, unguarded.get(qom_path(device), ""))
         if not why and node in taken:
             why = f"it is the same image as {taken[node]}"
         if why:

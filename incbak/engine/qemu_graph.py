@@ -32,6 +32,7 @@ _FILTERS = {
     "mirror_top",
     "commit_top",
 }
+_PASSED_THROUGH = frozenset({"scsi-block", "scsi-generic"})
 _BACKEND = "block-backend"
 _PERIPHERAL = "/machine/peripheral/"
 _STREAM_SECONDS = 30.0
@@ -185,13 +186,23 @@ async def _rebase(session: Session, overlay: str, node: str, below: str) -> None
         )
 
 
-async def shareable(session: Session, devices: Iterable[Raw]) -> frozenset[str]:
-    """Return the QOM paths of the devices whose ``share-rw`` lets other programs write to their disks."""
-    found = set()
+async def unguarded(session: Session, devices: Iterable[Raw]) -> dict[str, str]:
+    """Return the QOM paths of the devices whose disks are written past QEMU's block layer, and how."""
+    found = {}
     for path in [qom_path(d) for d in devices if d.get("qdev") and d.get("inserted")]:
-        try:
-            if await session.execute("qom-get", {"path": path, "property": "share-rw"}):
-                found.add(path)
-        except CommandFailed:
-            continue  # such a device cannot share
-    return frozenset(found)
+        kind = await _property(session, path, "type")
+        if kind in _PASSED_THROUGH:
+            found[path] = f"its guest writes to the host's device past QEMU ({kind})"
+        elif await _property(session, path, "scsi") is True:
+            found[path] = "its guest may write to the host's device past QEMU (scsi=on)"
+        elif await _property(session, path, "share-rw") is True:
+            found[path] = "other programs may write to it (share-rw=on)"
+    return found
+
+
+async def _property(session: Session, path: str, name: str) -> Any:
+    """``None`` where a device has no such property."""
+    try:
+        return await session.execute("qom-get", {"path": path, "property": name})
+    except CommandFailed:
+        return None

@@ -12,6 +12,7 @@ sorted array that it is in the file, as far as the index needs it, and reads
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +38,7 @@ _PIECE = 256 << 10
 """Bytes that are read at once, where all are looked at: the cache of a processor has room for them."""
 
 _kept = 0
+_lock = threading.RLock()  # what a finalizer takes may be held by the same thread
 
 
 class StoredBytes:
@@ -108,10 +110,14 @@ class Column:
     def _keep(self) -> None:
         global _kept
         size = self._count * self.dtype.itemsize
-        if _kept + size <= IN_MEMORY:
-            _kept += size
-            self._whole = self[:]
-            weakref.finalize(self, _forget, size)
+        if _kept + size > IN_MEMORY:
+            return
+        whole = self[:]
+        with _lock:
+            if self._whole is None and _kept + size <= IN_MEMORY:
+                _kept += size
+                self._whole = whole
+                weakref.finalize(self, _forget, size)
 
     def searchsorted(self, wanted: NDArray[Any], side: Any = "left") -> NDArray[np.int64]:
         """As that of a sorted array."""
@@ -235,4 +241,5 @@ def _bytes_of(array: NDArray[Any]) -> memoryview:
 
 def _forget(size: int) -> None:
     global _kept
-    _kept -= size
+    with _lock:
+        _kept -= size

@@ -9,9 +9,9 @@ import os
 
 import numpy as np
 
-from incbak.errors import DamagedError
+from incbak.errors import DamagedError, StorageError
 from incbak.repo.columns import Data, StoredBytes
-from incbak.repo.storage.base import Storage
+from incbak.repo.storage.base import LACKING, Storage, hint_for
 
 IN_MEMORY = 1 << 20
 _LARGEST = 1 << 34
@@ -33,6 +33,8 @@ def opened(storage: Storage, kind: str, name: str, hint: str = "") -> Data:
     except FileNotFoundError:
         raise
     except OSError as e:
+        if e.errno in LACKING:
+            raise StorageError(f"{kind} {name} cannot be read: {e.strerror}", hint=hint_for(e)) from e
         raise DamagedError(f"{kind} {name} cannot be read: {e.strerror}") from e
     if not len(found):
         raise DamagedError(f"{kind} {name} is empty")

@@ -54,7 +54,7 @@ def restore_disk(
         job = _Restore(repo, record, disk, target, salvage, report)
         job.run()
         if job.done.damaged and not salvage:
-            raise _damaged(record, job.done, repo)
+            raise _damaged(record, job.done, repo, target)
         target.finish()
     except OSError as e:
         target.abandon()
@@ -181,12 +181,12 @@ def _gaps(there: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
-def _damaged(record: Record, done: Restored, repo: Repository) -> DamagedError:
+def _damaged(record: Record, done: Restored, repo: Repository, target: Target) -> DamagedError:
     lost = sum(e.length for e in done.damaged)
     where = f"{lost} bytes in {len(done.damaged)} places"
+    state = "Nothing was restored." if target.blank else "The target is partly overwritten: do not use it as it is."
+    way_out = "Restore another backup, or with --salvage what can be read of this one."
     return DamagedError(
         f"backup {record.id[:8]}, disk {done.disk}: {where} do not verify: {done.why}",
-        hint=f"Nothing was restored. {REBUILD}"
-        if repo.index.doubt
-        else "Nothing was restored. Take another backup, or get what is whole with --salvage.",
+        hint=f"{state} {REBUILD if repo.index.doubt else way_out}",
     )

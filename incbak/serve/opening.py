@@ -8,6 +8,7 @@ clean. Where a step fails the flag stays clear, and the next start recovers the 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +18,11 @@ from incbak.bitmap.owner import Owner
 from incbak.bitmap.remembered import remembered_format
 from incbak.bitmap.settle import settled
 from incbak.bitmap.store import BitmapStore
-from incbak.disk.file import open_disk
+from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.formats import named_format, recognise
+from incbak.disk.stacking import key_of, share_bytes
 from incbak.disk.users import WRITES, refuse_writers
-from incbak.errors import FormatError, ImageChangedError, IncbakError
+from incbak.errors import FormatError, ImageChangedError, IncbakError, UsageError
 from incbak.fingerprint import without_ctime
 from incbak.serve.gate import DrainTimeoutError
 from incbak.serve.tracker import TrackedDisk
@@ -47,6 +49,7 @@ def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: b
     store = BitmapStore(state_dir, vm.name, name)
     try:
         refuse_writers(path, hint=WRITES)
+        _refuse_shared_bytes(vm, name, disk)
         store.lock(Owner.SERVE)
         store.note_image(path)
         good, bad = store.open_all(disk.fingerprint())
@@ -65,6 +68,15 @@ def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: b
     tracked.refresh()
     vm.add_disk(tracked)
     return tracked
+
+
+def _refuse_shared_bytes(vm: Vm, name: str, disk: FileDisk) -> None:
+    """Raise `UsageError` where another disk of ``vm`` has bytes of this one, as a device and its partition."""
+    images = {other.name: other.disk for other in vm.disks.values()} | {name: disk}
+    found = share_bytes({n: key_of(os.fstat(d.fd)) for n, d in images.items() if isinstance(d, FileDisk)})
+    if found:
+        hint = "What is written to one of them is not recorded for the other: serve one of them only."
+        raise UsageError(f"disks {found[0]} and {found[1]} have bytes in common", hint=hint)
 
 
 def _check_raw(vm: Vm, name: str, path: Path, state_dir: Path) -> None:

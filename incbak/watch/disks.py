@@ -18,7 +18,7 @@ from incbak.bitmap.store import BitmapStore
 from incbak.disk.locks import writer_present
 from incbak.engine.base import EngineDisk, LeftOut
 from incbak.engine.qemu_disks import find_disks
-from incbak.engine.qemu_graph import Graph, read_graph, shareable
+from incbak.engine.qemu_graph import Graph, read_graph, unguarded
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint, of_content, take_path, without_ctime
@@ -88,7 +88,7 @@ async def find_watched(
     """The disks to watch, their stores not yet locked; and why the others are not."""
     graph = await read_graph(session)
     devices = await session.execute("query-block")
-    disks, left_out = find_disks(devices, graph, await shareable(session, devices))
+    disks, left_out = find_disks(devices, graph, await unguarded(session, devices))
     found: list[Watched] = []
     for disk in disks:
         image = _image_of(disk, graph)

@@ -21,7 +21,8 @@ from tests.kit.live import (
     qcow2_image,
     unproven_write,
 )
-from tests.kit.serve import raw_image
+from tests.kit.need import need
+from tests.kit.serve import raw_image, wait_until
 
 pytestmark = pytest.mark.kvm
 SIZE = 8 << 20
@@ -118,24 +119,59 @@ def test_a_write_that_fails_is_seen_by_the_tests(tmp_path: Path) -> None:
 
 
 def test_disks_that_others_write_to_are_left_out_and_the_guest_lives(tmp_path: Path) -> None:
-    """Two devices on one node, and a writable export; beside them a disk that is backed up."""
+    """Two devices on one node, a writable export, and SCSI commands passed through; another disk is backed up."""
     need_guest()
     incbak = Incbak(tmp_path)
     incbak("init")
-    images = {n: raw_image(tmp_path / f"{n}.raw", SIZE, n.encode() * 1000) for n in ("vda", "vdb", "vdc")}
+    images = {n: raw_image(tmp_path / f"{n}.raw", SIZE, n.encode() * 1000) for n in ("vda", "vdb", "vdc", "vdd")}
     twin = ["-device", "virtio-blk-pci,drive=vdb,id=twin,share-rw=on"]
     arguments = ["-S", *_shared(images["vdb"], "vdb"), *twin, *_shared(images["vdc"], "vdc")]
+    node = {"driver": "raw", "node-name": "vdd", "file": {"driver": "file", "filename": str(images["vdd"])}}
+    passed = "virtio-blk-pci,drive=vdd,id=vdd-dev,scsi=on,disable-modern=on,disable-legacy=off"
+    arguments += ["-blockdev", json.dumps(node), "-device", passed]
     with Guest(tmp_path / "guest", [GuestDisk("vda", images["vda"])], arguments=arguments) as guest:
         guest.qmp("nbd-server-start", 20, addr={"type": "unix", "data": {"path": str(tmp_path / "nbd")}})
         guest.qmp("block-export-add", 20, type="nbd", id="e", node_name="vdc", writable=True)
         (made,) = incbak("--json", "full", f"qmp:{guest.monitor}", "--name", "vm").objects()
         assert [d["name"] for d in made["disks"]] == ["vda-dev"]
         notes = "; ".join(made["notes"])
-        assert all(f"disk {n} was left out" in notes for n in ("vdb-dev", "twin", "vdc-dev"))
+        assert all(f"disk {n} was left out" in notes for n in ("vdb-dev", "twin", "vdc-dev", "vdd-dev"))
         ran = incbak.run("full", f"qmp:{guest.monitor}", "--name", "vm", "--disk", "vdc-dev")
         assert (ran.code, "share-rw=on" in ran.err) == (2, True)
         assert guest.process.poll() is None
         assert ours_in(guest) == []
+
+
+def test_a_disk_outside_of_the_block_layer_is_said_to_be_left_out(tmp_path: Path) -> None:
+    """An NVDIMM and a vhost-user disk, with and without an id; they are backed up by nobody."""
+    need_guest()
+    need("qemu-storage-daemon")
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    sock, data, nv = tmp_path / "vu", tmp_path / "data.raw", tmp_path / "nv.raw"
+    for path in (data, nv):
+        raw_image(path, 16 << 20)
+    export = f"vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={sock}"
+    daemon = ["qemu-storage-daemon", "--blockdev", f"file,node-name=f,filename={data}", "--export", export]
+    arguments = ["-S", "-machine", "pc,nvdimm=on,memory-backend=ram", "-m", "64,slots=2,maxmem=1G"]
+    arguments += ["-object", "memory-backend-memfd,id=ram,size=64M,share=on"]
+    arguments += ["-object", f"memory-backend-file,id=m,share=on,mem-path={nv},size=16M"]
+    arguments += ["-device", "nvdimm,memdev=m", "-chardev", f"socket,id=c,path={sock}"]
+    arguments += ["-device", "vhost-user-blk-pci,chardev=c,id=data"]
+    with subprocess.Popen(daemon) as server:
+        try:
+            wait_until(sock.exists, "the daemon listens")
+            vda = raw_image(tmp_path / "vda.raw", SIZE)
+            with Guest(tmp_path / "guest", [GuestDisk("vda", vda)], arguments=arguments) as guest:
+                ran = incbak.run("--json", "full", f"qmp:{guest.monitor}", "--name", "vm")
+                (made,) = ran.objects()
+                notes = "; ".join(made["notes"])
+                for name, why in (("data", "vhost-user"), ("device[", "NVDIMM")):
+                    assert f"disk {name}" in notes
+                    assert why in notes
+                    assert f"disk {name}" in ran.err
+        finally:
+            server.terminate()
 
 
 def _shared(image: Path, name: str) -> list[str]:

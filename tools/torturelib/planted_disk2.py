@@ -176,6 +176,55 @@ FAULTS = [
         unit("repo/test_columns", "test_a_sector_that_fails_later_is_an_error_that_names_the_file"),
     ),
     Fault(
+        "serve-two-disks-with-bytes-in-common",
+        "incbak/serve/opening.py",
+        "        _refuse_shared_bytes(vm, name, disk)\n",
+        "",
+        unit("serve/test_opening", "test_two_disks_that_have_bytes_in_common_are_refused"),
+    ),
+    Fault(
+        "run-two-disks-with-bytes-in-common",
+        "incbak/backup/sources.py",
+        "        _check_bytes(description)\n",
+        "",
+        unit("backup/test_sources", "test_two_disks_of_a_running_vm_that_have_bytes_in_common_are_refused"),
+    ),
+    Fault(
+        "disks-in-common-looked-for-one-way",
+        "incbak/disk/stacking.py",
+        "        keys = stack_of(images[name]).keys\n",
+        "        keys = stack_of(images[name]).image\n",
+        unit("disk/test_stacking", "test_images_that_have_bytes_in_common"),
+    ),
+    Fault(
+        "device-read-from-an-outdated-cache",
+        "incbak/disk/file.py",
+        "            _forget_cached(fd)\n",
+        "            pass\n",
+        unit("serve/test_opening", "test_a_device_is_read_from_its_storage_and_not_from_an_outdated_cache"),
+    ),
+    Fault(
+        "drive-backup-over-a-served-device",
+        "incbak/serve/commands/backup.py",
+        "        self._refuse_served(Path(target))\n",
+        "",
+        unit("serve/test_drive_backup", "test_another_node_of_a_served_device_is_no_target"),
+    ),
+    Fault(
+        "index-without-files-called-damaged",
+        "incbak/repo/mapping.py",
+        "        if e.errno in LACKING:\n",
+        "        if False:\n",
+        unit("repo/test_columns", "test_what_the_process_lacks_is_no_damage"),
+    ),
+    Fault(
+        "guard-takes-small-numbers-only",
+        "incbak/engine/guard.py",
+        "    poll = select.poll()\n    for fd in awaited:\n",
+        "    return select.select(awaited, [], [], seconds)[0]\n    for fd in awaited:\n",
+        unit("engine/test_run_state", "test_the_guard_of_a_process_with_many_files_takes_their_numbers"),
+    ),
+    Fault(
         "bitmap-not-locked-in-memory",
         "incbak/bitmap/body.py",
         "        if _libc.mlock(",
@@ -227,8 +276,16 @@ FAULTS = [
     Fault(
         "index-kept-without-limit",
         "incbak/repo/columns.py",
-        "        if _kept + size <= IN_MEMORY:\n",
-        "        if True:\n",
+        """        if _kept + size > IN_MEMORY:
+            return
+        whole = self[:]
+        with _lock:
+            if self._whole is None and _kept + size <= IN_MEMORY:
+""",
+        """        whole = self[:]
+        with _lock:
+            if self._whole is None:
+""",
         unit("repo/test_columns", "test_no_more_is_kept_than_is_allowed"),
     ),
 ]

@@ -33,9 +33,37 @@ FAULTS = [
     Fault(
         "live: a shareable disk is backed up",
         "incbak/engine/qemu_shared.py",
-        "    if share_rw:\n",
+        "    if unguarded:\n",
         "    if not root:\n",
         unit("engine/test_qemu_graph", "test_a_disk_that_may_be_shared_is_left_out_with_the_reason"),
+    ),
+    Fault(
+        "live: a disk outside of the block layer is left out in silence",
+        "incbak/engine/qemu.py",
+        "        left_out += await find_outside(self._session)\n",
+        "",
+        ("tests/live/test_qemu_neighbours.py::test_a_disk_outside_of_the_block_layer_is_said_to_be_left_out",),
+    ),
+    Fault(
+        "live: devices without an id are not looked at",
+        "incbak/engine/qemu_outside.py",
+        '_PLACES = ("/machine/peripheral", "/machine/peripheral-anon")',
+        '_PLACES = ("/machine/peripheral",)',
+        ("tests/live/test_qemu_neighbours.py::test_a_disk_outside_of_the_block_layer_is_said_to_be_left_out",),
+    ),
+    Fault(
+        "live: a disk that is passed through is backed up",
+        "incbak/engine/qemu_graph.py",
+        "        if kind in _PASSED_THROUGH:\n",
+        "        if not kind:\n",
+        unit("engine/test_qemu_graph", "test_devices_that_are_written_past_the_block_layer_are_known"),
+    ),
+    Fault(
+        "live: a disk whose guest may pass commands through is backed up",
+        "incbak/engine/qemu_graph.py",
+        '        elif await _property(session, path, "scsi") is True:\n',
+        "        elif not kind:\n",
+        unit("engine/test_qemu_graph", "test_devices_that_are_written_past_the_block_layer_are_known"),
     ),
     Fault(
         "live: a second writer of a node is not seen",

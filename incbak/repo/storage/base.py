@@ -6,6 +6,7 @@ checked by the caller (`ids.is_id`) and never come from outside unchecked.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -16,6 +17,17 @@ from incbak.repo.seal import Seal
 KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned", "verified", "drills", "keys", "needs")
 LATER = ("pins", "condemned", "verified", "drills", "keys", "needs")
 """Kinds that an older repository may lack: there are none of these files, and the first one makes the folder."""
+
+
+LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What this process lacks: such an error says nothing of a file."""
+
+
+def hint_for(error: OSError) -> str:
+    """Return what to do where a file cannot be opened or read."""
+    if error.errno in LACKING:
+        return "Raise the limits of this process: ulimit -n, or LimitNOFILE= in a systemd unit."
+    return "Look at the storage, and at the permissions."
 
 
 class Stream(ABC):

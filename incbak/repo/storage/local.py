@@ -17,7 +17,7 @@ from pathlib import Path
 from incbak import durable
 from incbak.errors import DamagedError, DurabilityError, LockedError, StorageError
 from incbak.repo.seal import PLAIN, SEALED, Seal
-from incbak.repo.storage.base import KINDS, Storage, Stream
+from incbak.repo.storage.base import KINDS, Storage, Stream, hint_for
 
 _OPEN_FILES = 256
 _OTHER_FILES = 32
@@ -274,7 +274,7 @@ def _open_files() -> int:
 
 
 def _unreadable(path: Path, cause: OSError) -> StorageError:
-    return StorageError(f"cannot read {path}: {cause.strerror}", hint="Look at the storage, and at the permissions.")
+    return StorageError(f"cannot read {path}: {cause.strerror}", hint=hint_for(cause))
 
 
 def _flock(fd: int, path: Path, kind: int, deadline: float) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from incbak.disk.file import FileDisk
 from incbak.disk.formats import named_format
+from incbak.disk.stacking import key_of, share_bytes
 from incbak.errors import IncbakError
 from incbak.nbd.uri import parse_uri
 from incbak.serve.backup_job import BackupJob, BackupSpec, BitmapMode
@@ -208,8 +211,23 @@ class DriveBackup(Backup):
             return OwnTarget(target, parse_uri(target))
         existing = self.args.get("mode", "absolute-paths") == "existing"
         form = self.args.get("format") or (_format_of(Path(target)) if existing else "raw")
+        self._refuse_served(Path(target))
         kind = ImageTarget if form == "qcow2" else FileTarget
         return kind(Path(target), self.tracked.size, existing=existing)
+
+    def _refuse_served(self, path: Path) -> None:
+        """Raise `QmpError` for what holds bytes of a disk that is served here, under whatever name."""
+        try:
+            target = key_of(path.stat())
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            raise QmpError(f"Could not open '{path}': {e.strerror}") from e
+        for name, tracked in self.vm.disks.items():
+            if isinstance(tracked.disk, FileDisk):
+                served = key_of(os.fstat(tracked.disk.fd))
+                if share_bytes({"disk": served, "target": target}):
+                    raise QmpError(f"'{path}' is in use: it has bytes of disk '{name}', which is served here")
 
     def _give_back(self, target: JobTarget) -> None:
         target.close()

@@ -20,6 +20,8 @@ from incbak.events import Event, Warned
 from incbak.fleet.config import load
 from incbak.reasons import Reason
 from incbak.repo.record import DiskRecord, Origin, Record
+from tests.kit.devices import loop_device
+from tests.kit.need import need_root
 from tests.unit.backup.scene import Disk, FakeEngine
 from tests.unit.repo.scene import new
 
@@ -159,6 +161,20 @@ def test_what_tells_a_change(tmp_path: Path, how: Callable[[Path], None], which:
     with pytest.raises(ImageChangedError, match=which):
         run.confirm()
     Sources(_chain(tmp_path), off=False).confirm()
+
+
+def test_two_disks_of_a_running_vm_that_have_bytes_in_common_are_refused(tmp_path: Path) -> None:
+    """What the guest writes to one of them is recorded for that one only."""
+    need_root()
+    image = tmp_path / "image"
+    image.write_bytes(bytes(SIZE))
+    with loop_device(image) as first, loop_device(image) as second:
+        apart = {"vda": str(image), "vdb": str(tmp_path / "other"), "vdc": "nbd://host/x"}
+        Sources(Description("vm", (), "", {"images": apart}), off=False)
+        for other in (first, second):
+            images = {"vda": str(first), "vdb": str(image if other == first else second)}
+            with pytest.raises(UsageError, match="vda and vdb have bytes in common"):
+                Sources(Description("vm", (), "", {"images": images}), off=False)
 
 
 def test_two_disks_of_one_name() -> None:

@@ -36,6 +36,17 @@ def test_an_interrupt_while_modules_are_imported(tmp_path: Path, module: str) ->
     assert not (tmp_path / "repo").exists()
 
 
+def test_as_many_files_may_be_open_as_the_hard_limit_allows() -> None:
+    program = (
+        "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (100, 200)); import sys; from incbak.cli import start;"
+        "sys.argv = ['incbak', '--version']\ntry: start.main()\nexcept SystemExit: print(r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert said.splitlines()[-1] == "(200, 200)"
+
+
 def test_one_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     before = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
     ran = _run("click", "-r", str(tmp_path / "repo"), "init", before=before)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from incbak.disk import stacking
-from incbak.disk.stacking import Key, Loop, stack_of
+from incbak.disk.stacking import Key, Loop, share_bytes, stack_of
 from tests.kit.sysfs import Sysfs
 
 
@@ -53,6 +53,22 @@ def test_an_array_lies_on_its_members(system: Sysfs) -> None:
     assert _sets(inner) == ({inner}, {array, *members})
     assert spare not in stack_of(members[1]).keys
     assert _sets(members[1]) == ({members[1], array, inner}, {members[0]})
+
+
+def test_images_that_have_bytes_in_common(system: Sysfs) -> None:
+    """A disk and its partition, or a volume and what it lies on; not two partitions, nor two volumes."""
+    disk = system.device("sda")
+    boot = system.partition("sda", "sda1", 0, 1024)
+    physical = system.partition("sda", "sda2", 1024, 1 << 19)
+    ours, root = system.device("dm-0"), system.device("dm-1")
+    system.built("dm-0", on="sda/sda2")
+    system.built("dm-1", on="sda/sda2")
+    assert share_bytes({"vda": boot, "vdb": physical}) is None
+    assert share_bytes({"vda": ours, "vdb": root, "vdc": boot}) is None
+    assert share_bytes({"vda": root, "vdb": boot, "vdc": disk}) == ("vda", "vdc")
+    assert share_bytes({"vda": boot, "vdb": root, "vdc": physical}) == ("vdb", "vdc")
+    assert share_bytes({"vda": boot, "vdb": boot}) == ("vda", "vdb")
+    assert share_bytes({}) is None
 
 
 def test_partitions_that_overlap(system: Sysfs) -> None:

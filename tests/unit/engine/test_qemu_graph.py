@@ -9,10 +9,11 @@ from typing import Any, cast
 import pytest
 
 from incbak.engine.qemu_disks import find_disks
-from incbak.engine.qemu_graph import Graph, StillUsedError, move, take_out
+from incbak.engine.qemu_graph import Graph, StillUsedError, move, take_out, unguarded
 from incbak.engine.qemu_leftovers import remove_leftovers
+from incbak.engine.qemu_outside import find_outside
 from incbak.engine.qemu_shared import why_shared
-from incbak.engine.session import Session
+from incbak.engine.session import CommandFailed, Session
 
 FILTER = "incbak-1-2-0f"
 DISK = "/machine/peripheral/v/virtio-backend"
@@ -24,6 +25,7 @@ class Qemu:
     def __init__(self, drivers: Mapping[str, str], *links: tuple[str, str, str, str, str]) -> None:
         self.drivers, self.links = dict(drivers), [list(x) for x in links]
         self.told: list[tuple[str, str]] = []
+        self.properties: dict[str, Any] = {}
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, **_: Any) -> Any:
         answer = getattr(self, "do_" + command.replace("-", "_"))
@@ -51,6 +53,11 @@ class Qemu:
         assert link[3] != value, "QEMU 7.2 aborts"
         self.told.append((path, value))
         link[3] = value
+
+    def do_qom_get(self, path: str, property: str) -> Any:
+        if property not in self.properties:
+            raise CommandFailed("qom-get", "GenericError", f"Property '{path}.{property}' not found")
+        return self.properties[property]
 
     def do_block_stream(self, device: str, base_node: str, **_: Any) -> None:
         (link,) = [x for x in self.links if x[1] == device and x[2] == "backing"]
@@ -125,23 +132,69 @@ def test_a_filter_that_another_program_uses_is_said_to_be_left(user: tuple[str, 
 def test_a_second_writer_anywhere_below_the_device_is_found(link: tuple[str, str, str, str, str], named: str) -> None:
     own = [("block-backend", DISK, "root", "a", "write"), ("block-driver", "a", "file", "f", "write")]
     qemu = Qemu({"a": "raw", "f": "file", "twin": "raw"}, *own, link)  # type: ignore[arg-type]
-    assert named in why_shared(qemu.graph(), "a", "a", share_rw=False)
-    assert bool(why_shared(qemu.graph(), "a", "a", share_rw=False)) == bool(named)
+    assert named in why_shared(qemu.graph(), "a", "a")
+    assert bool(why_shared(qemu.graph(), "a", "a")) == bool(named)
 
 
 def test_a_filter_of_a_dead_run_is_no_second_writer() -> None:
     own = [("block-backend", DISK, "root", FILTER, "write"), ("block-driver", FILTER, "file", "d", "write")]
     qemu = Qemu({FILTER: "copy-before-write", "d": "qcow2"}, *own)  # type: ignore[arg-type]
-    assert why_shared(qemu.graph(), FILTER, "d", share_rw=False) == ""
+    assert why_shared(qemu.graph(), FILTER, "d") == ""
     disks, left_out = find_disks(qemu.do_query_block(), qemu.graph())
     assert ([d.extra["top"] for d in disks], left_out) == (["d"], [])
 
 
 def test_a_disk_that_may_be_shared_is_left_out_with_the_reason() -> None:
     qemu = Qemu({"d": "raw"}, ("block-backend", DISK, "root", "d", "write"))
-    disks, left_out = find_disks(qemu.do_query_block(), qemu.graph(), {DISK})
+    disks, left_out = find_disks(qemu.do_query_block(), qemu.graph(), {DISK: "other programs may write to it"})
     assert disks == []
-    assert [(x.name, "share-rw=on" in x.why) for x in left_out] == [("v", True)]
+    assert [(x.name, "other programs may write" in x.why) for x in left_out] == [("v", True)]
+
+
+@pytest.mark.parametrize(
+    ("properties", "how"),
+    [
+        ({"type": "virtio-blk-device", "scsi": False, "share-rw": True}, "share-rw=on"),
+        ({"type": "virtio-blk-device", "scsi": True, "share-rw": False}, "scsi=on"),
+        ({"type": "scsi-block", "share-rw": False}, "scsi-block"),
+        ({"type": "scsi-generic"}, "scsi-generic"),
+        ({"type": "virtio-blk-device", "scsi": False, "share-rw": False}, ""),
+        ({"type": "floppy"}, ""),
+    ],
+)
+def test_devices_that_are_written_past_the_block_layer_are_known(properties: dict[str, Any], how: str) -> None:
+    qemu = Qemu({"d": "raw"}, ("block-backend", DISK, "root", "d", "write"))
+    qemu.properties = properties
+    found = asyncio.run(unguarded(session(qemu), qemu.do_query_block()))
+    assert list(found) == ([DISK] if how else [])
+    assert how in found.get(DISK, "")
+
+
+class Listing:
+    """A QEMU that has devices of these types."""
+
+    def __init__(self, *types: str) -> None:
+        self.types = types
+
+    async def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        if arguments["path"].endswith("-anon"):
+            raise CommandFailed(command, "GenericError", "no such path")
+        return [{"name": f"d{n}", "type": f"child<{kind}>"} for n, kind in enumerate(self.types)]
+
+
+def test_disks_outside_of_the_block_layer_are_known_by_their_type() -> None:
+    disks = [
+        "vhost-user-blk-pci",
+        "vhost-user-scsi-pci",
+        "vhost-scsi-pci",
+        "nvdimm",
+        "virtio-pmem-pci",
+        "vhost-user-blk",
+    ]
+    others = ["virtio-blk-pci", "vhost-user-fs-pci", "pc-dimm", "virtio-net-pci", "vhost-vsock-pci", "nvdimms"]
+    found = asyncio.run(find_outside(cast(Session, Listing(*disks, *others, "vfio-pci", "vfio-pci-nohotplug"))))
+    assert [x.name for x in found if not x.expected] == [f"d{n}" for n in range(len(disks))]
+    assert [x.name for x in found if x.expected] == ["d12", "d13"]
 
 
 def test_an_implicit_filter_stays_between_the_device_and_its_image() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -188,6 +190,24 @@ def test_a_runner_that_gives_up_leaves_the_vm_to_the_guard() -> None:
     with monitor, pytest.raises(EngineSilent):
         asyncio.run(run())
     assert monitor.told == ["query-status", "cont"]
+
+
+def test_the_guard_of_a_process_with_many_files_takes_their_numbers() -> None:
+    ours, theirs = socket.socketpair()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    number = 5000
+    with ours, theirs:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number + 1), hard))
+        try:
+            os.dup2(theirs.fileno(), number)
+            try:
+                assert guard._ready([number], 0) == []
+                ours.send(b"x")
+                assert guard._ready([number], 60) == [number]
+            finally:
+                os.close(number)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_guard_cuts_targets_before_it_asks_qemu() -> None:

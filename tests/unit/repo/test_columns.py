@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,32 @@ def test_no_more_is_kept_than_is_allowed(tmp_path: Path, monkeypatch: pytest.Mon
     assert isinstance(second.near(9), Column)
     del first
     assert isinstance(second.near(9), np.ndarray)
+
+
+def test_what_cannot_be_read_is_not_counted_as_kept(tmp_path: Path) -> None:
+    keys, before = np.arange(ROWS, dtype="<u8"), columns._kept
+    column = stored(tmp_path / "x", keys)
+    os.truncate(tmp_path / "x", 100)
+    for _ in range(3):
+        with pytest.raises(DamagedError):
+            column.near(9)
+    assert columns._kept == before
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_the_process_lacks_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    index, _ = large(tmp_path, monkeypatch)
+    real = os.open
+
+    def lacking(path: object, flags: int, *more: Any, **others: Any) -> int:
+        if "/index/" in str(path):
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, *more, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mapping.os, "open", lacking)
+    with pytest.raises(StorageError) as raised:
+        Index(index._storage)
+    assert "ulimit" in raised.value.hint
 
 
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Index, np.ndarray]:

@@ -125,6 +125,17 @@ def test_in_place_only_what_differs_is_written(made: Made, tmp_path: Path, monke
     assert again.changed == CLUSTER + SIZE % CLUSTER + min(CLUSTER, 65536)
 
 
+def test_a_restore_in_place_that_fails_says_what_the_target_is_now(made: Made, tmp_path: Path) -> None:
+    image = tmp_path / "vda.raw"
+    made.spoil(made.cluster(5))
+    with pytest.raises(DamagedError) as raised:
+        _restore(made, InPlaceTarget(raw_image(image, SIZE), SIZE))
+    assert "partly overwritten" in raised.value.hint
+    with pytest.raises(DamagedError) as raised:
+        _restore(made, Qcow2Target(tmp_path / "new.qcow2", SIZE, force=False))
+    assert "Nothing was restored" in raised.value.hint
+
+
 def test_in_place_refuses_what_it_cannot_do_and_changes_nothing(tmp_path: Path) -> None:
     other = raw_image(tmp_path / "small.raw", SIZE - 512, b"mine")
     with pytest.raises(RestoreError, match=f"has {whole_sectors(SIZE) - 512} bytes"):

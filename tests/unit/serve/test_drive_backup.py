@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.memory import MemoryDisk
 from incbak.serve.schema import QmpError
+from tests.kit.devices import loop_device
 from tests.kit.need import need, need_root
 from tests.kit.serve import Machine, holding, wait_until
 
@@ -93,6 +95,21 @@ def test_in_a_transaction_that_does_not_happen(tmp_path: Path) -> None:
         assert not new.exists()
         assert machine("query-jobs") == []
         assert "error" not in run(machine, there)
+
+
+def test_another_node_of_a_served_device_is_no_target(tmp_path: Path) -> None:
+    need_root()
+    image, node = tmp_path / "vda.raw", tmp_path / "node"
+    image.write_bytes(b"x" * SIZE)
+    with loop_device(image) as device:
+        os.mknod(node, 0o600 | stat.S_IFBLK, device.stat().st_rdev)
+        with Machine(tmp_path, {"vda": open_disk(device), "vdb": MemoryDisk(SIZE)}) as machine:
+            for target in (device, node, image):
+                with pytest.raises(QmpError, match="in use"):
+                    machine(
+                        "drive-backup", device="vdb", target=str(target), sync="full", mode="existing", format="raw"
+                    )
+    assert image.read_bytes() == b"x" * SIZE
 
 
 def test_the_disk_itself_is_no_target(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from incbak.bitmap.disown import disown
 from incbak.bitmap.file import Bitmap, Found
 from incbak.bitmap.remembered import remember_format
 from incbak.disk import file
-from incbak.errors import BitmapError, FormatError, ImageInUseError
+from incbak.disk.file import open_disk
+from incbak.errors import BitmapError, FormatError, ImageInUseError, UsageError
 from incbak.fingerprint import Fingerprint, take
 from incbak.reasons import Reason
 from incbak.serve.opening import close_tracked, open_tracked
 from incbak.serve.vm import Vm
+from tests.kit.devices import loop_device
 from tests.kit.need import need_root
 from tests.kit.serve import holding, raw_image
 
@@ -44,6 +46,28 @@ def image(tmp_path: Path) -> Path:
         assert tracked.store
         tracked.bitmaps["b"] = tracked.store.create("b", SIZE, GRAIN, tracked.disk.fingerprint())
     return made
+
+
+def test_a_device_is_read_from_its_storage_and_not_from_an_outdated_cache(image: Path) -> None:
+    """Another program that only reads the device keeps the cache, and what was written below shows there never."""
+    with loop_device(image) as device, device.open("rb") as reader:
+        assert reader.read(1 << 20) == image.read_bytes()[: 1 << 20]
+        with image.open("r+b") as below:
+            below.write(b"new" * 1000)
+            os.fsync(below.fileno())
+        for again in range(2):
+            disk = open_disk(device, read_only=not again)
+            assert disk.read(0, 3000) == b"new" * 1000
+            disk.close()
+
+
+def test_two_disks_that_have_bytes_in_common_are_refused(image: Path) -> None:
+    """What a guest writes to one of them is recorded for that one only."""
+    need_root()
+    with _session(image) as vm, loop_device(image) as device:
+        with pytest.raises(UsageError, match="vda and vdb have bytes in common"):
+            open_tracked(vm, "vdb", device, image.parent / "state")
+        assert list(vm.disks) == ["vda"]
 
 
 @contextmanager
