@@ -37,8 +37,8 @@ from incbak.engine.qemu_graph import qom_path, read_graph, unguarded
 from incbak.engine.qemu_guard import Guard
 from incbak.engine.qemu_jobs import CopyJob
 from incbak.engine.qemu_leftovers import remove_leftovers
-from incbak.engine.qemu_outside import find_outside
 from incbak.engine.qemu_migration import MigrationBlocker
+from incbak.engine.qemu_outside import find_outside
 from incbak.engine.qemu_window import stopped
 from incbak.engine.run_state import check_run_state, until_refused
 from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Session
