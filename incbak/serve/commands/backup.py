@@ -227,7 +227,7 @@ class DriveBackup(Backup):
             if isinstance(tracked.disk, FileDisk):
                 served = key_of(os.fstat(tracked.disk.fd))
                 if share_bytes({"disk": served, "target": target}):
-                    raise QmpError(f"'{path}' is in use: it has bytes of disk '{name}', which is served here")
+                    raise QmpError(f"Could not open '{path}': it is in use, for disk '{name}' is served from it")
 
     def _give_back(self, target: JobTarget) -> None:
         target.close()
