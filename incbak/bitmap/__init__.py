@@ -18,9 +18,8 @@ slot and is synced, then over the other and is synced: a torn write never meets 
 2. The first mark in a 64 MiB region sets its byte in the coarse map and syncs the file. Only what a *finished* sync is
    known to cover is skipped later; a byte that another thread has set and still syncs is waited for (L1). Threads that
    wait share the next sync, for it begins after they have set their bytes.
-3. The bits are stored, under a lock, so that the page cache has them (`body`: by a mapping where no store can fault,
-   else by ``pwrite``). They are not synced: the page cache keeps them when the process dies,
-   and the coarse map stands for them when the host does.
+3. The bits are stored, under a lock, by ``pwrite`` (see `body`), so that the page cache has them. They are not synced:
+   the page cache keeps them when the process dies, and the coarse map stands for them when the host does.
 4. Only then does the write go out. Whatever becomes of it, the bits stay.
 
 And at a clean end, when the writers are gone and the disk is flushed:

@@ -68,7 +68,7 @@ class Body:
         self._show(at, data)
 
     def _show(self, at: int, data: Bits) -> None:
-        """Show what the file has now."""
+        """Let the arrays show ``data`` too; a mapping shows it already."""
 
     def note(self, word: int) -> None:
         """Store the owner's note, at once: no kill leaves half of it. Without a lock, and fast."""

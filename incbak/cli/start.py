@@ -2,7 +2,7 @@
 
 Imports take some tenths of a second, and an interrupt within them would be a traceback in the midst of somebody else's
 code. Nothing has been done by then, so Ctrl-C ends the process at once until a command begins. Nothing but the console
-script imports this module.
+script and ``python -m incbak`` import this module.
 """
 
 from __future__ import annotations

@@ -16,11 +16,14 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from incbak.disk import qcow2
+from incbak.disk.file import forget_cached
 from incbak.errors import DiskError
+from incbak.opening import open_image
 
 _DEEPEST = 200
 _PROTOCOL = re.compile(r"[^/]*:")  # as QEMU tells a protocol from a path
@@ -105,3 +108,15 @@ def _check_file(path: Path, seen: set[tuple[int, int]]) -> None:
     if (info.st_dev, info.st_ino) in seen:
         raise DiskError(f"{path} is its own backing file")
     seen.add((info.st_dev, info.st_ino))
+    if stat.S_ISBLK(info.st_mode):
+        _read_from_storage(path)
+
+
+def _read_from_storage(path: Path) -> None:
+    """QEMU reads through the page cache of a device, which may be outdated: see `incbak.disk.file.forget_cached`."""
+    with suppress(OSError):  # what cannot be opened fails when it is read
+        fd = open_image(path, os.O_RDONLY)
+        try:
+            forget_cached(fd)
+        finally:
+            os.close(fd)

@@ -69,14 +69,14 @@ def open_disk(path: Path, *, read_only: bool = False, lock: bool = True) -> File
             lock_image(fd, str(path), write=not read_only)
         disk = FileDisk(fd, path, read_only=read_only)
         if disk.is_block:
-            _forget_cached(fd)
+            forget_cached(fd)
         return disk
     except BaseException:
         os.close(fd)
         raise
 
 
-def _forget_cached(fd: int) -> None:
+def forget_cached(fd: int) -> None:
     """Drop what the page cache has of a device. While any process has it open the cache stays, and may be outdated.
 
     That is the case where what is below the device was written without it: the file of a loop device, the disk of a

@@ -89,7 +89,7 @@ def load(storage: Storage) -> tuple[Manifest, Counts] | None:
 def _read(storage: Storage, name: str) -> tuple[Manifest, Counts]:
     if not is_id(name):
         raise DamagedError(f"needs {name[:100]!r} is none of ours")
-    data = opened(storage, "needs", name)
+    data = opened(storage, "needs", name, "Look at the storage; the next prune counts anew what it cannot read.")
     if len(data) < _FOOT.size:
         raise DamagedError(f"needs {name} is cut off")
     length, magic = _FOOT.unpack(data[-_FOOT.size :].tobytes())

@@ -14,6 +14,7 @@ from incbak.repo.columns import Column, StoredBytes
 
 _IN_MEMORY = 16 << 20
 """Bytes of arrays that stay in memory."""
+_HINT = "Free space in /var/tmp and look at its storage, or name another directory in TMPDIR."
 
 
 def spool_file() -> IO[bytes]:
@@ -38,12 +39,12 @@ class Spool:
         try:
             if self._file is None or self._stored is None:
                 self._file = spool_file()
-                self._stored = StoredBytes(os.dup(self._file.fileno()), "temporary", "file")
+                self._stored = StoredBytes(os.dup(self._file.fileno()), "temporary", "file", _HINT)
                 self._stored.error = StorageError
             at = self._file.seek(0, os.SEEK_END)
             self._file.write(np.ascontiguousarray(array).data)
             self._file.flush()
         except OSError as e:
             what = f"cannot write a temporary file: {e.strerror}"
-            raise DurabilityError(what, hint="Free space in /var/tmp, or name another folder in TMPDIR.") from e
+            raise DurabilityError(what, hint=_HINT) from e
         return Column(self._stored, array.dtype, len(array), at)

@@ -36,6 +36,9 @@ class Restored:
     why: str = ""
 
 
+_PARTLY = "The target is partly overwritten: do not use it as it is."
+
+
 def restore_disk(
     repo: Repository,
     record: Record,
@@ -58,7 +61,10 @@ def restore_disk(
         target.finish()
     except OSError as e:
         target.abandon()
-        raise RestoreError(f"cannot write {target.name}: {e.strerror}", hint="Free space, or look at it.") from e
+        state = "" if target.blank else f"{_PARTLY} "
+        raise RestoreError(
+            f"cannot write {target.name}: {e.strerror}", hint=f"{state}Free space, or look at it."
+        ) from e
     except BaseException:
         target.abandon()
         raise
@@ -184,7 +190,7 @@ def _gaps(there: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 def _damaged(record: Record, done: Restored, repo: Repository, target: Target) -> DamagedError:
     lost = sum(e.length for e in done.damaged)
     where = f"{lost} bytes in {len(done.damaged)} places"
-    state = "Nothing was restored." if target.blank else "The target is partly overwritten: do not use it as it is."
+    state = "Nothing was restored." if target.blank else _PARTLY
     way_out = "Restore another backup, or with --salvage what can be read of this one."
     return DamagedError(
         f"backup {record.id[:8]}, disk {done.disk}: {where} do not verify: {done.why}",

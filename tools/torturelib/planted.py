@@ -210,10 +210,13 @@ def campaign(faults: Sequence[Fault], jobs: int, *, as_json: bool) -> int:
                 copies.put(copy)
 
         missed = 0
-        with ThreadPoolExecutor(jobs) as threads:
+        threads = ThreadPoolExecutor(jobs)
+        try:
             for done in as_completed([threads.submit(try_out, fault) for fault in faults]):
                 missed += not done.result().by
                 _tell(done.result(), as_json)
+        finally:
+            threads.shutdown(cancel_futures=True)  # an interrupt ends it after the faults that are being tried
     print(f"{len(faults)} faults, {missed} not caught", file=sys.stderr)
     return missed
 

@@ -199,9 +199,16 @@ FAULTS = [
     Fault(
         "device-read-from-an-outdated-cache",
         "incbak/disk/file.py",
-        "            _forget_cached(fd)\n",
+        "            forget_cached(fd)\n",
         "            pass\n",
         unit("serve/test_opening", "test_a_device_is_read_from_its_storage_and_not_from_an_outdated_cache"),
+    ),
+    Fault(
+        "chain-read-from-an-outdated-cache",
+        "incbak/disk/chain.py",
+        "            forget_cached(fd)\n",
+        "            pass\n",
+        unit("disk/test_chain", "test_devices_of_a_chain_are_read_from_their_storage"),
     ),
     Fault(
         "drive-backup-over-a-served-device",

@@ -25,6 +25,8 @@ LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 def hint_for(error: OSError) -> str:
     """Return what to do where a file cannot be opened or read."""
+    if error.errno == errno.ENOMEM:
+        return "Free memory, or raise the limits of this process: ulimit -v, or MemoryMax= in a systemd unit."
     if error.errno in LACKING:
         return "Raise the limits of this process: ulimit -n, or LimitNOFILE= in a systemd unit."
     return "Look at the storage, and at the permissions."

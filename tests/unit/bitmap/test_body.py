@@ -186,10 +186,9 @@ def test_only_file_systems_that_show_what_is_written_are_mapped(tmp_path: Path) 
 
 # -- a real ext4 ------------------------------------------------------------------------------------------------------
 
-_MARK = """
+_OPEN = """
 import sys
 from pathlib import Path
-from incbak.bitmap import body
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.reasons import Reason
@@ -199,6 +198,9 @@ disk = open_disk(image)
 store = BitmapStore(state, "vm", "disk")
 store.lock()
 bitmap = store.open(name, disk.fingerprint())
+"""
+
+_MARK = f"""{_OPEN}
 assert not isinstance(bitmap, Reason), bitmap
 bitmap.mark(0, 1)
 print(bitmap._stored.kind, flush=True)
@@ -295,18 +297,7 @@ def _fill(directory: Path) -> None:
             (directory / f"small-{n}").write_bytes(bytes(2000))
 
 
-_MARK_ALL = """
-import sys
-from pathlib import Path
-from incbak.bitmap.store import BitmapStore
-from incbak.disk.file import open_disk
-from incbak.reasons import Reason
-
-state, image, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-disk = open_disk(image)
-store = BitmapStore(state, "vm", "disk")
-store.lock()
-bitmap = store.open(name, disk.fingerprint())
+_MARK_ALL = f"""{_OPEN}
 if isinstance(bitmap, Reason):
     print("invalid", bitmap)
     sys.exit()

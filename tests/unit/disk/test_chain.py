@@ -9,6 +9,7 @@ import pytest
 
 from incbak.disk.chain import Allowed, Layer, read_chain
 from incbak.errors import DiskError
+from tests.kit.devices import loop_device
 from tests.unit.disk.test_qcow2 import BACKING_FORMAT, DATA_FILE, header
 
 
@@ -29,6 +30,21 @@ def test_a_chain_beside_the_image(tmp_path: Path) -> None:
         Layer(tmp_path / "mid", "qcow2"),
         Layer(tmp_path / "base.img", "raw"),
     ]
+
+
+def test_devices_of_a_chain_are_read_from_their_storage(tmp_path: Path) -> None:
+    """Another program that reads the device keeps its cache, and what was written below does not show there."""
+    top = image(tmp_path / "top")
+    with top.open("r+b") as below:
+        below.truncate(1 << 20)
+        with loop_device(top) as device, device.open("rb") as reader:
+            reader.read()
+            below.seek(1 << 19)
+            below.write(b"new")
+            below.flush()
+            os.fsync(below.fileno())
+            assert read_chain(device, Allowed()) == [Layer(device, "qcow2")]
+            assert device.read_bytes()[1 << 19 :][:3] == b"new"
 
 
 @pytest.mark.parametrize("what", ["backing", "data"])
