@@ -241,7 +241,10 @@ class Guest:
 
     def __call__(self, command: str, timeout: float = 60, /, **arguments: Any) -> Any:
         """Run a command of ``guest_program.py`` and return its result."""
-        number = self.send(command, **arguments)
+        return self.wait_answer(self.send(command, **arguments), timeout, command)
+
+    def wait_answer(self, number: int, timeout: float = 60, command: str = "the command") -> Any:
+        """Wait for the result of a command that `send` began."""
         self._wait(lambda: number in self._answers, timeout, f"no answer to {command}")
         answer = self._answers.pop(number)
         if "error" in answer:

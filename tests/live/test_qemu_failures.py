@@ -149,10 +149,17 @@ def test_what_a_run_into_a_repository_that_is_gone_has_left(vm: Vm, tmp_path: Pa
     assert ours_in(vm.guest) == []
     process = vm.start()
     eventually(vm.copying, 20, "a job")
-    ran = incbak.run("clean", f"qmp:{vm.second}", "--name", "vm", "--yes")
-    assert ran.code == 11, ran
-    ran = other.run("clean", f"qmp:{vm.second}", "--name", "vm", "--yes")
-    assert (ran.code, "a backup is at work" in ran.err) == (11, True), ran
+    (job,) = (j["device"] for j in backup_jobs(vm.guest.qmp))
+    vm.guest.qmp("block-job-set-speed", device=job, speed=1)  # so that it is at work, however slow the machine is
+    for paused in (False, True):
+        if paused:
+            vm.guest.qmp("block-job-pause", device=job)
+        ran = incbak.run("clean", f"qmp:{vm.second}", "--name", "vm", "--yes")
+        assert ran.code == 11, ran
+        ran = other.run("clean", f"qmp:{vm.second}", "--name", "vm", "--yes")
+        assert (ran.code, "a backup is at work" in ran.err) == (11, True), ran
+    vm.guest.qmp("block-job-resume", device=job)
+    vm.guest.qmp("block-job-set-speed", device=job, speed=0)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     (gone,) = {b["name"] for b in incbak("--json", "bitmap", "list", source).objects() if b["repository"] == other_id}

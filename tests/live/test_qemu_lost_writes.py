@@ -30,7 +30,7 @@ from tests.kit.serve import raw_image
 
 pytestmark = pytest.mark.kvm
 SECONDS = 12
-PER_ROUND = 12
+PER_ROUND = 8
 CLUSTER = 65536
 AIMED_AT, AIMED = 80 << 20, 768  # where single writes go, and how many clusters there are
 SIZE = AIMED_AT + AIMED * CLUSTER
@@ -48,6 +48,7 @@ class Aim:
 
     def __init__(self, guest: Guest) -> None:
         self.guest, self.count, self.active, self.stopped = guest, 0, False, False
+        self.newest: int | None = None  # of the commands that were sent
         self._execute = Session.execute
 
     def fire(self) -> None:
@@ -55,9 +56,19 @@ class Aim:
         self.count += 1
         for disk in ("vda", "vdb"):
             offset = AIMED_AT + self.count % AIMED * CLUSTER
-            self.guest.send(
+            self.newest = self.guest.send(
                 "write", disk=disk, offset=offset, length=512, fill=self.count // AIMED % 255 + 1, sync=False
             )
+
+    def settle(self) -> None:
+        """Wait until the guest has done all writes so far.
+
+        It reads nothing while its VM is stopped, so a backlog from earlier would fill the channel then, and `fire`
+        would wait for the guest that waits for the end of the backup's window.
+        """
+        if self.newest is not None:
+            self.guest.wait_answer(self.newest)
+            self.newest = None
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Listen to what goes to the monitor."""
@@ -92,6 +103,7 @@ class Campaign:
 
     def _back_up(self, disks: int, *, incremental: bool = True) -> None:
         names, chain = ["vda-dev", "vdb-dev"][:disks], self.chains[disks]
+        self.aim.settle()
         before = self.guest.acked[chain.writes.name]
         record = asyncio.run(self._run(chain.incbak, names, incremental))
         assert [d.reason for d in record.disks] == [None] * disks
@@ -114,6 +126,7 @@ class Campaign:
         """Some backups, and the truth."""
         for n in range(PER_ROUND):
             self._back_up(1 + n % 2)
+        self.aim.settle()
         self.guest.qmp("stop")
         self.aim.stopped = True  # nothing reads what is sent to the guest
         for n, chain in self.chains.items():

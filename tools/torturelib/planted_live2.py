@@ -144,6 +144,20 @@ FAULTS = [
         (f"{_LEFT}test_what_a_run_into_a_repository_that_is_gone_has_left[plain]",),
     ),
     Fault(
+        "clean: a run whose job another program has paused is taken for a dead one",
+        "incbak/engine/leftovers.py",
+        'or (j["status"] == "paused" and j["id"] in sound)',
+        "",
+        (f"{_LEFT}test_what_a_run_into_a_repository_that_is_gone_has_left[plain]",),
+    ),
+    Fault(
+        "clean: a dead run's job, paused with an error, counts as at work",
+        "incbak/engine/leftovers.py",
+        'if job["io-status"] == "ok"',
+        "",
+        (f"{_LEFT}test_what_a_run_into_a_repository_that_is_gone_has_left[plain]",),
+    ),
+    Fault(
         "clean: bitmaps go too",
         "incbak/engine/leftovers.py",
         "keep | {leftover.run})",
