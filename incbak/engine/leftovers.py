@@ -5,8 +5,8 @@ gone. The next run of the same repository removes them; where none is due, or th
 
 A run is at work while it has a job that runs: a dead runner's job pauses with an error when its target is cut, or waits
 to be finalized (see `incbak.engine.qemu_jobs`). A job that is paused without an error was paused by another program.
-Between its first node and its job a run that lives looks like a dead one, so the caller of `remove` makes sure that none
-lives: by the VM's lock in the repository, or by asking.
+Between its first node and its job a run that lives looks like a dead one, so the caller of `remove` makes sure that
+none lives: by the VM's lock in the repository, or by asking.
 """
 
 from __future__ import annotations
