@@ -216,7 +216,7 @@ FAULTS = (
         _JUDGE,
         "    if slot.size != disk.size:\n        return Reason.RESIZED\n",
         "",
-        _on_open("test_the_disk_changed_while_nobody_tracked_it"),
+        unit("bitmap/test_device_writes", "test_a_device_that_grew_after_a_kill"),
     ),
     Fault(
         "bitmap-of-another-disk",

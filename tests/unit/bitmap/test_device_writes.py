@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_writes_since_the_owner_was_killed(scene: Scene, writes: bytes, boot: st
         found.close(None)
 
 
+def test_a_device_that_grew_after_a_kill(scene: Scene) -> None:
+    """Nothing was written, and yet the bitmap is one of another size."""
+    disk = device_of(scene, SETUP + FEW)
+    bitmap = scene.store.create(NAME, disk.size, CLUSTER, disk)
+    bitmap.heartbeat(Beat(time.time_ns(), writes=SETUP + FEW))
+    bitmap.close(None)
+    assert scene.store.open(NAME, disk._replace(size=disk.size + CLUSTER)) is Reason.RESIZED
+
+
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "backing").write_bytes(bytes(1 << 20))
@@ -94,20 +104,18 @@ def test_the_kernel_counts(loop: Path) -> None:
 
 def seen(loop: Path) -> Fingerprint:
     """By who opens it now."""
-    disk = open_disk(loop, read_only=True, lock=False)
-    try:
+    with closing(open_disk(loop, read_only=True, lock=False)) as disk:
         return disk.fingerprint()
-    finally:
-        disk.close()
 
 
 def test_a_write_that_is_only_in_the_page_cache_shows(loop: Path) -> None:
-    """It is not counted before it is on the device."""
-    before = seen(loop)
-    with loop.open("r+b", buffering=0) as f:
-        f.seek(8192)
-        f.write(b"x" * 512)
-        assert changed(before, seen(loop)) is Reason.DISK_CHANGED
+    """It is not counted before it is on the device, so who has it open brings it there first."""
+    with closing(open_disk(loop, read_only=True, lock=False)) as disk:
+        before = disk.fingerprint()
+        with loop.open("r+b", buffering=0) as f:
+            f.seek(8192)
+            f.write(b"x" * 512)
+            assert changed(before, disk.fingerprint()) is Reason.DISK_CHANGED
 
 
 def test_a_device_that_is_not_counted_equals_nothing(loop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
