@@ -145,7 +145,7 @@ FAULTS = (
         _SAMPLE,
         "os.O_RDONLY | os.O_DIRECT",
         "os.O_RDONLY",
-        _boot("test_a_sample_that_differs_is_final"),
+        unit("backup/test_sample", "test_clusters_are_read_past_the_page_cache"),
     ),
     Fault(
         "sample-that-differs-forgotten",

@@ -340,7 +340,7 @@ _ORDER = (
         "incbak/repo/storage/local.py",
         "        self._let_go(kind, gone)\n",
         "",
-        _kills("test_on_a_full_disk_it_makes_room"),
+        unit("repo/test_formats", "test_what_is_removed_is_not_held_open"),
     ),
 )
 

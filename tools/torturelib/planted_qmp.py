@@ -240,7 +240,7 @@ _WRITTEN = (
         _IMAGE,
         "    open_disk(path).close()\n    refuse_users",
         "    refuse_users",
-        unit("serve/test_targets", "test_an_image_in_use_is_left_alone"),
+        unit("serve/test_targets", "test_an_image_whose_users_cannot_be_seen_is_left_alone"),
     ),
     Fault(
         "target-image-name-not-durable",

@@ -44,7 +44,7 @@ _SERVE = (
         _FILE_TARGET,
         "open_disk(path)\n",
         "open_disk(path, lock=False)\n",
-        unit("serve/test_drive_backup", "test_the_disk_itself_is_no_target"),
+        unit("serve/test_drive_backup", "test_a_file_whose_users_cannot_be_seen_is_no_target"),
     ),
     Fault(
         "drive-backup-name-not-durable",

@@ -1,10 +1,12 @@
-"""Which clusters a sample looks at."""
+"""Which clusters a sample looks at, and where it reads them."""
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from numpy.typing import NDArray
 
 from incbak.backup import sample
 from incbak.backup.sample import WANTED, choose_clusters
+from incbak.extents import Extent
 from incbak.repo.tree import FANOUT, TreeReader
+from tests.kit.devices import loop_device
 
 
 class Tree(TreeReader):
@@ -78,3 +82,18 @@ def test_the_work_does_not_grow_with_the_disk() -> None:
     tree.leaf = lambda number: tree.fetched.update([number]) or np.ones((FANOUT, 32), dtype=np.uint8)  # type: ignore
     assert choose_clusters(tree, lambda first, count: np.ones(count, dtype=bool))[1]
     assert sum(tree.fetched.values()) <= 2 * WANTED
+
+
+@pytest.mark.root
+def test_clusters_are_read_past_the_page_cache(tmp_path: Path) -> None:
+    """Who opens a device drops what the cache has of it; another reader may bring it back meanwhile."""
+    backing = tmp_path / "backing"
+    backing.write_bytes(b"o" * 65536)
+    with loop_device(backing) as path, path.open("rb") as reader, sample._Uncached(path, 65536) as device:
+        assert reader.read(65536) == b"o" * 65536
+        with backing.open("r+b") as f:
+            f.write(b"n" * 65536)
+            os.fsync(f)
+        reader.seek(0)
+        assert reader.read(4096) == b"o" * 4096, "the page cache did not keep what it had: nothing is shown"
+        assert bytes(device.read(Extent(0, 65536))) == b"n" * 65536

@@ -112,6 +112,24 @@ def test_a_pack_table_is_read_back_and_two_of_the_same_content_have_two_names(st
     assert table["offset"].tolist() == [16, 17, 18, 19, 20]
 
 
+@pytest.mark.parametrize("all_at_once", [False, True])
+def test_what_is_removed_is_not_held_open(storage: LocalStorage, all_at_once: bool) -> None:
+    """A file that is open takes space for as long as it is, and a prune on a full disk makes none."""
+    name = _pack(storage.root, _entries(), b"12345")
+    storage.read_range("packs", name, 0, 1)
+
+    def held() -> list[str]:
+        links = [os.readlink(f.path) for f in os.scandir("/proc/self/fd") if os.path.islink(f.path)]
+        return [link for link in links if f"/packs/{name}" in link]
+
+    assert held()
+    if all_at_once:
+        storage.remove_all("packs", [name])
+    else:
+        storage.remove("packs", name)
+    assert held() == []
+
+
 @pytest.mark.parametrize(
     "row",
     [

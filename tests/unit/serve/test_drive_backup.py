@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from incbak import durable
 from incbak.disk.faults import Faults, FaultyDisk
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.memory import MemoryDisk
+from incbak.serve import file_target
 from incbak.serve.schema import QmpError
 from tests.kit.devices import loop_device
 from tests.kit.need import need, need_root
@@ -110,6 +112,18 @@ def test_another_node_of_a_served_device_is_no_target(tmp_path: Path) -> None:
                         "drive-backup", device="vdb", target=str(target), sync="full", mode="existing", format="raw"
                     )
     assert image.read_bytes() == b"x" * SIZE
+
+
+def test_a_file_whose_users_cannot_be_seen_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of another host are told by the lock alone."""
+    monkeypatch.setattr(file_target, "refuse_users", lambda _: None)
+    out = tmp_path / "out.raw"
+    out.write_bytes(b"x" * SIZE)
+    with closing(open_disk(out)), machine_of(tmp_path) as machine:
+        for mode in ("existing", "absolute-paths"):
+            with pytest.raises(QmpError, match="in use"):
+                machine("drive-backup", device="vda", target=str(out), sync="full", mode=mode, format="raw")
+    assert out.read_bytes() == b"x" * SIZE
 
 
 def test_the_disk_itself_is_no_target(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from incbak.disk.file import open_disk, probe_format
 from incbak.disk.memory import MemoryDisk
 from incbak.errors import ImageInUseError, NbdError
 from incbak.nbd.client import NbdClient
+from incbak.serve import image_target
 from incbak.serve.export import DiskExport
 from incbak.serve.image_target import ImageTarget
 from incbak.serve.jobs import TargetError
@@ -178,6 +179,19 @@ def test_an_image_in_use_is_left_alone(tmp_path: Path, images: Path) -> None:
                 machine("drive-backup", device="vda", target=str(out), sync="full", format="qcow2", mode=mode)
         assert out.read_bytes()[:4] == b"mine"
         assert [p.name for p in images.iterdir()] == ["out.raw"]
+
+
+@pytest.mark.qemu
+def test_an_image_whose_users_cannot_be_seen_is_left_alone(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of another host are told by the lock alone."""
+    monkeypatch.setattr(image_target, "refuse_users", lambda _: None)
+    out = raw_image(images / "out.raw", SIZE, b"mine")
+    with closing(open_disk(out)), Machine(tmp_path, {"vda": _disk()}) as machine:
+        with pytest.raises(QmpError, match="in use"):
+            machine("drive-backup", device="vda", target=str(out), sync="full", format="qcow2")
+    assert out.read_bytes()[:4] == b"mine"
 
 
 @pytest.mark.qemu
