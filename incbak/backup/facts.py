@@ -39,6 +39,8 @@ from incbak.engine.base import Description
 
 Facts = list[list[Any]]
 """One entry for each file or device, from the top: its name, and what is known; ``None``: it is not known."""
+Identity = tuple[int, int]
+"""Device and inode of a file; of a block device -1 and its number: a mount namespace may have nodes of its own."""
 Looked = dict[str, list[tuple["Leaf", list[Any]]]]
 """Of each disk, by its name."""
 _SETTLE_SECONDS = 3.0
@@ -99,18 +101,21 @@ def _below(block: dict[str, Any], part: Part) -> Iterator[tuple[str, Part]]:
 
 
 class Peer:
-    """The process of an engine, of which is known what it has open; of another process than the engine, nothing is."""
+    """The process of an engine, of which is known what it has open; of another process than the engine, nothing is.
+
+    ``open``: that, or nothing.
+    """
 
     def __init__(self, pid: int | None, names: Collection[str]) -> None:
         self._pid = pid
-        self._open = frozenset(_open_files(pid)) if pid else frozenset()
-        if not any(_identity(found) in self._open for n in names if (found := self._stat(n))):
-            self._open = frozenset()
+        self.open: frozenset[Identity] = frozenset(_open_files(pid)) if pid else frozenset()
+        if not any(identity(found) in self.open for n in names if (found := self._stat(n))):
+            self.open = frozenset()
 
     def look(self, name: str) -> tuple[Path, os.stat_result] | None:
         """Return what the engine has under that name, as far as that is known."""
         found = self._stat(name)
-        if found is None or (_identity(found) not in self._open if self._open else not name.startswith("/")):
+        if found is None or (identity(found) not in self.open if self.open else not name.startswith("/")):
             return None
         return self._path(name), found
 
@@ -125,15 +130,15 @@ class Peer:
         return None
 
 
-def _open_files(pid: int) -> Iterator[tuple[int, int]]:
+def _open_files(pid: int) -> Iterator[Identity]:
     with suppress(OSError):
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(OSError):
-                yield _identity(fd.stat())
+                yield identity(fd.stat())
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    """Another mount namespace may have other nodes of a device."""
+def identity(found: os.stat_result) -> Identity:
+    """Return what a file or device is, whatever its name."""
     return (-1, found.st_rdev) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
 

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from incbak.backup.facts import Identity
+from incbak.backup.opened import is_another
 from incbak.backup.sources import check_names, recorded, unproven
 from incbak.bitmap.lost import Lost
 from incbak.engine.base import (
@@ -51,7 +53,8 @@ class Known:
     lost: Mapping[str, Lost] = field(default_factory=dict)
     """Per disk, why bitmaps that are not there are lost."""
     opened: Mapping[str, list[Any]] = field(default_factory=dict)
-    """The images that a running engine has open: path and inode of each."""
+    held: Collection[Identity] = frozenset()
+    """What a running engine has open: see `incbak.backup.opened`."""
     data: Mapping[str, list[Any]] = field(default_factory=dict)
     trusted: Collection[str] = frozenset()
     """The disks' data files, and what is not looked at: see `incbak.backup.sources`."""
@@ -211,7 +214,9 @@ def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known)
     bitmap = disk.bitmap(name)
     if reason := unproven(disk, record, bitmap, known):
         return reason
-    if _is_another(recorded(record, "opened", disk.name), known.opened.get(disk.name, [])):
+    in_memory = bitmap is not None and not bitmap.persistent
+    before_now = recorded(record, "opened", disk.name), known.opened.get(disk.name, [])
+    if is_another(*before_now, known.held, in_memory=in_memory):
         return Reason.DISK_CHANGED
     if disk.was_cut(name):
         return Reason.RESIZED
@@ -219,13 +224,6 @@ def _trouble(disk: EngineDisk, before: DiskRecord, record: Record, known: Known)
         return bitmap.trouble(known.cluster_size, sampling=known.sampling)
     another = any(run_of(b.name) == known.run(record.id) for b in disk.bitmaps)
     return Reason.WRONG_DISK if another else Reason.BITMAP_MISSING
-
-
-def _is_another(before: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Return whether neither the path nor the inode of an image that was open then is that of the one open now."""
-    if len(before) != 2 or len(now) != 2:
-        return False
-    return bool(before[0] != now[0] and (now[1] is None or before[1] != now[1]))
 
 
 def _why_not(disk: EngineDisk, known: Known, request: Request) -> Reason:

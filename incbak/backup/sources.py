@@ -7,9 +7,7 @@ when the record would be a base; and it has to be the same when a run commits as
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +25,7 @@ from incbak.backup.facts import (
     settled,
     without_ctime,
 )
+from incbak.backup.opened import opened_of
 from incbak.disk.stacking import key_of, share_bytes
 from incbak.engine.base import BitmapInfo, Description, EngineDisk
 from incbak.errors import ImageChangedError, UsageError
@@ -62,11 +61,11 @@ class Sources:
     def __init__(
         self, description: Description, *, off: bool, trusted: Collection[str] = (), ctime: bool = True
     ) -> None:
-        _check_bytes(description)
         self._off, self._ctime, self.trusted = off, ctime, frozenset(trusted)
-        self.opened = {} if off else opened_of(description)
         self._leaves = {d.name: leaves(description, d.node) for d in description.disks}
         self._peer = Peer(description.peer, [leaf.name for each in self._leaves.values() for leaf in each])
+        _check_bytes(self._leaves, self._peer)
+        self.opened = {} if off else opened_of(description, self._peer)
         self._seen = settled(self._look)
         self.backing, self.data = self._part(Part.BELOW), self._part(Part.DATA)
 
@@ -79,7 +78,8 @@ class Sources:
 
     def now(self) -> dict[str, Any]:
         """Return what a plan has to know of it."""
-        return {"backing": self.backing, "opened": self.opened, "data": self.data, "trusted": self.trusted}
+        seen = {"backing": self.backing, "opened": self.opened, "data": self.data}
+        return {**seen, "held": self._peer.open, "trusted": self.trusted}
 
     def notes(self) -> list[str]:
         """Return what is below the disks and not known: with it, every backup reads its disk whole."""
@@ -110,22 +110,6 @@ class Sources:
         """What the record keeps of it."""
         kept = {"backing": self.backing, "opened": self.opened, "data": self.data}
         return {name: facts for name, facts in kept.items() if facts}
-
-
-def opened_of(description: Description) -> dict[str, list[Any]]:
-    """Return path and inode of the image that a running engine has open for each disk; ``None``: not known.
-
-    A node can get another file without losing its bitmaps (``blockdev-reopen``).
-    """
-    images: Mapping[str, Any] = description.config.get("images", {})
-    return {d.name: [path, _inode(path)] for d in description.disks if (path := str(images.get(d.name, "")))}
-
-
-def _inode(path: str) -> int | None:
-    try:
-        return os.stat(path).st_ino if path.startswith("/") else None
-    except OSError:
-        return None
 
 
 def unproven(disk: EngineDisk, record: Record, bitmap: BitmapInfo | None, now: Now) -> Reason | None:
@@ -164,21 +148,18 @@ def check_names(description: Description) -> None:
         nodes[disk.name] = disk.node
 
 
-def _check_bytes(description: Description) -> None:
+def _check_bytes(disks: Mapping[str, Sequence[Leaf]], peer: Peer) -> None:
     """Raise `UsageError` where two disks have bytes in common, as a device and its partition: each bitmap lacks writes.
 
-    Two nodes above one file are found in the graph of the engine.
+    What is below them is looked at by `unproven`: nobody writes there.
     """
-    found: dict[str, os.stat_result] = {}
-    for name, path in description.config.get("images", {}).items():
-        with suppress(OSError, ValueError):
-            if str(path).startswith("/"):
-                found[name] = os.stat(path)
-    if len(found) > 1 and any(stat.S_ISBLK(each.st_mode) for each in found.values()):
-        both = share_bytes({name: key_of(each) for name, each in found.items()})
-        if both:
-            hint = "What the guest writes to one of them is not recorded for the other: give the VM one of them only."
-            raise UsageError(f"disks {both[0]} and {both[1]} have bytes in common", hint=hint)
+    found = {
+        name: [key_of(looked[1]) for leaf in each if leaf.part is not Part.BELOW and (looked := peer.look(leaf.name))]
+        for name, each in disks.items()
+    }
+    if both := share_bytes(found):
+        hint = "What the guest writes to one of them is not recorded for the other: give the VM one of them only."
+        raise UsageError(f"disks {both[0]} and {both[1]} have bytes in common", hint=hint)
 
 
 def contradictions(vm: str, description: Description, records: Sequence[Record]) -> list[str]:

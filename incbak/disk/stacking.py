@@ -95,16 +95,16 @@ def stack_of(key: Key) -> Stack:
     return Stack(frozenset(image), others, loops, walk.complete)
 
 
-def share_bytes(images: Mapping[str, Key]) -> tuple[str, str] | None:
-    """Return the names of two images of which one holds bytes of the other, if there are any.
+def share_bytes(disks: Mapping[str, Collection[Key]]) -> tuple[str, str] | None:
+    """Return the names of two disks of which one has bytes of the other in its images, if there are any.
 
     What is written to one of them changes the other, and a bitmap of the other does not tell.
     """
-    names = sorted(images)
+    names = sorted(disks)
     for number, name in enumerate(names[:-1]):
-        keys = stack_of(images[name]).keys
+        keys = {key for image in disks[name] for key in stack_of(image).keys}
         for other in names[number + 1 :]:
-            if images[other] in keys:
+            if not keys.isdisjoint(disks[other]):
                 return name, other
     return None
 

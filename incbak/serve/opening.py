@@ -73,7 +73,7 @@ def open_tracked(vm: Vm, name: str, path: Path, state_dir: Path, *, read_only: b
 def _refuse_shared_bytes(vm: Vm, name: str, disk: FileDisk) -> None:
     """Raise `UsageError` where another disk of ``vm`` has bytes of this one, as a device and its partition."""
     images = {other.name: other.disk for other in vm.disks.values()} | {name: disk}
-    found = share_bytes({n: key_of(os.fstat(d.fd)) for n, d in images.items() if isinstance(d, FileDisk)})
+    found = share_bytes({n: [key_of(os.fstat(d.fd))] for n, d in images.items() if isinstance(d, FileDisk)})
     if found:
         hint = "What is written to one of them is not recorded for the other: serve one of them only."
         raise UsageError(f"disks {found[0]} and {found[1]} have bytes in common", hint=hint)

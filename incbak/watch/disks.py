@@ -16,6 +16,7 @@ from incbak.bitmap.owner import Owner
 from incbak.bitmap.settle import settled
 from incbak.bitmap.store import BitmapStore
 from incbak.disk.locks import writer_present
+from incbak.disk.stacking import Key, key_of
 from incbak.engine.base import EngineDisk, LeftOut
 from incbak.engine.qemu_disks import find_disks
 from incbak.engine.qemu_graph import Graph, read_graph, unguarded
@@ -33,7 +34,7 @@ _SETTLE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Watched:
-    """A disk whose bitmaps are in QEMU's memory only. ``format``: of its image.
+    """A disk whose bitmaps are in QEMU's memory only. ``format``: of its image; ``key``: which file or device that is.
 
     ``ignore_ctime``: see `incbak.bitmap.continuity`.
     """
@@ -42,6 +43,7 @@ class Watched:
     node: str
     size: int
     image: Path
+    key: Key
     format: str
     store: BitmapStore
     ignore_ctime: bool = False
@@ -51,6 +53,10 @@ class Watched:
     def raw(self) -> bool:
         """Whether what the image holds is what the guest sees."""
         return self.format == RAW
+
+    def is_replaced(self) -> bool:
+        """Return whether the image's name leads to another file or device now. Raises `OSError`."""
+        return key_of(self.image.stat()) != self.key
 
     def seen(self) -> Fingerprint:
         """Of the image, which may be open elsewhere; with the size of the *disk*. Raises `DiskError` or `OSError`."""
@@ -97,7 +103,12 @@ async def find_watched(
             continue
         form = RAW if disk.format in _PROTOCOLS else disk.format
         store = BitmapStore(state_dir, vm, disk.name)
-        watched = Watched(disk.name, disk.node, disk.size, image, form, store, ignore_ctime)
+        try:
+            key = key_of(image.stat())
+        except OSError as e:
+            left_out.append(LeftOut(disk.name, f"its image cannot be read here: {e}"))
+            continue
+        watched = Watched(disk.name, disk.node, disk.size, image, key, form, store, ignore_ctime)
         if why := await asyncio.to_thread(_unusable, watched, session.peer_pid()):
             left_out.append(LeftOut(disk.name, why))
             continue

@@ -173,6 +173,8 @@ def _write(each: _Disk) -> Outcome:
 def _why_not_closed(each: _Disk, now: Fingerprint) -> str:
     """Why the image may not be what the guest has left, or ""."""
     before, disk = each.fingerprint, each.disk
+    if disk.is_replaced():
+        return f"{disk.image} is not the image that was watched"
     if now != before if disk.raw else (now.inode, now.size) != (before.inode, before.size):
         return f"somebody else has written to {disk.image}"
     return f"somebody else has {disk.image} open for writing" if _opened(disk, now) else ""

@@ -53,20 +53,64 @@ def test_images_that_are_exchanged(stack: ExitStack, tmp_path: Path, off: bool) 
     assert differing(incbak.restored(disk="vda-dev"), content_of(b)) == []
 
 
-def test_a_node_that_got_another_file(stack: ExitStack, tmp_path: Path) -> None:
-    """``blockdev-reopen``: the node keeps its bitmaps."""
+def _reopen(guest: Guest, image: Path) -> None:
+    """Give the node of vda another file; it keeps its bitmaps."""
+    guest.qmp("blockdev-add", **{"driver": "file", "node-name": "other", "filename": str(image)})
+    options = {"driver": "raw", "node-name": "vda", "file": "other", "discard": "unmap"}
+    guest.qmp("blockdev-reopen", options=[options])
+
+
+@pytest.mark.parametrize("same_name", [False, True])
+def test_a_node_that_got_another_file(stack: ExitStack, tmp_path: Path, same_name: bool) -> None:
+    """``blockdev-reopen``: whatever the file is called."""
     a, b = (raw_image(tmp_path / f"{name}.raw", SIZE, name.encode() * SIZE) for name in "ab")
     incbak = Incbak(tmp_path)
     incbak("init")
     guest = Guest(tmp_path / "guest", [GuestDisk("vda", a)], arguments=["-S"])
     stack.callback(guest.kill)
     incbak("full", f"qmp:{guest.monitor}", "--name", "vm")
-    guest.qmp("blockdev-add", **{"driver": "file", "node-name": "other", "filename": str(b)})
-    options = {"driver": "raw", "node-name": "vda", "file": "other", "discard": "unmap"}
-    guest.qmp("blockdev-reopen", options=[options])
+    if same_name:
+        b = b.rename(a)
+    _reopen(guest, b)
     incbak("incremental", f"qmp:{guest.monitor}", "--name", "vm")
     assert _reasons(incbak) == ["disk-changed"]
     assert differing(incbak.restored(), content_of(b)) == []
+
+
+def test_an_image_that_is_renamed_while_it_is_open(stack: ExitStack, tmp_path: Path) -> None:
+    """It is still that image, and nothing is read again; under its old name there may be another one."""
+    a, b = (raw_image(tmp_path / f"{name}.raw", SIZE, name.encode() * SIZE) for name in "ab")
+    second = raw_image(tmp_path / "vdb.raw", SIZE)
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    guest = Guest(tmp_path / "guest", [GuestDisk("vda", a), GuestDisk("vdb", second)], arguments=["-S"])
+    stack.callback(guest.kill)
+    incbak("full", f"qmp:{guest.monitor}", "--name", "vm")
+    moved = a.rename(tmp_path / "moved.raw")
+    for _ in range(2):
+        incbak("incremental", f"qmp:{guest.monitor}", "--name", "vm")
+        assert _reasons(incbak) == [None, None]
+        if not a.exists():
+            b.rename(a)
+    assert differing(incbak.restored(disk="vda-dev"), content_of(moved)) == []
+
+
+def test_two_disks_of_one_file(stack: ExitStack, tmp_path: Path) -> None:
+    """Without locks QEMU lets them; what is written to one of them is in no bitmap of the other."""
+    image = raw_image(tmp_path / "a.raw", SIZE, b"a" * SIZE)
+    incbak = Incbak(tmp_path)
+    incbak("init")
+    disks = [GuestDisk(name, image, node_options={"file": _without_locks(image)}) for name in ("vda", "vdb")]
+    guest = Guest(tmp_path / "guest", disks, arguments=["-S"])
+    stack.callback(guest.kill)
+    ran = incbak.run("full", f"qmp:{guest.monitor}", "--name", "vm")
+    assert ran.code == 2
+    assert "disks vda-dev and vdb-dev have bytes in common" in ran.err
+    assert ours_in(guest) == []
+
+
+def _without_locks(image: Path) -> dict[str, str]:
+    return {"driver": "file", "filename": str(image), "locking": "off"}
 
 
 @pytest.mark.parametrize("form", ["raw", "qcow2"])

@@ -185,15 +185,18 @@ FAULTS = [
     Fault(
         "run-two-disks-with-bytes-in-common",
         "incbak/backup/sources.py",
-        "        _check_bytes(description)\n",
+        "        _check_bytes(self._leaves, self._peer)\n",
         "",
-        unit("backup/test_sources", "test_two_disks_of_a_running_vm_that_have_bytes_in_common_are_refused"),
+        (
+            "tests/live/test_qemu_identity.py::test_two_disks_of_one_file",
+            *unit("backup/test_sources", "test_two_disks_of_a_running_vm_that_have_bytes_in_common_are_refused"),
+        ),
     ),
     Fault(
         "disks-in-common-looked-for-one-way",
         "incbak/disk/stacking.py",
-        "        keys = stack_of(images[name]).keys\n",
-        "        keys = stack_of(images[name]).image\n",
+        "for key in stack_of(image).keys}",
+        "for key in stack_of(image).image}",
         unit("disk/test_stacking", "test_images_that_have_bytes_in_common"),
     ),
     Fault(

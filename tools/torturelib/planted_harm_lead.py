@@ -3,6 +3,7 @@
 from torturelib.planted import Fault, unit
 
 _PLAN = "incbak/backup/plan.py"
+_OPENED = "incbak/backup/opened.py"
 FAULTS = [
     Fault(
         "keep-within-minutes",
@@ -174,17 +175,59 @@ FAULTS = [
     ),
     Fault(
         "plan-node-that-got-another-file",
-        _PLAN,
+        _OPENED,
         "    return bool(before[0] != now[0] and (now[1] is None or before[1] != now[1]))\n",
         "    return False\n",
         unit("backup/test_plan", "test_a_node_that_got_another_file_is_another_disk"),
+    ),
+    Fault(
+        "plan-node-that-got-a-file-of-the-same-name",
+        _OPENED,
+        "            return list(before[1:3]) != list(now[1:3])\n",
+        "            return False\n",
+        ("tests/live/test_qemu_identity.py::test_a_node_that_got_another_file[True]",),
+    ),
+    Fault(
+        "plan-inode-without-its-file-system",
+        _OPENED,
+        "list(before[1:3]) != list(now[1:3])",
+        "before[1] != now[1]",
+        unit("backup/test_plan", "test_a_node_that_got_another_file_is_another_disk"),
+    ),
+    Fault(
+        "plan-renamed-image-not-looked-for",
+        _OPENED,
+        "            return (before[2], before[1]) not in held\n",
+        "            return False\n",
+        unit("backup/test_plan", "test_a_node_that_got_another_file_is_another_disk"),
+    ),
+    Fault(
+        "plan-what-is-open-is-not-known-by-number",
+        _OPENED,
+        "    return inode, device\n",
+        "    return None, None\n",
+        unit("backup/test_sources", "test_what_is_open_is_known_by_its_numbers"),
+    ),
+    Fault(
+        "two-disks-of-one-data-file",
+        "incbak/backup/sources.py",
+        "if leaf.part is not Part.BELOW and (looked",
+        "if leaf.part is Part.IMAGE and (looked",
+        unit("backup/test_sources", "test_two_disks_of_a_running_vm_that_have_bytes_in_common_are_refused"),
+    ),
+    Fault(
+        "watch-another-image-in-its-place",
+        "incbak/watch/saving.py",
+        "    if disk.is_replaced():\n",
+        "    if False:\n",
+        unit("watch/test_saving", "test_another_image_has_taken_the_place_of_the_one_that_was_watched"),
     ),
     Fault(
         "plan-what-is-open-is-not-recorded",
         "incbak/backup/sources.py",
         '        kept = {"backing": self.backing, "opened": self.opened, "data": self.data}\n',
         '        kept = {"backing": self.backing, "data": self.data}\n',
-        ("tests/live/test_qemu_identity.py::test_a_node_that_got_another_file",),
+        ("tests/live/test_qemu_identity.py::test_a_node_that_got_another_file[False]",),
     ),
     Fault(
         "plan-older-base-behind-another-size",

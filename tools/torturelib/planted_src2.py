@@ -195,14 +195,14 @@ FAULTS = [
     Fault(
         "name-that-the-engine-does-not-have-open",
         _FACTS,
-        'if found is None or (_identity(found) not in self._open if self._open else not name.startswith("/")):',
+        'if found is None or (identity(found) not in self.open if self.open else not name.startswith("/")):',
         "if found is None:",
         _facts("test_what_an_engine_has_open_is_known"),
     ),
     Fault(
         "another-process-taken-for-the-engine",
         _FACTS,
-        "            self._open = frozenset()\n\n",
+        "            self.open = frozenset()\n\n",
         "            pass\n\n",
         _facts("test_what_is_known_without_the_engine"),
     ),

@@ -226,7 +226,7 @@ class DriveBackup(Backup):
         for name, tracked in self.vm.disks.items():
             if isinstance(tracked.disk, FileDisk):
                 served = key_of(os.fstat(tracked.disk.fd))
-                if share_bytes({"disk": served, "target": target}):
+                if share_bytes({"disk": [served], "target": [target]}):
                     raise QmpError(f"Could not open '{path}': it is in use, for disk '{name}' is served from it")
 
     def _give_back(self, target: JobTarget) -> None:

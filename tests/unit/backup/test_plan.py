@@ -192,24 +192,47 @@ def test_the_name_of_a_bitmap_in_a_record_is_believed_only_for_its_own_backup() 
     assert _plan(_disk(_bitmap(OLD)), _with(records=[record])).plan.reason is Reason.BITMAP_MISSING
 
 
+_A = ["/a.raw", 7, 1, "boot"]
+
+
 @pytest.mark.parametrize(
-    ("before", "now", "same"),
+    ("before", "now", "in_memory", "stored"),
     [
-        (["/a.raw", 7], ["/a.raw", 7], True),
-        (["/a.raw", 7], ["/b.raw", 8], False),
-        (["/a.raw", 7], ["/moved.raw", 7], True),
-        (["/a.raw", 7], ["/a.raw", 8], True),  # copied back: the bitmap came with it, or there is none
-        (["/a.raw", None], ["/b.raw", None], False),
-        (["nbd://a", None], ["nbd://a", None], True),
-        (None, ["/b.raw", 8], True),
-        (["/a.raw", 7], None, True),
+        (_A, _A, True, True),
+        (_A, ["/b.raw", 8, 1, "boot"], False, False),
+        (_A, ["/moved.raw", 7, 1, "boot"], True, True),
+        (_A, ["/a.raw", 8, 1, "boot"], False, True),  # copied back: the bitmap came with it, or there is none
+        (_A, ["/a.raw", 7, 2, "boot"], False, True),  # of another file system
+        (_A, ["/a.raw", None, None, "boot"], True, True),  # renamed
+        (["/a.raw", 6, 1, "boot"], ["/a.raw", None, None, "boot"], False, True),
+        (_A, ["/a.raw", 8, 1, "other boot"], True, True),
+        (_A, ["/b.raw", 7, 2, "other boot"], True, True),
+        (_A, ["/b.raw", 8, 1, "other boot"], False, False),
+        (["/a.raw", None, None, "boot"], ["/b.raw", None, None, "boot"], False, False),
+        (["nbd://a", None, None, "boot"], ["nbd://a", None, None, "boot"], True, True),
+        (["/a.raw", 7], ["/a.raw", 8, 1, "boot"], True, True),  # as earlier versions recorded it
+        (["/a.raw", 7], ["/b.raw", 8, 1, "boot"], False, False),
+        (None, ["/b.raw", 8, 1, "boot"], True, True),
+        (_A, None, True, True),
     ],
 )
-def test_a_node_that_got_another_file_is_another_disk(before: list[Any], now: list[Any], same: bool) -> None:
+def test_a_node_that_got_another_file_is_another_disk(
+    before: list[Any], now: list[Any], in_memory: bool, stored: bool
+) -> None:
     """Its bitmaps stay, in QEMU (``blockdev-reopen``)."""
     record = changed(KNOWN.records[1], config={"opened": {"vda": before}} if before else {})
-    planned = _plan(_disk(_bitmap(BASE)), _with(records=[record], opened={"vda": now} if now else {}))
-    assert planned.plan.reason is (None if same else Reason.DISK_CHANGED)
+    known = _with(records=[record], opened={"vda": now} if now else {}, held={(1, 7), (1, 9)})
+    for persistent, same in ((False, in_memory), (True, stored)):
+        planned = _plan(_disk(_bitmap(BASE, persistent=persistent)), known)
+        assert planned.plan.reason is (None if same else Reason.DISK_CHANGED)
+
+
+def test_what_an_engine_has_open_is_not_always_seen() -> None:
+    """Then a name is all that there is."""
+    record = changed(KNOWN.records[1], config={"opened": {"vda": _A}})
+    for name, reason in (("/a.raw", None), ("/b.raw", Reason.DISK_CHANGED)):
+        known = _with(records=[record], opened={"vda": [name, None, None, "boot"]})
+        assert _plan(_disk(_bitmap(BASE)), known).plan.reason is reason
 
 
 def test_a_damaged_base_is_passed_over_for_an_older_one() -> None:

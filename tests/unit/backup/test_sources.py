@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from incbak import host
+from incbak.backup.facts import Peer
+from incbak.backup.opened import opened_of
 from incbak.backup.plan import Known, Request, choose, make_plan
 from incbak.backup.runner import Options, run
 from incbak.backup.sources import Sources, contradictions, other_images, other_names
@@ -163,18 +167,46 @@ def test_what_tells_a_change(tmp_path: Path, how: Callable[[Path], None], which:
     Sources(_chain(tmp_path), off=False).confirm()
 
 
+def _disks(data: Path, **images: Path | str) -> Description:
+    """Disks of one node each; what is called vdd has ``data`` as its data file."""
+    blocks: list[dict[str, Any]] = [{"node": name, "file": str(image)} for name, image in images.items()]
+    blocks.append({"node": "data", "file": str(data)})
+    for block in blocks:
+        block["children"] = {"data-file": "data"} if block["node"] == "vdd" else {}
+    disks = tuple(EngineDisk(name, SIZE, name) for name in images)
+    return Description("vm", disks, config={"blocks": blocks})
+
+
 def test_two_disks_of_a_running_vm_that_have_bytes_in_common_are_refused(tmp_path: Path) -> None:
     """What the guest writes to one of them is recorded for that one only."""
     need_root()
+    image, data, other = (tmp_path / name for name in ("image", "data", "other"))
+    for each in (image, data, other):
+        each.write_bytes(bytes(SIZE))
+    (tmp_path / "link").symlink_to(image)
+    with loop_device(image) as first, loop_device(image) as second:
+        Sources(_disks(data, vda=image, vdb=other, vdc="nbd://host/x", vdd="/dev/null"), off=False)
+        for one, two in ((first, image), (first, second), (image, image), (image, tmp_path / "link")):
+            with pytest.raises(UsageError, match="vda and vdb have bytes in common"):
+                Sources(_disks(data, vda=one, vdb=two), off=False)
+        with pytest.raises(UsageError, match="vda and vdd have bytes in common"):
+            Sources(_disks(data, vda=data, vdd=image), off=False)
+
+
+@pytest.mark.parametrize("kind", ["file", "device"])
+def test_what_is_open_is_known_by_its_numbers(tmp_path: Path, kind: str) -> None:
+    """Whatever it is called, and where its process is."""
     image = tmp_path / "image"
     image.write_bytes(bytes(SIZE))
-    with loop_device(image) as first, loop_device(image) as second:
-        apart = {"vda": str(image), "vdb": str(tmp_path / "other"), "vdc": "nbd://host/x"}
-        Sources(Description("vm", (), "", {"images": apart}), off=False)
-        for other in (first, second):
-            images = {"vda": str(first), "vdb": str(image if other == first else second)}
-            with pytest.raises(UsageError, match="vda and vdb have bytes in common"):
-                Sources(Description("vm", (), "", {"images": images}), off=False)
+    with loop_device(image) if kind == "device" else nullcontext(image) as path, path.open("rb") as f:
+        found = os.fstat(f.fileno())
+        numbers = [found.st_rdev, -1] if kind == "device" else [found.st_ino, found.st_dev]
+        link = tmp_path / "link"
+        link.symlink_to(path)
+        for name, seen in ((path, numbers), (link, numbers), (tmp_path, [None, None]), (tmp_path / "no", [None, None])):
+            description = Description("vm", (EngineDisk("vda", SIZE, "n"),), "", {"images": {"vda": str(name)}})
+            made = opened_of(description, Peer(os.getpid(), [str(path)]))
+            assert made == {"vda": [str(name), *seen, host.boot_id().hex()]}
 
 
 def test_two_disks_of_one_name() -> None:

@@ -63,11 +63,11 @@ def test_images_that_have_bytes_in_common(system: Sysfs) -> None:
     ours, root = system.device("dm-0"), system.device("dm-1")
     system.built("dm-0", on="sda/sda2")
     system.built("dm-1", on="sda/sda2")
-    assert share_bytes({"vda": boot, "vdb": physical}) is None
-    assert share_bytes({"vda": ours, "vdb": root, "vdc": boot}) is None
-    assert share_bytes({"vda": root, "vdb": boot, "vdc": disk}) == ("vda", "vdc")
-    assert share_bytes({"vda": boot, "vdb": root, "vdc": physical}) == ("vdb", "vdc")
-    assert share_bytes({"vda": boot, "vdb": boot}) == ("vda", "vdb")
+    assert share_bytes({"vda": [boot], "vdb": [physical]}) is None
+    assert share_bytes({"vda": [ours], "vdb": [root], "vdc": [boot]}) is None
+    assert share_bytes({"vda": [root], "vdb": [boot], "vdc": [disk]}) == ("vda", "vdc")
+    assert share_bytes({"vda": [boot], "vdb": [root], "vdc": [physical]}) == ("vdb", "vdc")
+    assert share_bytes({"vda": [boot], "vdb": [boot]}) == ("vda", "vdb")
     assert share_bytes({}) is None
 
 

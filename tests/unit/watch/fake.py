@@ -13,6 +13,7 @@ from qemu.qmp import EventListener
 
 from incbak.bitmap import bits as kernels
 from incbak.bitmap.store import BitmapStore
+from incbak.disk.stacking import key_of
 from incbak.engine.session import CommandFailed, EngineGone, Session
 from incbak.watch.disks import Watched
 from incbak.watch.transfer import Place, PrivateServer
@@ -165,4 +166,4 @@ def a_disk(directory: Path, *, raw: bool = True) -> Watched:
     os.utime(image, ns=(1, 1_600_000_000_123_456_789))
     store = BitmapStore(directory / "state", "vm", "vda")
     store.lock()
-    return Watched("vda", "vda", SIZE, image, "raw" if raw else "qcow2", store)
+    return Watched("vda", "vda", SIZE, image, key_of(image.stat()), "raw" if raw else "qcow2", store)

@@ -171,6 +171,23 @@ def test_somebody_writes_while_it_is_ended(qemu: FakeQemu, disk: Watched, monkey
     assert found(disk) is None
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_another_image_has_taken_the_place_of_the_one_that_was_watched(
+    tmp_path: Path, qemu: FakeQemu, raw: bool
+) -> None:
+    """And the node has it (``blockdev-reopen``) since before the guest shut down."""
+    disk = a_disk(tmp_path, raw=raw)
+    other = disk.image.with_name("other")
+    other.write_bytes(disk.image.read_bytes())
+    other.rename(disk.image)
+    outcome = save(qemu, disk)
+    assert (outcome.detail, outcome.reason) == (
+        f"{disk.image} is not the image that was watched",
+        Reason.DISK_CHANGED,
+    )
+    assert found(disk) is None
+
+
 def test_somebody_writes_while_the_files_are(qemu: FakeQemu, disk: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files are made invalid, though the image alone would tell; that of a block device would not."""
 

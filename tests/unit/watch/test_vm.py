@@ -11,6 +11,7 @@ import pytest
 
 from incbak.bitmap.look import owned
 from incbak.bitmap.store import BitmapStore
+from incbak.disk.stacking import Key
 from incbak.engine.session import Address, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError
 from incbak.watch import vm
@@ -73,7 +74,8 @@ def test_a_watch_that_waited_for_another_until_the_vm_had_ended_lost_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The other one has saved, and let go of the files when QEMU was gone."""
-    disk = Watched("vda", "vda", 1 << 20, tmp_path / "a.raw", "raw", BitmapStore(tmp_path / "state", "vm", "vda"))
+    store = BitmapStore(tmp_path / "state", "vm", "vda")
+    disk = Watched("vda", "vda", 1 << 20, tmp_path / "a.raw", Key(), "raw", store)
 
     class Gone:
         async def execute(self, command: str, *_: object) -> list[object]:
