@@ -13,13 +13,14 @@ The flag protocol
 The header has two slots of a sector each; the newest that verifies decides. A change of the header goes over the older
 slot and is synced, then over the other and is synced: a torn write never meets the newest slot. In a session:
 
-1. The first change clears the flag in both slots, and writes this boot and this process into them. Nothing else in the
-   file changes before, since the digest is of what is there.
+1. The first change clears the flag in both slots, and writes the id of this page cache, and this process, into them.
+   Nothing else in the file changes before, since the digest is of what is there.
 2. The first mark in a 64 MiB region sets its byte in the coarse map and syncs the file. Only what a *finished* sync is
    known to cover is skipped later; a byte that another thread has set and still syncs is waited for (L1). Threads that
    wait share the next sync, for it begins after they have set their bytes.
 3. The bits are stored, under a lock, by ``pwrite`` (see `body`), so that the page cache has them. They are not synced:
-   the page cache keeps them when the process dies, and the coarse map stands for them when the host does.
+   the page cache keeps them when the process dies, and the coarse map stands for them when the host does, or when the
+   file system is mounted anew (`page_cache`).
 4. Only then does the write go out. Whatever becomes of it, the bits stay.
 
 And at a clean end, when the writers are gone and the disk is flushed:
@@ -75,29 +76,31 @@ flag set, all of these match                         a clean end                
 flag clear, another inode, same boot                 replaced                                 invalid: disk-changed
 flag clear, another inode, other boot                replaced, or a file system that renames  invalid: unclean-shutdown
                                                      them
-flag clear, same boot, a time of the image that the  written or put back by another program   invalid: disk-changed
-owner did not see, and that is not of the 0.1 s
-after its last writes
+flag clear, same page cache, a time of the image     written or put back by another program   invalid: disk-changed
+that the owner did not see, and that is not of the
+0.1 s after its last writes
 flag clear, other boot, a time of this boot, of more written by another program, or put back  invalid: disk-changed
 than 120 s after the last sign of life, or from      to before the bitmap
 before the bitmap began
 flag clear, a clock behind the last sign of life     the clock was set back                   invalid: unproven
-flag clear, same boot, a block device whose count    the owner's last writes, or others       invalid: unproven
-is not what the owner saw
+flag clear, same page cache, a block device whose    the owner's last writes, or others       invalid: unproven
+count is not what the owner saw
+flag clear, same boot, another page cache, what      the bits may be lost with the page       invalid: unproven
+would make it invalid in another boot                cache, and nobody knows
 flag clear, other boot, a block device               nobody knows                             invalid:
                                                                                               unclean-shutdown
 flag clear, a coarse byte that is neither value      rot                                      invalid: coarse-map
-flag clear, same boot                                the owner was killed                     used: ``RECOVERED``
-flag clear, other boot                               the host went down                       used: ``COARSE``, all of
-                                                                                              each touched region dirty
+flag clear, same page cache                          the owner was killed                     used: ``RECOVERED``
+flag clear, another page cache                       the host went down, or the state         used: ``COARSE``, all of
+                                                     directory was mounted anew               each touched region dirty
 ===================================================  =======================================  ==========================
 
 How the times and counts are compared, and why: `incbak.bitmap.continuity`.
 
 The lock on the directory is held before anything is opened, so no owner is alive then. What is used is made this
 owner's before it is handed out: the coarse map is rewritten and synced (a byte may have been set and never synced),
-after a power cut together with the bits that it added; then the header gets this boot. A power cut in between finds the
-former boot, and does the same again.
+after a power cut together with the bits that it added; then the header gets this page cache. A power cut in between
+finds the former one, and does the same again.
 
 What is not used is made invalid on disk by `incbak serve` before its guest can write (`BitmapStore.give_up`): the next
 look might find nothing wrong any more, and would believe a bitmap in which nobody had recorded.

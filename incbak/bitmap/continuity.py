@@ -21,6 +21,9 @@ The rule: a bitmap is believed where that is shown, and what is unknown shows no
   the owner knew to be durable: when the bitmap began or was last closed, and once a minute (`Beat.durable_ns`). Nor are
   they between what was seen at the last sign of life and its clock. Others mean that the file was put back, or written
   by a system with another clock.
+- After a kill, where the page cache was lost within the boot (`incbak.bitmap.page_cache`): as after a power cut, since
+  no time after the boot began is known at which it still was there. So an image that was written in this boot is not
+  believed. A block device is, if its count is that of the last sign of life that is left: nothing was written since.
 - A block device: `incbak.device` tells the same as then, in the same boot and the same set-up of the device. After a
   kill this holds only where all was on the device at the last sign of life. After a clean end, in another boot or
   set-up, nothing counts; its owner may ask for a sample instead (`set_up_anew`, `incbak.backup.sample`).
@@ -81,7 +84,7 @@ def bypassed(beat: Beat, disk: Fingerprint, now_ns: int) -> Reason | None:
 def bypassed_in_a_power_cut(
     beat: Beat, began: Fingerprint, disk: Fingerprint, booted_ns: int, now_ns: int
 ) -> Reason | None:
-    """The same, of an owner that went down with its host; this boot began at ``booted_ns``.
+    """The same, of an owner that went down with its host, or whose page cache was lost; boot began at ``booted_ns``.
 
     ``began``: what the disk was when the bitmap began to record or was last closed.
     """

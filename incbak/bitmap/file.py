@@ -19,6 +19,7 @@ from incbak.bitmap import format as fmt
 from incbak.bitmap.body import digest_of, open_body
 from incbak.bitmap.format import REGION, REGION_SHIFT, TOUCHED, UNTOUCHED, Flag, Slot
 from incbak.bitmap.judge import Found
+from incbak.bitmap.page_cache import page_cache_id
 from incbak.errors import BitmapError, DurabilityError
 from incbak.extents import Extent
 from incbak.fingerprint import Beat, Fingerprint, beat_of
@@ -167,11 +168,10 @@ class Bitmap:
 
     def _clear_flag(self, seen: Fingerprint) -> None:
         """The flag is off on disk when this returns: both slots, each synced. Nothing was written since ``seen``."""
-        boot, pid = host.boot_id(), os.getpid()
-        slot = replace(self.slot, boot_id=boot, owner_pid=pid, owner_start=host.start_time(pid) or 0)
-        self._write_slots(
-            slot.with_flags(self._flags() & ~Flag.CLEAN), "bitmap.clear-first-slot", "bitmap.clear-second-slot"
-        )
+        cache, pid = page_cache_id(self._fd), os.getpid()
+        slot = replace(self.slot, cache_id=cache, owner_pid=pid, owner_start=host.start_time(pid) or 0)
+        slot = slot.with_flags(self._flags() & ~Flag.CLEAN)
+        self._write_slots(slot, "bitmap.clear-first-slot", "bitmap.clear-second-slot")
         self.state = State.DIRTY
         self.heartbeat(seen)
 
@@ -196,7 +196,7 @@ class Bitmap:
         self._durable[:] = (self._coarse == TOUCHED).astype(np.uint8).tobytes()
 
     def adopt(self, disk: Fingerprint) -> None:
-        """This process and this boot own the file from now on: a later look must not see the former owner."""
+        """This process owns the file from now on, in this page cache: a later look must not see the former owner."""
         with self._syncing():
             self._clear_flag(disk)
 

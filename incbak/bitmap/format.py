@@ -56,7 +56,11 @@ class Flag(IntFlag):
 
 @dataclass(frozen=True)
 class Slot:
-    """One copy of the header. Sizes in bytes; ``boot_id``, ``owner_pid`` and ``owner_start`` are of the last owner."""
+    """One copy of the header. Sizes in bytes; ``cache_id``, ``owner_pid`` and ``owner_start`` are of the last owner.
+
+    ``cache_id``: the page cache that has what the owner stored (`page_cache_id`). Early versions of incbak wrote the id
+    of the boot there, which equals no page cache: after a kill, their file is taken for one of another boot.
+    """
 
     name: str
     size: int
@@ -64,7 +68,7 @@ class Slot:
     disk_uuid: bytes
     flags: Flag
     sequence: int
-    boot_id: bytes
+    cache_id: bytes
     owner_pid: int
     owner_start: int
     created_ns: int
@@ -110,7 +114,7 @@ def encode(slot: Slot) -> bytes:
         REGION_SHIFT,
         len(name),
         slot.disk_uuid,
-        slot.boot_id,
+        slot.cache_id,
         slot.owner_pid,
         0,
         slot.owner_start,
@@ -145,7 +149,7 @@ def decode(sector: bytes) -> Slot | Reason:
         disk_uuid=fields[8],
         flags=Flag(fields[2]),
         sequence=fields[3],
-        boot_id=fields[9],
+        cache_id=fields[9],
         owner_pid=fields[10],
         owner_start=fields[12],
         created_ns=fields[13],

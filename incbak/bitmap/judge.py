@@ -20,6 +20,7 @@ from incbak.bitmap.bits import Bits
 from incbak.bitmap.body import digest_of
 from incbak.bitmap.continuity import OWN_WRITE_NS, bypassed, bypassed_in_a_power_cut, changed, set_up_anew
 from incbak.bitmap.format import TOUCHED, UNTOUCHED, Flag, Slot
+from incbak.bitmap.page_cache import of_one_boot, page_cache_id
 from incbak.fingerprint import Beat, Fingerprint
 from incbak.opening import open_regular
 from incbak.reasons import Reason
@@ -41,14 +42,15 @@ class Found(StrEnum):
 class Header:
     """The header of a file as it stands. ``both``: both slots verify. ``length``: that of the file.
 
-    ``until_ns``: as in `Beat`.
+    ``until_ns``: as in `Beat`. ``cache_id``: of the page cache that the file was read from.
     """
 
     slot: Slot
     both: bool
     beat: Beat | None
     length: int
-    until_ns: int = 0
+    until_ns: int
+    cache_id: bytes
 
 
 def read_header(path: Path) -> Header | Reason:
@@ -57,6 +59,7 @@ def read_header(path: Path) -> Header | Reason:
         fd = open_regular(path, os.O_RDONLY)  # an engine may have named it
         try:
             raw, length = os.pread(fd, fmt.HEADER, 0), os.fstat(fd).st_size
+            cache = page_cache_id(fd)
         finally:
             os.close(fd)
     except OSError:
@@ -67,7 +70,7 @@ def read_header(path: Path) -> Header | Reason:
     raw = raw.ljust(fmt.HEADER, b"\0")
     beat = fmt.decode_beat(raw[fmt.HEARTBEAT : fmt.HEARTBEAT + fmt.BEAT_SIZE])
     until_ns, busy = fmt.decode_note(raw[fmt.NOTE : fmt.NOTE + fmt.NOTE_SIZE])
-    return Header(slot, both, beat, length, until_ns + OWN_WRITE_NS if busy else until_ns)
+    return Header(slot, both, beat, length, until_ns + OWN_WRITE_NS if busy else until_ns, cache)
 
 
 def said_invalid(slot: Slot) -> Reason | None:
@@ -116,14 +119,15 @@ def judge(
 
 def _unclean(header: Header, disk: Fingerprint) -> Found | Reason:
     slot, closed = header.slot, header.slot.fingerprint
-    same_boot = slot.boot_id == host.boot_id()
+    same_boot = of_one_boot(slot.cache_id, header.cache_id)
     if closed.inode != disk.inode:
         return Reason.DISK_CHANGED if same_boot else Reason.UNCLEAN_SHUTDOWN
     beat = header.beat or Beat(closed.mtime_ns, closed.mtime_ns, closed.ctime_ns, closed.writes)
     beat = beat._replace(until_ns=header.until_ns)
-    if same_boot:
+    if slot.cache_id == header.cache_id:
         return bypassed(beat, disk, time.time_ns()) or Found.RECOVERED
-    return bypassed_in_a_power_cut(beat, closed, disk, host.boot_began_ns(), time.time_ns()) or Found.COARSE
+    reason = bypassed_in_a_power_cut(beat, closed, disk, host.boot_began_ns(), time.time_ns())
+    return (Reason.UNPROVEN if reason and same_boot else reason) or Found.COARSE
 
 
 def judge_body(slot: Slot, found: Found, body: Bits, coarse: Bits) -> Reason | None:

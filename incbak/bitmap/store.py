@@ -6,7 +6,6 @@ import fcntl
 import os
 import uuid
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -104,8 +103,8 @@ class BitmapStore:
             raise BitmapError(f"granularity {granularity} is not a power of two of at least 512")
         self._bury_leftover(name)
         slot = new_slot(name, size, granularity, self.uuid, disk, enabled)
-        create_file(self.path(name), slot)
-        return Bitmap(self.path(name), replace(slot, sequence=slot.sequence + 1), Found.CREATED, State.DIRTY)
+        made = create_file(self.path(name), slot)
+        return Bitmap(self.path(name), made, Found.CREATED, State.DIRTY)
 
     def _bury_leftover(self, name: str) -> None:
         with suppress(FileNotFoundError):

@@ -167,7 +167,7 @@ def _changed(rng: Random, slot: Slot) -> Slot:
         "owner_pid": mutate.number(rng, 32),
         "owner_start": mutate.number(rng, 64),
         "created_ns": mutate.number(rng, 64),
-        "boot_id": rng.randbytes(16),
+        "cache_id": rng.randbytes(16),
         "disk_uuid": rng.randbytes(16),
         "digest": rng.randbytes(32),
         "reason": rng.choice(("", "digest", "nonsense", "\x1b[1m")),

@@ -6,7 +6,7 @@ from torturelib.planted import Fault, unit
 
 _FILE, _STORE, _FORMAT = "incbak/bitmap/file.py", "incbak/bitmap/store.py", "incbak/bitmap/format.py"
 _JUDGE = "incbak/bitmap/judge.py"
-_BODY = "incbak/bitmap/body.py"
+_BODY, _CACHE = "incbak/bitmap/body.py", "incbak/bitmap/page_cache.py"
 
 
 def _protocol(test: str) -> tuple[str, ...]:
@@ -15,6 +15,10 @@ def _protocol(test: str) -> tuple[str, ...]:
 
 def _body(test: str) -> tuple[str, ...]:
     return unit("bitmap/test_body", test)
+
+
+def _cache(test: str) -> tuple[str, ...]:
+    return unit("bitmap/test_page_cache", test)
 
 
 def _on_open(test: str) -> tuple[str, ...]:
@@ -235,9 +239,51 @@ FAULTS = (
     Fault(
         "bitmap-boot-not-compared",
         _JUDGE,
-        "same_boot = slot.boot_id == host.boot_id()",
-        "same_boot = True",
+        "if slot.cache_id == header.cache_id:",
+        "if True:",
         _on_open("test_host_lost"),
+    ),
+    Fault(
+        "bitmap-mount-not-compared",
+        _JUDGE,
+        "if slot.cache_id == header.cache_id:",
+        "if same_boot:",
+        _cache("test_what_a_killed_owner_stored_before_the_file_system_was_mounted_anew_is_not_believed"),
+    ),
+    Fault(
+        "bitmap-mount-not-asked",
+        _CACHE,
+        'boot + b"/" + _superblock(fd)',
+        "boot",
+        _cache("test_what_a_killed_owner_stored_before_the_file_system_was_mounted_anew_is_not_believed"),
+    ),
+    Fault(
+        "bitmap-mount-known-by-its-name",
+        _CACHE,
+        "place.stat().st_ino)",
+        "0)",
+        _cache("test_a_directory_of_sysfs_that_was_made_anew"),
+    ),
+    Fault(
+        "bitmap-mount-of-btrfs-not-found",
+        _CACHE,
+        "slice(16, 32)",
+        "slice(0, 16)",
+        _cache("test_each_mount_of_a_file_system_has_an_id_of_its_own"),
+    ),
+    Fault(
+        "bitmap-mount-not-written-by-a-new-owner",
+        _FILE,
+        "replace(self.slot, cache_id=cache, owner_pid",
+        "replace(self.slot, owner_pid",
+        _cache("test_what_was_not_written_in_this_boot_is_coarse_after_a_mount"),
+    ),
+    Fault(
+        "bitmap-mount-is-no-change-of-the-disk",
+        _JUDGE,
+        "(Reason.UNPROVEN if reason and same_boot else reason)",
+        "reason",
+        _cache("test_what_a_killed_owner_stored_before_the_file_system_was_mounted_anew_is_not_believed"),
     ),
     Fault(
         "bitmap-regions-not-marked",
