@@ -19,6 +19,7 @@ from incbak.disk.locks import writer_present
 from incbak.engine.base import EngineDisk, LeftOut
 from incbak.engine.qemu_disks import find_disks
 from incbak.engine.qemu_graph import Graph, read_graph, unguarded
+from incbak.engine.qemu_storing import why_in_memory
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint, of_content, take_path, without_ctime
@@ -109,6 +110,8 @@ def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
     """The one file or block device that the disk is, or why there is none."""
     if disk.can_persist:
         return "its image stores its bitmaps itself"
+    if why := why_in_memory(disk):
+        return why
     node, seen = disk.node, {disk.node}
     while graph.nodes[node]["drv"] not in _PROTOCOLS:
         below = [(edge, child) for (parent, edge), child in graph.edges.items() if parent == node]
