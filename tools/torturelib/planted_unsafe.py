@@ -92,4 +92,18 @@ FAULTS = [
         "",
         unit("watch/test_disks", "test_an_image_that_could_store_its_bitmaps_is_not_watched"),
     ),
+    Fault(
+        "usb: a USB device that is passed through is not named",
+        "incbak/engine/qemu_outside.py",
+        """    "usb-host": "a USB device of the host is passed through, which may be a disk",\n""",
+        "",
+        unit("engine/test_qemu_graph", "test_disks_outside_of_the_block_layer_are_known_by_their_type"),
+    ),
+    Fault(
+        "usb: a USB device of another host is not named",
+        "incbak/engine/qemu_outside.py",
+        """    "usb-redir": "a USB device of another host is passed through, which may be a disk",\n""",
+        "",
+        unit("engine/test_qemu_graph", "test_disks_outside_of_the_block_layer_are_known_by_their_type"),
+    ),
 ]
