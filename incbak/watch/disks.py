@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from incbak import device, host
+from incbak import device, host, times
 from incbak.bitmap.identity import RAW
 from incbak.bitmap.owner import Owner
 from incbak.bitmap.settle import settled
@@ -133,6 +133,8 @@ def _unusable(disk: Watched, pid: int | None) -> str:
         found = disk.fingerprint()
     except (DiskError, OSError) as e:
         return f"its image cannot be read here: {e}"
+    if not times.are_kept(disk.image):
+        return f"nothing shows who writes to {disk.image}: its file system may not keep times of change"
     if found.size != disk.size:
         return f"the image has {found.size} bytes, the disk has {disk.size}"
     return ""

@@ -1,4 +1,4 @@
-"""Planted faults: what is believed though it shows nothing: stores without flushes."""
+"""Planted faults: what is believed though it shows nothing: stores without flushes, times of files on FUSE."""
 
 from torturelib.planted import Fault, unit
 
@@ -9,6 +9,10 @@ _BEFORE = (f"{_LIVE}test_a_bitmap_from_before_is_not_believed_and_does_not_stay"
 
 def _graph(test: str) -> tuple[str, ...]:
     return unit("engine/test_qemu_disks", test)
+
+
+def _times(test: str) -> tuple[str, ...]:
+    return unit("test_times", test)
 
 
 FAULTS = [
@@ -105,5 +109,82 @@ FAULTS = [
         """    "usb-redir": "a USB device of another host is passed through, which may be a disk",\n""",
         "",
         unit("engine/test_qemu_graph", "test_disks_outside_of_the_block_layer_are_known_by_their_type"),
+    ),
+    Fault(
+        "fuse: every file system keeps times",
+        "incbak/times.py",
+        "        if _magic(path) != _FUSE:\n",
+        "        if _magic(path):\n",
+        _times("test_an_image_that_nbdfuse_shows_is_read_whole"),
+    ),
+    Fault(
+        "fuse: what cannot be looked at keeps times",
+        "incbak/times.py",
+        "    return False\n",
+        "    return True\n",
+        _times("test_what_cannot_be_looked_at_keeps_none"),
+    ),
+    Fault(
+        "fuse: what does not say which it is keeps times",
+        "incbak/times.py",
+        "        return kind in _KEEPING or ",
+        """        return kind in _KEEPING | {"fuse", ""} or """,
+        _times("test_of_fuse_only_what_stores_files_or_passes_them_on"),
+    ),
+    Fault(
+        "fuse: the first mount of all is looked at",
+        "incbak/times.py",
+        """        if mount.split(" ")[2] == number:\n""",
+        "        if number:\n",
+        _times("test_of_fuse_only_what_stores_files_or_passes_them_on"),
+    ),
+    Fault(
+        "fuse: a file is always proven by its times",
+        "incbak/fingerprint.py",
+        "    return NO_WRITES if times.are_kept(",
+        "    return NO_WRITES if not untold or times.are_kept(",
+        _times("test_a_file_whose_times_show_nothing_is_unproven"),
+    ),
+    Fault(
+        "fuse: a file that is open is another one each time",
+        "incbak/fingerprint.py",
+        """fd}")) else untold or unlike_any()\n""",
+        """fd}")) else unlike_any()\n""",
+        _times("test_a_file_whose_times_show_nothing_is_unproven"),
+    ),
+    Fault(
+        "fuse: a beat does not say that times show nothing",
+        "incbak/disk/file.py",
+        "info.st_ctime_ns, self._of_file, durable_ns",
+        "info.st_ctime_ns, durable_ns",
+        _times("test_a_file_whose_times_show_nothing_is_unproven"),
+    ),
+    Fault(
+        "fuse: a sample makes up for a file that shows nothing",
+        "incbak/bitmap/continuity.py",
+        " and now.writes != NO_WRITES and not now.inode\n",
+        " and now.writes != NO_WRITES\n",
+        _times("test_a_file_whose_times_show_nothing_is_unproven"),
+    ),
+    Fault(
+        "fuse: a backing file is known by its times",
+        "incbak/backup/facts.py",
+        "    size = found.st_size if times.are_kept(path) else None\n",
+        "    size = found.st_size\n",
+        _times("test_a_file_below_a_disk"),
+    ),
+    Fault(
+        "fuse: the file of a loop device is known by its times",
+        "incbak/device.py",
+        "    if not times.are_kept(name):\n",
+        "    if not name:\n",
+        _times("test_a_file_below_a_loop_device"),
+    ),
+    Fault(
+        "fuse: a disk whose times show nothing is watched",
+        "incbak/watch/disks.py",
+        "    if not times.are_kept(disk.image):\n",
+        "    if not disk.image:\n",
+        _times("test_a_file_that_is_watched"),
     ),
 ]
