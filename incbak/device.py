@@ -16,7 +16,8 @@ md is **not** looked at: a physical volume's counts move with each neighbour of 
 was written where. Who writes to a physical volume or a member of an array directly is not seen here.
 
 What is not known is told as nothing at all, and equals nothing: a device whose writes are not counted
-(``queue/iostats``), a loop device whose file this process cannot find, counts that do not stand still.
+(``queue/iostats``), a loop device whose file this process cannot find or whose times show nothing (`incbak.times`),
+counts that do not stand still.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from incbak import host
+from incbak import host, times
 from incbak.opening import open_image
 
 _DEPTH, _READINGS = 16, 100
@@ -142,9 +143,11 @@ def _behind(path: Path, whole: Path, depth: int) -> _Told:
     if stat.S_ISBLK(found.st_mode):
         below = _device(name, depth + 1)
         return below._replace(setup=f"{offset},{limit}@{below.setup}")
-    times = (found.st_mtime_ns, found.st_ctime_ns)
-    counts = ",".join(map(str, (found.st_size, *times)))
-    return _Told(f"{offset},{limit}@{device}/{inode}", counts, max(times))
+    if not times.are_kept(name):
+        raise _UnknownError
+    changes = (found.st_mtime_ns, found.st_ctime_ns)
+    counts = ",".join(map(str, (found.st_size, *changes)))
+    return _Told(f"{offset},{limit}@{device}/{inode}", counts, max(changes))
 
 
 def _counts(place: Path) -> _Counts:

@@ -3,7 +3,8 @@
 What another program cannot make equal, or not by accident, is compared: a file's inode, its time of change (``mtime``),
 and the time of its inode's change (``ctime``), which no program can set. Permissions, owners and links move the latter
 too; `Fingerprint.attributes` tells of them, for the reason that is given. A block device has no times; what
-`incbak.device` tells stands for them, within one boot and one set-up. What is unknown is never equal to anything: see
+`incbak.device` tells stands for them, within one boot and one set-up. Where the times of a file show nothing
+(`incbak.times`), they are compared all the same, and do not suffice. What is unknown is never equal to anything: see
 `Fingerprint.writes`.
 """
 
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from incbak import device
+from incbak import device, times
 from incbak.extents import whole_sectors
 from incbak.opening import open_image
 
@@ -33,7 +34,8 @@ class Fingerprint(NamedTuple):
     ``mtime_ns`` and ``inode`` are 0 for block devices, whose node says nothing of their content. ``sample`` is a
     16-byte BLAKE3 digest of blocks spread over the disk, the first and the last among them: it tells another disk of
     the same size, not every change. ``ctime_ns`` is 0 in what was recorded where it is not to be compared. ``writes``:
-    of a block device, 16 bytes for the boot and the set-up, 16 for the count; `NO_WRITES` otherwise.
+    of a block device, 16 bytes for the boot and the set-up, 16 for the count; of a file `NO_WRITES`, or what equals
+    nothing where its times show nothing.
     """
 
     size: int
@@ -69,7 +71,7 @@ def beat_of(disk: Fingerprint) -> Beat:
 def take(fd: int, size: int, untold: bytes | None = None) -> Fingerprint:
     """The fingerprint of an open image, of which all that was written is on its device. Raises `OSError`.
 
-    ``size``: in bytes; of a raw file in whole sectors. ``untold``: see `writes_of`.
+    ``size``: in bytes; of a raw file in whole sectors. ``untold``: see `writes_of` and `writes_of_file`.
     """
     info = os.fstat(fd)
     digest = blake3()
@@ -82,7 +84,8 @@ def take(fd: int, size: int, untold: bytes | None = None) -> Fingerprint:
         return Fingerprint(size, 0, 0, sample, writes=writes_of(fd, untold))
     attributes = struct.pack("<4Q", info.st_uid, info.st_gid, info.st_mode, info.st_nlink)
     known = blake3(attributes).digest(length=8)
-    return Fingerprint(size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known)
+    writes = writes_of_file(fd, untold)
+    return Fingerprint(size, info.st_ino, info.st_mtime_ns, sample, info.st_ctime_ns, known, writes)
 
 
 def without_ctime(image: Fingerprint) -> Fingerprint:
@@ -121,6 +124,11 @@ def writes_of(fd: int, untold: bytes | None = None) -> bytes:
         return untold or unlike_any()
     setup, _, counts = counted.encode().partition(b";")
     return blake3(setup).digest(length=16) + blake3(counts).digest(length=16)
+
+
+def writes_of_file(fd: int, untold: bytes | None = None) -> bytes:
+    """Return `NO_WRITES` where the file's times tell of writes; else ``untold`` or what equals nothing."""
+    return NO_WRITES if times.are_kept(Path(f"/proc/self/fd/{fd}")) else untold or unlike_any()
 
 
 def take_path(path: Path, *, raw: bool) -> Fingerprint:

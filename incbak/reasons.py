@@ -33,6 +33,7 @@ class Reason(StrEnum):
     TRACKING_FAILED = "tracking-failed"
     UNSAVED = "unsaved"
     UNWATCHED = "unwatched"
+    UNFLUSHED = "unflushed"
     AUDIT = "audit"
 
     @property
@@ -67,5 +68,6 @@ _TEXT = {
     Reason.TRACKING_FAILED: "a write could not be recorded in the bitmap",
     Reason.UNSAVED: "incbak watch could not save the bitmap when QEMU ended, or load it at the next start",
     Reason.UNWATCHED: "the VM ran without incbak watch",
+    Reason.UNFLUSHED: "QEMU does not flush the image (cache=unsafe), so after a power cut its bitmap may lack writes",
     Reason.AUDIT: "a cluster that the bitmap calls clean was found changed",
 }

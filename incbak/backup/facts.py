@@ -18,7 +18,8 @@ at each start move the latter; and a ctime that moved proves nothing, whatever e
 (`incbak.bitmap.continuity`). So it is left out only where the owner says so (``--ignore-ctime``), and below a running
 engine during a run. Of a block device, what `incbak.device` tells is compared. Of anything else nothing is known: an
 NBD export, a name that this host cannot look at, a file that a running engine does not have open under the name that
-it gives. What is not known is never believed, unless its owner says that the name never changes.
+it gives, a file whose times show nothing (`incbak.times`). What is not known is never believed, unless its owner says
+that the name never changes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from incbak import device
+from incbak import device, times
 from incbak.engine.base import Description
 
 Facts = list[list[Any]]
@@ -143,7 +144,7 @@ def identity(found: os.stat_result) -> Identity:
 
 
 def facts_of(leaf: Leaf, peer: Peer) -> list[Any]:
-    """Return what is known of one, ``ctime`` last."""
+    """Return what is known of one, ``ctime`` last. ``None`` in it: that does not suffice."""
     looked = peer.look(leaf.name)
     if looked is None:
         return [leaf.name, None]
@@ -155,7 +156,8 @@ def facts_of(leaf: Leaf, peer: Peer) -> list[Any]:
         return [leaf.name, told or None]
     if not stat.S_ISREG(found.st_mode):
         return [leaf.name, None]
-    return [leaf.name, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    size = found.st_size if times.are_kept(path) else None
+    return [leaf.name, size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def without_ctime(facts: list[Any]) -> list[Any]:
@@ -168,9 +170,9 @@ def settled(look: Callable[[], Looked]) -> Looked:
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
         found = look()
-        times = [t for each in found.values() for _, facts in each for t in facts[3:]]
+        changes = [t for each in found.values() for _, facts in each for t in facts[3:]]
         now = time.time_ns()
-        if not any(device.may_come_again(t, now) for t in times) or time.monotonic() > deadline:
+        if not any(device.may_come_again(t, now) for t in changes) or time.monotonic() > deadline:
             return found
         time.sleep(0.002)
 

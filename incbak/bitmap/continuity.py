@@ -27,6 +27,7 @@ The rule: a bitmap is believed where that is shown, and what is unknown shows no
 - A block device: `incbak.device` tells the same as then, in the same boot and the same set-up of the device. After a
   kill this holds only where all was on the device at the last sign of life. After a clean end, in another boot or
   set-up, nothing counts; its owner may ask for a sample instead (`set_up_anew`, `incbak.backup.sample`).
+- A file whose times show nothing (`incbak.times`): nothing counts, once its owner has let go of it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def changed(before: Fingerprint, now: Fingerprint) -> Reason | None:
 
 def set_up_anew(before: Fingerprint, now: Fingerprint) -> bool:
     """Return whether a block device was let go of cleanly, and only its count, begun anew, shows nothing."""
-    device = before.writes != NO_WRITES and now.writes != NO_WRITES
+    device = before.writes != NO_WRITES and now.writes != NO_WRITES and not now.inode
     return device and now[:4] == before[:4] and now.writes[:16] != before.writes[:16]
 
 

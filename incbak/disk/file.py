@@ -23,7 +23,7 @@ from incbak.disk.base import Disk
 from incbak.disk.locks import lock_image
 from incbak.errors import DiskError
 from incbak.extents import StatusExtent, whole_sectors
-from incbak.fingerprint import Beat, Fingerprint, take, unlike_any, writes_of
+from incbak.fingerprint import Beat, Fingerprint, take, unlike_any, writes_of, writes_of_file
 from incbak.opening import open_image
 
 _BLKFLSBUF = 0x1261  # linux/fs.h
@@ -102,7 +102,8 @@ class FileDisk(Disk):
         self._flush_error: OSError | None = None
         self._flushes_begun = self._flushes_done = 0
         self._nowait = True
-        self._untold = unlike_any()  # while it is open, a device that tells nothing is what it was
+        self._untold = unlike_any()  # while it is open, a device or file that tells nothing is what it was
+        self._of_file = writes_of_file(fd, self._untold)
         self._durable_ns = (0, 0)
         """The times of the file that are on its storage for sure."""
 
@@ -245,7 +246,7 @@ class FileDisk(Disk):
         if self.is_block:
             return Beat(clock, writes=writes_of(self.fd, self._untold))
         info = os.fstat(self.fd)
-        return Beat(clock, info.st_mtime_ns, info.st_ctime_ns, durable_ns=self._durable_ns)
+        return Beat(clock, info.st_mtime_ns, info.st_ctime_ns, self._of_file, durable_ns=self._durable_ns)
 
     def is_at(self, path: Path) -> bool:
         """Whether ``path`` still leads to what is open."""

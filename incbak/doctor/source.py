@@ -15,6 +15,7 @@ from incbak.doctor.finding import Finding, Level, fault, ok, warning
 from incbak.engine.base import Description, Engine, EngineDisk, Leftover, is_bitmap_name
 from incbak.engine.detect import Source, open_engine
 from incbak.engine.qemu import QemuEngine
+from incbak.engine.qemu_storing import why_in_memory
 from incbak.engine.session import Address
 from incbak.errors import IncbakError, UsageError
 from incbak.units import format_size
@@ -118,6 +119,9 @@ def _disk(kind: str, disk: EngineDisk, *, watched: bool) -> Finding:
         )
     if kind in ("serve", "image") or disk.can_persist:
         return ok(what, f"{size}; its bitmaps outlast a restart")
+    if why := why_in_memory(disk):
+        hint = "Give the disk another cache mode, as cache=none."
+        return warning(what, f"{size}; its bitmaps are in memory, and end with the engine: {why}", hint)
     if kind == "qemu" and watched:
         return ok(what, f"{size}; its bitmaps are in QEMU's memory, and incbak watch keeps them over shutdowns")
     if kind == "qemu":

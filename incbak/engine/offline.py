@@ -47,7 +47,7 @@ class OfflineEngine(StorageDaemonEngine):
     async def describe(self) -> Description:
         graph = await self._graph()
         node = graph.nodes[NODE]
-        disk = replace(disk_of(self._image.disk, NODE, node), can_persist=holds_bitmaps(node))
+        disk = replace(disk_of(self._image.disk, NODE, graph), can_persist=holds_bitmaps(node))
         notes: tuple[str, ...] = () if disk.can_persist else (f"a {self._image.format} image cannot store bitmaps",)
         if disk.can_persist and (why := await asyncio.to_thread(self._image.unwritable)):
             disk = replace(disk, can_persist=False)

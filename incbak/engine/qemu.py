@@ -39,11 +39,11 @@ from incbak.engine.qemu_jobs import CopyJob
 from incbak.engine.qemu_leftovers import remove_leftovers
 from incbak.engine.qemu_migration import MigrationBlocker
 from incbak.engine.qemu_outside import find_outside
+from incbak.engine.qemu_storing import remove_unbelieved, sync_files, why_in_memory
 from incbak.engine.qemu_window import stopped
 from incbak.engine.run_state import check_run_state, until_refused
 from incbak.engine.session import CommandFailed, EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
-from incbak.opening import open_image
 
 T = TypeVar("T")
 
@@ -167,6 +167,7 @@ class QemuEngine(Engine):
                     await disk.prepare()
                 crash_point("qemu.prepared")
                 for disk in disks:
+                    await remove_unbelieved(disk.plan, self._remove_bitmap)
                     notes += await self._add_bitmap(disk.plan, disk.number)
                 await self._flush(disks)
                 crash_point("qemu.recording")
@@ -213,6 +214,7 @@ class QemuEngine(Engine):
         return Guard(self._session.duplicate(), listeners, agent.duplicate() if agent else None)
 
     async def _add_bitmap(self, plan: DiskPlan, number: int) -> list[str]:
+        text = f"disk {plan.disk.name}: its bitmap is lost when QEMU ends"
         one = {"node": plan.disk.node, "name": plan.new_bitmap}
         add = one | {"granularity": plan.granularity, "persistent": plan.disk.can_persist}
         try:
@@ -223,8 +225,8 @@ class QemuEngine(Engine):
                 raise
             await self._session.execute("block-dirty-bitmap-add", add | {"persistent": False})
             await add_end_mark(self._session, plan, number, persistent=False)
-            return [f"disk {plan.disk.name}: its bitmap is lost when QEMU ends, the image cannot store it: {e}"]
-        return []
+            return [f"{text}, the image cannot store it: {e}"]
+        return [f"{text}: {why}"] if (why := why_in_memory(plan.disk)) else []
 
     async def _flush(self, disks: Sequence[DiskFilter]) -> None:
         """Stopping a VM flushes its disks while the guest waits; so get most of that done before."""
@@ -232,7 +234,7 @@ class QemuEngine(Engine):
             paths = [str(disk.plan.disk.extra.get("image", "")) for disk in disks]
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SYNC_SECONDS):
-                    await asyncio.to_thread(_sync_files, paths)
+                    await asyncio.to_thread(sync_files, paths)
 
     async def _point_in_time(self, disks: Sequence[DiskFilter], guard: Guard) -> None:
         still = await self._must_be_still()
@@ -351,16 +353,6 @@ def _explain(disk: DiskFilter, error: str) -> str:
 async def _each(disks: Sequence[DiskFilter], step: Callable[[DiskFilter], Coroutine[Any, Any, None]]) -> None:
     for disk in disks:
         await step(disk)
-
-
-def _sync_files(paths: Sequence[str]) -> None:
-    for path in paths:
-        with suppress(OSError):
-            fd = open_image(path, os.O_RDONLY)  # QEMU names it
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
 
 
 async def _together(copies: Iterable[Coroutine[Any, Any, DiskResult]]) -> list[DiskResult]:

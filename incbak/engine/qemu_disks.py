@@ -13,7 +13,7 @@ from typing import Any
 from incbak.engine.base import DECRYPTED, PREFIX, BitmapInfo, EngineDisk, LeftOut
 from incbak.engine.qemu_graph import Graph, Raw, backend_name, qom_path
 from incbak.engine.qemu_shared import why_shared
-from incbak.engine.served import bitmap_info
+from incbak.engine.qemu_storing import UNFLUSHED, bitmaps_of, is_unflushed
 
 _PERIPHERAL = "/machine/peripheral/"
 _QCOW2_V2 = "0.10"
@@ -54,7 +54,7 @@ def find_disks(
             left_out.append(LeftOut(named, why, _expected(device, graph.nodes.get(node), node in taken)))
             continue
         taken[node] = name
-        disks.append(_disk(device, name, top, graph.nodes[node]))
+        disks.append(_disk(device, name, top, graph.nodes[node], graph))
     return disks, left_out
 
 
@@ -65,7 +65,7 @@ def bitmaps_by_node(devices: Sequence[Raw], graph: Graph) -> list[tuple[EngineDi
     for name, node in graph.nodes.items():
         if not name.startswith(f"{PREFIX}-"):
             disk = disks.get(name) or EngineDisk(name, int(node["image"]["virtual-size"]), name, format=node["drv"])
-            found += [(disk, bitmap_info(b)) for b in node.get("dirty-bitmaps", ()) if b.get("name")]
+            found += [(disk, bitmap) for bitmap in bitmaps_of(graph, name)]
     return found
 
 
@@ -88,21 +88,22 @@ def _expected(device: Raw, node: Raw | None, taken: bool) -> bool:
     return taken or not device.get("qdev") or node is None or bool(node["ro"]) or not node["image"]["virtual-size"]
 
 
-def _disk(device: Raw, name: str, top: str, node: Raw) -> EngineDisk:
-    bitmaps = tuple(bitmap_info(b) for b in node.get("dirty-bitmaps", ()) if b.get("name"))
+def _disk(device: Raw, name: str, top: str, node: Raw, graph: Graph) -> EngineDisk:
+    keeps, unflushed = keeps_bitmaps(node), is_unflushed(graph, node["node-name"])
     return EngineDisk(
         name=name,
         size=int(node["image"]["virtual-size"]),
         node=node["node-name"],
         device=str(device.get("device") or device["qdev"]),
         format=node["drv"] + (DECRYPTED if node.get("encrypted") else ""),
-        can_persist=keeps_bitmaps(node),
-        bitmaps=bitmaps,
+        can_persist=keeps and not unflushed,
+        bitmaps=bitmaps_of(graph, node["node-name"]),
         extra={
             "qom": qom_path(device),
             "backend": backend_name(device),
             "top": top,
             "image": node.get("file", ""),
+            UNFLUSHED: keeps and unflushed,
         },
     )
 

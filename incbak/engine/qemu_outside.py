@@ -18,7 +18,11 @@ _KINDS = {
     "nvdimm": "it is memory of the guest (NVDIMM)",
     "virtio-pmem": "it is memory of the guest (virtio-pmem)",
 }
-_MAYBE = {"vfio-pci": "a device of the host is passed through, which may be a disk"}
+_MAYBE = {
+    "vfio-pci": "a device of the host is passed through, which may be a disk",
+    "usb-host": "a USB device of the host is passed through, which may be a disk",
+    "usb-redir": "a USB device of another host is passed through, which may be a disk",
+}
 
 
 async def find_outside(session: Session) -> list[LeftOut]:

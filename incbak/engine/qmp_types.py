@@ -148,6 +148,8 @@ Inserted = TypedDict(
 )
 """``BlockDeviceInfo``, of a device of ``query-block``."""
 
+_Cache = TypedDict("_Cache", {"no-flush": NotRequired[bool]})
+
 Node = TypedDict(
     "Node",
     {
@@ -155,6 +157,7 @@ Node = TypedDict(
         "drv": Word,
         "ro": bool,
         "image": Image,
+        "cache": NotRequired[_Cache],
         "file": NotRequired[FileName],
         "encrypted": NotRequired[bool],
         "backing_file": NotRequired[FileName],

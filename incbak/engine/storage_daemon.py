@@ -27,7 +27,7 @@ from incbak.engine.jobs import cancel_jobs, refuse_beside_backup, wait_for_jobs,
 from incbak.engine.private_daemon import PROGRAM
 from incbak.engine.qemu_disks import bitmaps_by_node, keeps_bitmaps, layout
 from incbak.engine.qemu_graph import Graph
-from incbak.engine.served import bitmap_info
+from incbak.engine.qemu_storing import UNFLUSHED, bitmaps_of, is_unflushed, remove_unbelieved, why_in_memory
 from incbak.engine.session import CommandFailed, Session
 from incbak.errors import EngineError
 
@@ -56,7 +56,7 @@ class StorageDaemonEngine(Engine):
             if why := _why_not(name, node, written):
                 left_out.append(LeftOut(name, why, expected=bool(node["ro"]) or not node["image"]["virtual-size"]))
             else:
-                disks.append(disk_of(name, name, node))
+                disks.append(disk_of(name, name, graph))
         version = (await self._session.execute("query-version"))["qemu"]
         engine = f"{PROGRAM} {version['major']}.{version['minor']}.{version['micro']}"
         config = {"images": {d.name: d.extra["image"] for d in disks}, "blocks": layout(graph)}
@@ -97,6 +97,8 @@ class StorageDaemonEngine(Engine):
                 server = {"type": "unix", "path": str(path)}
                 nbd = {"driver": "nbd", "node-name": f"{ident}t", "server": server, "export": export}
                 await self._session.execute("blockdev-add", nbd)
+            for plan in plans:
+                await remove_unbelieved(plan, self._remove)
             await self._begin(jobs)
             disks = {ident: plan.disk.name for ident, plan in jobs.items()}
             results = await wait_for_jobs(self._session, disks, progress, speed=self._speed)
@@ -107,7 +109,9 @@ class StorageDaemonEngine(Engine):
         except BaseException:
             await self._abandon(jobs)
             raise
-        return RunResult(results)
+        why = {plan.disk.name: why_in_memory(plan.disk) for plan in plans}
+        notes = (f"disk {name}: its bitmap is lost when the daemon ends: {text}" for name, text in why.items() if text)
+        return RunResult(results, notes=tuple(notes))
 
     async def _begin(self, jobs: Mapping[str, DiskPlan]) -> None:
         """Bitmaps and jobs at one instant."""
@@ -162,12 +166,13 @@ def _why_not(name: str, node: Mapping[str, Any], written: Collection[str]) -> st
     return "" if node["image"]["virtual-size"] else "it is empty"
 
 
-def disk_of(name: str, node_name: str, node: Mapping[str, Any]) -> EngineDisk:
+def disk_of(name: str, node_name: str, graph: Graph) -> EngineDisk:
     """The node of an image as a disk of the name ``name``."""
-    bitmaps = tuple(bitmap_info(b) for b in node.get("dirty-bitmaps", ()) if b.get("name"))
+    node = graph.nodes[node_name]
     size = int(node["image"]["virtual-size"])
-    extra = {"image": node.get("file", "")}
-    persist = keeps_bitmaps(node)
+    unflushed = keeps_bitmaps(node) and is_unflushed(graph, node_name)
+    extra = {"image": node.get("file", ""), UNFLUSHED: unflushed}
+    persist, bitmaps = keeps_bitmaps(node) and not unflushed, bitmaps_of(graph, node_name)
     form = node["drv"] + (DECRYPTED if node.get("encrypted") else "")
     return EngineDisk(name, size, node_name, node_name, form, persist, bitmaps, extra)
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from incbak import device, host
+from incbak import device, host, times
 from incbak.bitmap.identity import RAW
 from incbak.bitmap.owner import Owner
 from incbak.bitmap.settle import settled
@@ -20,6 +20,7 @@ from incbak.disk.stacking import Key, key_of
 from incbak.engine.base import EngineDisk, LeftOut
 from incbak.engine.qemu_disks import find_disks
 from incbak.engine.qemu_graph import Graph, read_graph, unguarded
+from incbak.engine.qemu_storing import why_in_memory
 from incbak.engine.session import Session
 from incbak.errors import DiskError, LockedError
 from incbak.fingerprint import Fingerprint, of_content, take_path, without_ctime
@@ -120,6 +121,8 @@ def _image_of(disk: EngineDisk, graph: Graph) -> Path | str:
     """The one file or block device that the disk is, or why there is none."""
     if disk.can_persist:
         return "its image stores its bitmaps itself"
+    if why := why_in_memory(disk):
+        return why
     node, seen = disk.node, {disk.node}
     while graph.nodes[node]["drv"] not in _PROTOCOLS:
         below = [(edge, child) for (parent, edge), child in graph.edges.items() if parent == node]
@@ -141,6 +144,8 @@ def _unusable(disk: Watched, pid: int | None) -> str:
         found = disk.fingerprint()
     except (DiskError, OSError) as e:
         return f"its image cannot be read here: {e}"
+    if not times.are_kept(disk.image):
+        return f"nothing shows who writes to {disk.image}: its file system may not keep times of change"
     if found.size != disk.size:
         return f"the image has {found.size} bytes, the disk has {disk.size}"
     return ""

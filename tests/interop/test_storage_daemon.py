@@ -216,9 +216,10 @@ def test_the_daemon_does_not_outlive_a_killed_owner(image: Path, tmp_path: Path)
 class daemon:
     """A qemu-storage-daemon of somebody else."""
 
-    def __init__(self, image: Path, directory: Path, *options: str) -> None:
+    def __init__(self, image: Path, directory: Path, *options: str, unsafe: bool = False) -> None:
         self.monitor = directory / "qsd"
-        node = {"driver": "qcow2", "node-name": "web", "file": {"driver": "file", "filename": str(image)}}
+        file = {"driver": "file", "filename": str(image), "cache": {"no-flush": unsafe}}
+        node = {"driver": "qcow2", "node-name": "web", "file": file}
         chardev = f"socket,id=m,server=on,wait=off,path={self.monitor}"
         command = ["qemu-storage-daemon", "--blockdev", json.dumps(node), "--chardev", chardev]
         self.process = subprocess.Popen([*command, "--monitor", "chardev=m", *options])
@@ -255,6 +256,19 @@ def test_a_daemon_keeps_its_bitmaps_over_a_restart(image: Path, tmp_path: Path) 
         second = chain.incremental()
     assert second.copied == {"web": 65536}
     assert second.images["web"] == content(image)
+
+
+def test_a_daemon_that_does_not_flush_stores_no_bitmaps_and_believes_none(image: Path, tmp_path: Path) -> None:
+    with daemon(image, tmp_path) as d:
+        chain = chain_of(f"qmp:{d.monitor}", tmp_path)
+        chain.full()
+    assert bitmaps(image)
+    with daemon(image, tmp_path, unsafe=True):
+        second = chain.incremental()
+        third = chain.incremental()
+    assert (second.reasons, third.reasons) == ({"web": Reason.UNFLUSHED}, {"web": None})
+    assert "its bitmap is lost when the daemon ends" in second.result.notes[0]
+    assert bitmaps(image) == {}
 
 
 def test_a_disk_that_is_exported_for_writing_is_left_out(image: Path, tmp_path: Path) -> None:

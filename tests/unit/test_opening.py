@@ -22,7 +22,7 @@ from incbak.disk import qcow2
 from incbak.disk.file import open_disk, probe_format
 from incbak.disk.formats import recognise
 from incbak.disk.locks import writer_present
-from incbak.engine.qemu import _sync_files
+from incbak.engine.qemu_storing import sync_files
 from incbak.errors import IncbakError, UsageError
 from incbak.fingerprint import take_path
 from incbak.fleet.config import load
@@ -128,7 +128,7 @@ USERS: dict[str, Callable[[Path], object]] = {
     "disk": lambda path: open_disk(path, read_only=True, lock=False),
     "format": probe_format,
     "lock": lambda path: writer_present(str(path)),
-    "sync": lambda path: _sync_files([str(path)]),
+    "sync": lambda path: sync_files([str(path)]),
     "bitmap": view_file,
     "fingerprint": partial(take_path, raw=True),
     "recognise": recognise,

@@ -139,7 +139,7 @@ _PATHS = (
     ),
     Fault(
         "named-path-synced-whatever-it-is",
-        "incbak/engine/qemu.py",
+        "incbak/engine/qemu_storing.py",
         "            fd = open_image(path, os.O_RDONLY)  # QEMU names it\n",
         "            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)\n",
         _opening("test_a_name_of_something_else_is_not_opened"),

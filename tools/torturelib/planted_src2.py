@@ -25,7 +25,7 @@ FAULTS = [
     Fault(
         "loop-file-compared-by-size-only",
         _DEVICE,
-        '    counts = ",".join(map(str, (found.st_size, *times)))\n',
+        '    counts = ",".join(map(str, (found.st_size, *changes)))\n',
         "    counts = str(found.st_size)\n",
         _device("test_a_file_below_a_loop_device"),
     ),

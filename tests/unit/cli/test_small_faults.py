@@ -23,6 +23,7 @@ from incbak.drill.scratch import Scratch as DrillScratch
 from incbak.engine.base import EngineDisk
 from incbak.engine.qemu import _explain
 from incbak.engine.qemu_filter import DiskFilter
+from incbak.engine.qemu_storing import UNFLUSHED
 from incbak.export.overlay import Overlay
 from incbak.fleet.config import load
 from incbak.fleet.schedule import left_out
@@ -100,6 +101,9 @@ def test_doctor_knows_a_watch_that_runs(tmp_path: Path) -> None:
     watched, alone = (doctor._disk("qemu", disk, watched=each) for each in (True, False))
     assert (watched.level, "incbak watch keeps them" in watched.text) == (Level.OK, True)
     assert (alone.level, "incbak watch" in alone.hint) == (Level.WARNING, True)
+    unflushed = EngineDisk("vda", 1 << 20, "vda", extra={UNFLUSHED: True})
+    found = doctor._disk("qemu", unflushed, watched=False)
+    assert (found.level, "cache=unsafe" in found.text, "cache=none" in found.hint) == (Level.WARNING, True, True)
 
 
 # -- scratch space that is used up -------------------------------------------------------------------------------------

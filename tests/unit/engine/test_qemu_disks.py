@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from incbak.engine.base import DiskPlan, EngineDisk
 from incbak.engine.qemu_disks import find_disks
 from incbak.engine.qemu_graph import Graph
+from incbak.engine.qemu_storing import bitmaps_of, is_unflushed, remove_unbelieved
 from incbak.errors import EngineError
+from incbak.reasons import Reason
 
 
 def graph(*edges: tuple[str, str], drv: str = "throttle") -> Graph:
@@ -77,3 +81,41 @@ def test_a_disk_that_a_user_may_miss_is_told_from_others(
     said, unasked = _left(DEVICE | device, node)
     assert why in said
     assert unasked == expected
+
+
+def _unflushed(*names: str) -> Graph:
+    """A filter, an image of three files, and a backing file; those of ``names`` are not flushed."""
+    edges = {("t", "file"): "d", ("d", "file"): "f", ("f", "file"): "p", ("d", "data-file"): "x", ("d", "backing"): "b"}
+    bits = {"count": 0, "granularity": 65536, "recording": True, "busy": False}
+    bitmaps = [{**bits, "name": n, "persistent": n != "m"} for n in ("incbak-1-2", "incbak-1-1", "incbak-2-1", "m")]
+    nodes = {n: _node(n) | {"cache": {"no-flush": n in names}, "dirty-bitmaps": bitmaps} for n in "tdfpxb"}
+    return Graph(nodes, edges)
+
+
+@pytest.mark.parametrize(("names", "is_one"), [("d", True), ("p", True), ("x", True), ("tb", False), ("", False)])
+def test_what_an_image_writes_to_has_to_be_flushed(names: str, is_one: bool) -> None:
+    """A filter above passes flushes on; a backing file is not written."""
+    graph = _unflushed(*names)
+    assert is_unflushed(graph, "d") is is_one
+    reasons = {b.name: b.reason for b in bitmaps_of(graph, "d")}
+    assert reasons.pop("m") is None
+    assert set(reasons.values()) == {Reason.UNFLUSHED if is_one else None}
+
+
+def test_a_graph_with_a_cycle_is_looked_at_once() -> None:
+    assert not is_unflushed(Graph({"a": _node("a"), "b": _node("b")}, {("a", "file"): "b", ("b", "file"): "a"}), "a")
+
+
+def test_stored_bitmaps_that_are_not_believed_go_and_that_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this repository; what QEMU does not flush is flushed here, afterwards."""
+    done: list[Any] = []
+
+    async def remove(*what: str) -> None:
+        done.append(what)
+
+    monkeypatch.setattr("incbak.engine.qemu_storing.sync_files", done.append)
+    for names, expected in (("d", [("d", "incbak-1-1"), ["/srv/d"]]), ("", [])):
+        done.clear()
+        disk = EngineDisk("d", 1 << 20, "d", bitmaps=bitmaps_of(_unflushed(*names), "d"), extra={"image": "/srv/d"})
+        asyncio.run(remove_unbelieved(DiskPlan(disk, "incbak-1-2", 65536), remove))
+        assert done == expected

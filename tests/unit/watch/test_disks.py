@@ -15,6 +15,7 @@ from incbak.bitmap.store import BitmapStore
 from incbak.disk.file import open_disk
 from incbak.engine.base import EngineDisk
 from incbak.engine.qemu_graph import Graph
+from incbak.engine.qemu_storing import UNFLUSHED
 from incbak.engine.session import Address
 from incbak.errors import DiskError, LockedError
 from incbak.reasons import Reason
@@ -196,3 +197,10 @@ def test_a_graph_without_an_end_has_no_image(edges: dict[str, str]) -> None:
     nodes = {name: {"node-name": name, "drv": "throttle"} for name in "ab"}
     graph = Graph(nodes, {(parent, "file"): child for parent, child in edges.items()})
     assert "not one file or block device" in str(disks._image_of(EngineDisk("vda", 1, "a"), graph))
+
+
+def test_an_image_that_could_store_its_bitmaps_is_not_watched() -> None:
+    graph = Graph({"a": {"drv": "qcow2"}, "f": {"drv": "file", "file": "/srv/a"}}, {("a", "file"): "f"})
+    assert disks._image_of(EngineDisk("vda", 1, "a"), graph) == Path("/srv/a")
+    assert "stores its bitmaps" in str(disks._image_of(EngineDisk("vda", 1, "a", can_persist=True), graph))
+    assert "cache=unsafe" in str(disks._image_of(EngineDisk("vda", 1, "a", extra={UNFLUSHED: True}), graph))
