@@ -13,8 +13,9 @@ from incbak.bitmap import bits as kernels
 from incbak.bitmap.saved import write_clean
 from incbak.disk.locks import writer_present
 from incbak.durable import crash_point, declare
-from incbak.engine.base import is_bitmap_name
+from incbak.engine.base import PREFIX, is_bitmap_name
 from incbak.engine.deadline import deadline
+from incbak.engine.jobs import cancel_jobs
 from incbak.engine.session import EngineGone, EngineSilent, Session
 from incbak.errors import EngineError, IncbakError
 from incbak.fingerprint import Fingerprint
@@ -52,6 +53,9 @@ async def save_and_quit(
 ) -> list[Outcome]:
     """Save all bitmaps of ours, end QEMU, and set the files' flags.
 
+    A backup that still runs is cancelled first: QEMU 7.2 with I/O threads sometimes hangs when it is told to quit in
+    the middle of one (in ``job_cancel_sync_all``, a few times in a hundred).
+
     ``status``: in which state the VM stays meanwhile. ``trouble``: why nothing can be saved, where that is known.
     Raises `RanAgainError` when the VM runs again and QEMU was not ended. What else fails is in the outcomes, and QEMU
     is ended all the same: that is what the guest asked for.
@@ -68,6 +72,7 @@ async def save_and_quit(
     except (IncbakError, OSError) as e:
         trouble = str(e)
     crash_point("watch.read")
+    await cancel_jobs(session, f"{PREFIX}-")
     await still.check()
     crash_point("watch.quitting")
     trouble = await _quit(session) or trouble

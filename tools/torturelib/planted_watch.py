@@ -200,9 +200,16 @@ _TO_FILES = (
     Fault(
         "watch-quits-a-vm-that-runs-again",
         _SAVING,
-        '    crash_point("watch.read")\n    await still.check()\n',
-        '    crash_point("watch.read")\n',
+        '    await still.check()\n    crash_point("watch.quitting")\n',
+        '    crash_point("watch.quitting")\n',
         _saving("test_it_is_not_ended_when_it_runs_again"),
+    ),
+    Fault(
+        "watch-quits-in-the-middle-of-a-backup",
+        _SAVING,
+        '    await cancel_jobs(session, f"{PREFIX}-")\n',
+        "",
+        _saving("test_a_backup_that_still_runs_is_cancelled_first"),
     ),
     Fault(
         "watch-events-not-heard",

@@ -47,6 +47,7 @@ class FakeQemu:
         self.at: dict[int, Callable[[], None]] = {}
         self.done: list[str] = []
         self.sources: dict[str, set[int]] = {}
+        self.jobs: dict[str, str] = {}
         self.pid: int | None = None
         self.ran: list[str] = []
         self.short = False
@@ -127,6 +128,15 @@ class FakeQemu:
                 for source in data["bitmaps"]:
                     held = self.bitmaps if source["node"] == "vda" else self.sources
                     self.bitmaps[data["target"]] |= held[source["name"]]
+
+    def _query_jobs(self) -> list[dict[str, str]]:
+        return [{"id": ident, "status": status} for ident, status in self.jobs.items()]
+
+    def _job_cancel(self, id: str) -> None:
+        self.jobs[id] = "concluded"
+
+    def _job_dismiss(self, id: str) -> None:
+        del self.jobs[id]
 
     def _set_action(self, **_: str) -> None:
         pass

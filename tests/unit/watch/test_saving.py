@@ -188,6 +188,22 @@ def test_another_image_has_taken_the_place_of_the_one_that_was_watched(
     assert found(disk) is None
 
 
+def test_a_backup_that_still_runs_is_cancelled_first(
+    qemu: FakeQemu, disk: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU 7.2 may hang when it is told to quit meanwhile. The jobs of others are theirs."""
+    qemu.jobs = {"incbak-00000001-00000002-0": "running", "mirror": "running"}
+    original, left = saving._quit, []
+
+    async def quit_(session: object) -> str:
+        left.extend(qemu.jobs)
+        return await original(qemu.session)
+
+    monkeypatch.setattr(saving, "_quit", quit_)
+    assert save(qemu, disk).kept == [NAME]
+    assert left == ["mirror"]
+
+
 def test_somebody_writes_while_the_files_are(qemu: FakeQemu, disk: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files are made invalid, though the image alone would tell; that of a block device would not."""
 
