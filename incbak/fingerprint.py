@@ -127,7 +127,7 @@ def writes_of(fd: int, untold: bytes | None = None) -> bytes:
 
 
 def writes_of_file(fd: int, untold: bytes | None = None) -> bytes:
-    """Return `NO_WRITES` where the file's times tell of writes; else ``untold`` or what equals nothing."""
+    """Return `NO_WRITES` where each write changes the file's times, else ``untold`` or a value that equals no other."""
     return NO_WRITES if times.are_kept(Path(f"/proc/self/fd/{fd}")) else untold or unlike_any()
 
 

@@ -1,4 +1,4 @@
-"""Whether the times of a file show that nobody wrote to it: only on file systems that are known to keep them.
+"""Decide whether the times of a file prove that it was not written: only on file systems known to keep them.
 
 The kernel keeps the times of its own file systems. What FUSE shows is a program's word: ``nbdfuse`` and QEMU's FUSE
 exports show a disk as a file whose times and inode stay as they are while it is written elsewhere. So of FUSE only
@@ -17,25 +17,24 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-_MOUNTS = Path("/proc/self/mountinfo")
+from incbak.mounts import PASSING, kind_of
+
 _FUSE = 0x65735546
 _STATFS_SIZE = 256
 _STORING = frozenset({"sshfs", "glusterfs", "ceph", "ceph-fuse", "ntfs", "ntfs-3g", "exfat", "fuse2fs"})
 """They keep files on a server or a disk, with a time of change that each write sets."""
-_PASSING = frozenset({"mergerfs", "bindfs", "mhddfs", "rofs", "unionfs", "unionfs-fuse", "fuse-overlayfs"})
-"""They pass on what a file system below says of its files: see also `incbak.disk.users`."""
-_KEEPING = frozenset({"virtiofs", "fuseblk"} | {f"fuse.{name}" for name in _STORING | _PASSING})
+_KEEPING = frozenset({"virtiofs", "fuseblk", *PASSING, *(f"fuse.{name}" for name in _STORING)})
 """Types of mounts. ``fuseblk`` is a file system on a block device: NTFS, exFAT."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def are_kept(path: Path) -> bool:
-    """Return whether a file whose times are what they were has not been written. What cannot be told is not so."""
+    """Return whether unchanged times prove that a file was not written; false where the file cannot be looked at."""
     with suppress(OSError):
         if _magic(path) != _FUSE:
             return True
-        kind = _kind(path.stat().st_dev)
+        kind = kind_of(path)
         return kind in _KEEPING or kind.startswith("fuseblk.")
     return False
 
@@ -47,13 +46,3 @@ def _magic(path: Path) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(path))
     return int(ctypes.c_long.from_buffer(buffer).value)
-
-
-def _kind(device: int) -> str:
-    """Return the type of the mounts of ``device``, with that of FUSE; nothing where there is none in our namespace."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        mount, _, source = line.partition(" - ")
-        if mount.split(" ")[2] == number:
-            return source.split(" ")[0]
-    return ""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
+
+from tests.kit.cli import Incbak
 
 # A shell that starts pytest in the background tells it to ignore SIGINT, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -13,6 +16,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # ``nohup pytest`` ignores SIGHUP, and so would the children whose handling of SIGHUP is tested.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def incbak(tmp_path: Path) -> Incbak:
+    """The command, with an empty repository."""
+    made = Incbak(tmp_path)
+    made("init")
+    return made
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

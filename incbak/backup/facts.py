@@ -36,12 +36,11 @@ from pathlib import Path
 from typing import Any
 
 from incbak import device, times
+from incbak.disk.stacking import Key, key_of
 from incbak.engine.base import Description
 
 Facts = list[list[Any]]
 """One entry for each file or device, from the top: its name, and what is known; ``None``: it is not known."""
-Identity = tuple[int, int]
-"""Device and inode of a file; of a block device -1 and its number: a mount namespace may have nodes of its own."""
 Looked = dict[str, list[tuple["Leaf", list[Any]]]]
 """Of each disk, by its name."""
 _SETTLE_SECONDS = 3.0
@@ -102,21 +101,18 @@ def _below(block: dict[str, Any], part: Part) -> Iterator[tuple[str, Part]]:
 
 
 class Peer:
-    """The process of an engine, of which is known what it has open; of another process than the engine, nothing is.
-
-    ``open``: that, or nothing.
-    """
+    """The process of an engine. ``open``: what it has open; empty for a process that is not seen, or not the engine."""
 
     def __init__(self, pid: int | None, names: Collection[str]) -> None:
         self._pid = pid
-        self.open: frozenset[Identity] = frozenset(_open_files(pid)) if pid else frozenset()
-        if not any(identity(found) in self.open for n in names if (found := self._stat(n))):
+        self.open: frozenset[Key] = frozenset(_open_files(pid)) if pid else frozenset()
+        if not any(key_of(found) in self.open for n in names if (found := self._stat(n))):
             self.open = frozenset()
 
     def look(self, name: str) -> tuple[Path, os.stat_result] | None:
         """Return what the engine has under that name, as far as that is known."""
         found = self._stat(name)
-        if found is None or (identity(found) not in self.open if self.open else not name.startswith("/")):
+        if found is None or (key_of(found) not in self.open if self.open else not name.startswith("/")):
             return None
         return self._path(name), found
 
@@ -131,20 +127,15 @@ class Peer:
         return None
 
 
-def _open_files(pid: int) -> Iterator[Identity]:
+def _open_files(pid: int) -> Iterator[Key]:
     with suppress(OSError):
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(OSError):
-                yield identity(fd.stat())
-
-
-def identity(found: os.stat_result) -> Identity:
-    """Return what a file or device is, whatever its name."""
-    return (-1, found.st_rdev) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
+                yield key_of(fd.stat())
 
 
 def facts_of(leaf: Leaf, peer: Peer) -> list[Any]:
-    """Return what is known of one, ``ctime`` last. ``None`` in it: that does not suffice."""
+    """Return what is known of a leaf, ``ctime`` last. Facts with a ``None`` among them do not prove anything."""
     looked = peer.look(leaf.name)
     if looked is None:
         return [leaf.name, None]

@@ -13,11 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from incbak import host
-from incbak.backup.facts import Identity, Peer, identity
+from incbak.backup.facts import Peer
+from incbak.disk.stacking import Key, key_of
 from incbak.engine.base import Description
 
 Opened = Sequence[Any]
-"""As in a record: path, inode, device (both ``None`` where it is not known), boot. Older ones have path and inode."""
+"""As in a record: path, inode, device, boot; older ones have path and inode. Of a block device, its number and -1; of
+what is not known, ``None`` twice."""
 
 
 def opened_of(description: Description, peer: Peer) -> dict[str, list[Any]]:
@@ -25,18 +27,21 @@ def opened_of(description: Description, peer: Peer) -> dict[str, list[Any]]:
     images: Mapping[str, Any] = description.config.get("images", {})
     boot = host.boot_id().hex()
     named = {d.name: path for d in description.disks if (path := str(images.get(d.name, "")))}
-    return {name: [path, *_numbers(path, peer), boot] for name, path in named.items()}
+    return {name: [path, *_found(path, peer), boot] for name, path in named.items()}
 
 
-def _numbers(path: str, peer: Peer) -> tuple[int | None, int | None]:
+def _found(path: str, peer: Peer) -> list[int | None]:
     looked = peer.look(path)
     if looked is None or not (stat.S_ISREG(looked[1].st_mode) or stat.S_ISBLK(looked[1].st_mode)):
-        return None, None
-    device, inode = identity(looked[1])
-    return inode, device
+        return [None, None]
+    return [*_numbers(key_of(looked[1]))]
 
 
-def is_another(before: Opened, now: Opened, held: Collection[Identity], *, in_memory: bool) -> bool:
+def _numbers(key: Key) -> list[int]:
+    return [key.rdev, -1] if key.rdev else [key.inode, key.device]
+
+
+def is_another(before: Opened, now: Opened, held: Collection[Key], *, in_memory: bool) -> bool:
     """Return whether the engine has another image open now than when the record was made.
 
     ``held``: all that it has open, where that is seen; an image that was renamed is among it. ``in_memory``: the bitmap
@@ -48,5 +53,5 @@ def is_another(before: Opened, now: Opened, held: Collection[Identity], *, in_me
         if now[1] is not None:
             return list(before[1:3]) != list(now[1:3])
         if held:
-            return (before[2], before[1]) not in held
+            return list(before[1:3]) not in [_numbers(key) for key in held]
     return bool(before[0] != now[0] and (now[1] is None or before[1] != now[1]))

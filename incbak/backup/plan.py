@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from incbak.backup.facts import Identity
 from incbak.backup.opened import is_another
 from incbak.backup.sources import check_names, recorded, unproven
 from incbak.bitmap.lost import Lost
+from incbak.disk.stacking import Key
 from incbak.engine.base import (
     DECRYPTED,
     Description,
@@ -53,7 +53,7 @@ class Known:
     lost: Mapping[str, Lost] = field(default_factory=dict)
     """Per disk, why bitmaps that are not there are lost."""
     opened: Mapping[str, list[Any]] = field(default_factory=dict)
-    held: Collection[Identity] = frozenset()
+    held: Collection[Key] = frozenset()
     """What a running engine has open: see `incbak.backup.opened`."""
     data: Mapping[str, list[Any]] = field(default_factory=dict)
     trusted: Collection[str] = frozenset()

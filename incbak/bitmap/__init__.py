@@ -20,7 +20,7 @@ slot and is synced, then over the other and is synced: a torn write never meets 
    wait share the next sync, for it begins after they have set their bytes.
 3. The bits are stored, under a lock, by ``pwrite`` (see `body`), so that the page cache has them. They are not synced:
    the page cache keeps them when the process dies, and the coarse map stands for them when the host does, or when the
-   file system is mounted anew (`page_cache`).
+   file system is mounted again (`page_cache`).
 4. Only then does the write go out. Whatever becomes of it, the bits stay.
 
 And at a clean end, when the writers are gone and the disk is flushed:
@@ -92,7 +92,7 @@ flag clear, other boot, a block device               nobody knows               
 flag clear, a coarse byte that is neither value      rot                                      invalid: coarse-map
 flag clear, same page cache                          the owner was killed                     used: ``RECOVERED``
 flag clear, another page cache                       the host went down, or the state         used: ``COARSE``, all of
-                                                     directory was mounted anew               each touched region dirty
+                                                     directory was mounted again              each touched region dirty
 ===================================================  =======================================  ==========================
 
 How the times and counts are compared, and why: `incbak.bitmap.continuity`.

@@ -39,15 +39,15 @@ from incbak.disk.holders import holders
 from incbak.disk.stacking import Key, Stack, stack_of
 from incbak.disk.stacking import key_of as identity
 from incbak.errors import DiskError, ImageInUseError
+from incbak.mounts import PASSING, kind_of, lines_of
 
 _INITIAL_NAMESPACE = "pid:[4026531836]"
 _MANAGERS = frozenset({"mdmon"})
 _SHOWING = frozenset({"overlay", "aufs", "ecryptfs"})
-_SHOWING_BY_FUSE = re.compile(r"fuse\.(mergerfs|bindfs|mhddfs|rofs|unionfs.*|fuse-overlayfs)")
 _DONT_SYNC, _TYPE_AND_INODE = 0x4000, 0x001 | 0x100
 _AT_FDCWD = -100
 _STATX = struct.Struct("=28xH2xQ88xIIII")  # mode, inode, device that it is, device that it is on
-_MOUNT = re.compile(r"^\S+ \S+ (\d+):(\d+) \S+ (\S+) (\S+)(?: .*?)? - (\S+) (\S+) (\S+)$")
+_MOUNT = re.compile(r"[^ ]+ [^ ]+ (\d+):(\d+) [^ ]+ ([^ ]+) ([^ ]+)(?: .*?)? - ([^ ]+) ([^ ]+) ([^ ]+)", re.DOTALL)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -222,7 +222,7 @@ def _mappings(pid: int, keys: Collection[Key]) -> Iterator[tuple[Key | None, boo
     inodes = {b" %d " % key.inode for key in keys if key.inode}
     if not any(inode in table for inode in inodes):
         return
-    for line in table.splitlines():
+    for line in table.removesuffix(b"\n").split(b"\n"):
         where, mode, *_ = line.split(maxsplit=2)
         if any(inode in line for inode in inodes) and (key := _look(f"/proc/{pid}/map_files/{where.decode()}")) in keys:
             yield key, b"w" in mode and b"s" in mode
@@ -247,8 +247,8 @@ def _mounts(pid: int, stack: Stack) -> list[User]:
     found = []
     devices = {key.rdev: key for key in stack.keys if key.rdev}
     with suppress(OSError):
-        for line in _text(f"/proc/{pid}/mountinfo").splitlines() if devices else ():
-            if not (m := _MOUNT.match(line)):
+        for line in lines_of(Path(f"/proc/{pid}/mountinfo")) if devices else ():
+            if not (m := _MOUNT.fullmatch(line)):
                 continue
             major, minor, where, _, _, source, options = m.groups()
             writes = "rw" in options.split(",")
@@ -260,23 +260,16 @@ def _mounts(pid: int, stack: Stack) -> list[User]:
 
 def _shown_by(path: Path) -> str:
     """Why a process that has the same file open by another name is not recognised, or an empty string."""
-    with suppress(OSError, ValueError, StopIteration):
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        try:
-            facts = dict(line.split(":", 1) for line in _text(f"/proc/self/fdinfo/{fd}").splitlines())
-        finally:
-            os.close(fd)
-        table = _text("/proc/self/mountinfo").splitlines()
-        mount = next(line for line in table if line.split(" ", 1)[0] == facts["mnt_id"].strip())
-        kind = mount.partition(" - ")[2].split()[0]
-        if not path.is_block_device() and (kind in _SHOWING or _SHOWING_BY_FUSE.fullmatch(kind)):
+    with suppress(OSError):
+        kind = kind_of(path)
+        if not path.is_block_device() and (kind in _SHOWING or kind.startswith(PASSING)):
             return f"it is on a file system ({kind}) that shows files of another one"
     return ""
 
 
 def _swaps(stack: Stack) -> list[User]:
     with suppress(OSError):
-        names = [line.split()[0] for line in _text("/proc/swaps").splitlines()[1:] if line.strip()]
+        names = [line.split(" ", 1)[0].split("\t", 1)[0] for line in lines_of(Path("/proc/swaps"))[1:]]
         return [User(f"swap is on {name}", True) for name in names if _look(_unescaped(name)) in stack.keys]
     return []
 

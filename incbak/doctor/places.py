@@ -7,9 +7,11 @@ import os
 import stat
 import struct
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from incbak.doctor.finding import Finding, fault, ok, warning
+from incbak.mounts import kind_of
 from incbak.units import format_size
 
 _IN_MEMORY = {"tmpfs", "ramfs", "overlay"}
@@ -26,15 +28,10 @@ def nearest(path: Path) -> Path:
 
 
 def filesystem(path: Path) -> str:
-    """The type of the file system that ``path`` is on, as the kernel names it, or ""."""
-    found, longest = "", -1
-    real = os.path.realpath(path)
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
-        _device, mounted, kind, *_ = line.split(" ")
-        top = mounted.encode().decode("unicode_escape", errors="replace").rstrip("/")
-        if len(top) >= longest and (real == top or real.startswith(top + "/")):
-            found, longest = kind, len(top)
-    return found
+    """Return the type of the file system that ``path`` is on or would be made on, or an empty string."""
+    with suppress(OSError):
+        return kind_of(nearest(path))
+    return ""
 
 
 def private(what: str, path: Path) -> list[Finding]:

@@ -56,7 +56,7 @@ async def _look(
     copied: ProgressCallback,
 ) -> None:
     if job is None:
-        results[disk] = DiskResult(error="the job vanished")
+        results[disk] = DiskResult(error="another program has removed the job of the backup")
         return
     copied(disk, job["current-progress"], job["total-progress"])
     if job["status"] in _ENDED:

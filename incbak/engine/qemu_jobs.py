@@ -58,7 +58,7 @@ class CopyJob:
     async def _look(self, progress: ProgressCallback) -> DiskResult | None:
         job = next((j for j in await self._session.execute("query-jobs") if j["id"] == self._ident), None)
         if job is None:
-            return DiskResult(error=self._error or "the job vanished")
+            return DiskResult(error=self._error or "another program has removed the job of the backup")
         done, whole = job["current-progress"], job["total-progress"]
         progress(self._disk, done, whole)
         status = job["status"]

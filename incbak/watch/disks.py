@@ -105,7 +105,7 @@ async def find_watched(
         form = RAW if disk.format in _PROTOCOLS else disk.format
         store = BitmapStore(state_dir, vm, disk.name)
         try:
-            key = key_of(image.stat())
+            key = key_of(await asyncio.to_thread(image.stat))
         except OSError as e:
             left_out.append(LeftOut(disk.name, f"its image cannot be read here: {e}"))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ from incbak.reasons import Reason
 from incbak.watch.disks import Holder, Watched
 from incbak.watch.loading import Outcome
 from incbak.watch.transfer import Place, bitmaps_of, private_server
+
+log = logging.getLogger(__name__)
 
 declare("watch.read", "watch.quitting", "watch.gone", "watch.written", "watch.saved")
 
@@ -72,7 +75,8 @@ async def save_and_quit(
     except (IncbakError, OSError) as e:
         trouble = str(e)
     crash_point("watch.read")
-    await cancel_jobs(session, f"{PREFIX}-")
+    for job in await cancel_jobs(session, f"{PREFIX}-"):
+        log.warning("%s of a backup was cancelled, since the guest has shut down: run it again", job)
     await still.check()
     crash_point("watch.quitting")
     trouble = await _quit(session) or trouble

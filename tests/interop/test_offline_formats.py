@@ -21,13 +21,6 @@ def _tools() -> None:
     need("qemu-storage-daemon", "qemu-img", "qemu-io")
 
 
-@pytest.fixture
-def incbak(tmp_path: Path) -> Incbak:
-    made = Incbak(tmp_path)
-    made("init")
-    return made
-
-
 def formats(incbak: Incbak) -> list[str]:
     return [d.format for r in Repository.open(incbak.repo).backups() for d in r.disks]
 

@@ -31,13 +31,6 @@ def _tools() -> None:
 
 
 @pytest.fixture
-def incbak(tmp_path: Path) -> Incbak:
-    made = Incbak(tmp_path)
-    made("init")
-    return made
-
-
-@pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True, timeout=20)

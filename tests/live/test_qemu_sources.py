@@ -18,13 +18,6 @@ pytestmark = pytest.mark.kvm
 SIZE = 4 << 20
 
 
-@pytest.fixture
-def incbak(tmp_path: Path) -> Incbak:
-    made = Incbak(tmp_path)
-    made("init")
-    return made
-
-
 def _image(path: Path, *options: str) -> Path:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, path], check=True, timeout=20)
     return path

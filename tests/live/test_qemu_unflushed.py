@@ -20,13 +20,6 @@ UNSAFE: dict[str, Any] = {"cache": {"no-flush": True}}
 
 
 @pytest.fixture
-def incbak(tmp_path: Path) -> Incbak:
-    made = Incbak(tmp_path)
-    made("init")
-    return made
-
-
-@pytest.fixture
 def image(tmp_path: Path) -> Path:
     return qcow2_image(tmp_path / "vda.qcow2", SIZE)
 

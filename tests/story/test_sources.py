@@ -8,20 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.kit.cli import Incbak
 from tests.kit.devices import loop_device, partition, written
 from tests.kit.need import need
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def incbak(tmp_path: Path) -> Incbak:
-    made = Incbak(tmp_path)
-    made("init")
-    return made
 
 
 def backed_up(incbak: Incbak, kind: str, image: Path, *options: str) -> dict[str, Any]:

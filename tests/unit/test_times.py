@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from incbak import device, times
+from incbak import device, mounts, times
 from incbak.backup.facts import Leaf, Part, Peer, are_one, are_same, facts_of, is_known
 from incbak.bitmap.continuity import bypassed, changed, set_up_anew
 from incbak.disk.file import open_disk
@@ -37,7 +37,7 @@ def image(tmp_path: Path) -> Path:
 def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file is on a FUSE file system that does not say what it is."""
     monkeypatch.setattr(times, "_magic", lambda _: times._FUSE)
-    monkeypatch.setattr(times, "_kind", lambda _: "fuse")
+    monkeypatch.setattr(times, "kind_of", lambda _: "fuse")
 
 
 def test_the_kernels_own_file_systems_keep_times(image: Path) -> None:
@@ -69,15 +69,16 @@ def test_what_cannot_be_looked_at_keeps_none(tmp_path: Path) -> None:
 def test_of_fuse_only_what_stores_files_or_passes_them_on(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kept: bool
 ) -> None:
-    found = image.stat().st_dev
-    number = f"{os.major(found)}:{os.minor(found)}"
-    table = f"1 0 8:{os.minor(found) + 999} / / rw - ext4 /dev/sda rw\n2 1 {number} / /a\\040-\\040b rw shared:1 - "
-    (tmp_path / "mounts").write_text(f"{table}{kind} /dev/fuse rw,user_id=0\n")
-    monkeypatch.setattr(times, "_MOUNTS", tmp_path / "mounts")
+    table = tmp_path / "mounts"
+    with image.open() as f:
+        number = Path(f"/proc/self/fdinfo/{f.fileno()}").read_text().partition("mnt_id:")[2].split()[0]
+    line = f"{number} 0 8:0 / /a\\040-\\040b\f{number}0 rw shared:1 - {kind} /dev/fuse rw,user_id=0\n"
+    table.write_text(f"{number}0 0 8:1 / / rw - ext4 /dev/sda rw\n{line}")
+    monkeypatch.setattr(mounts, "_MOUNTS", table)
     assert times.are_kept(image), "what is not FUSE is not looked up"
     monkeypatch.setattr(times, "_magic", lambda _: times._FUSE)
     assert times.are_kept(image) is kept
-    (tmp_path / "mounts").write_text("1 0 8:999 / / rw - fuseblk /dev/sda rw\n")
+    table.write_text(f"{number}0 0 8:1 / / rw - fuseblk /dev/sda rw\n")
     assert not times.are_kept(image), "a mount of another namespace"
 
 

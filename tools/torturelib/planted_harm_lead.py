@@ -197,15 +197,15 @@ FAULTS = [
     Fault(
         "plan-renamed-image-not-looked-for",
         _OPENED,
-        "            return (before[2], before[1]) not in held\n",
+        "            return list(before[1:3]) not in [_numbers(key) for key in held]\n",
         "            return False\n",
         unit("backup/test_plan", "test_a_node_that_got_another_file_is_another_disk"),
     ),
     Fault(
         "plan-what-is-open-is-not-known-by-number",
         _OPENED,
-        "    return inode, device\n",
-        "    return None, None\n",
+        "    return [*_numbers(key_of(looked[1]))]\n",
+        "    return [None, None]\n",
         unit("backup/test_sources", "test_what_is_open_is_known_by_its_numbers"),
     ),
     Fault(

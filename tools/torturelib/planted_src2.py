@@ -195,7 +195,7 @@ FAULTS = [
     Fault(
         "name-that-the-engine-does-not-have-open",
         _FACTS,
-        'if found is None or (identity(found) not in self.open if self.open else not name.startswith("/")):',
+        'if found is None or (key_of(found) not in self.open if self.open else not name.startswith("/")):',
         "if found is None:",
         _facts("test_what_an_engine_has_open_is_known"),
     ),

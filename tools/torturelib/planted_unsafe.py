@@ -4,6 +4,7 @@ from torturelib.planted import Fault, unit
 
 _STORING, _DISKS = "incbak/engine/qemu_storing.py", "incbak/engine/qemu_disks.py"
 _LIVE = "tests/live/test_qemu_unflushed.py::"
+_NAMES = unit("disk/test_users", "test_names_that_other_users_give")
 _BEFORE = (f"{_LIVE}test_a_bitmap_from_before_is_not_believed_and_does_not_stay",)
 
 
@@ -133,10 +134,38 @@ FAULTS = [
     ),
     Fault(
         "fuse: the first mount of all is looked at",
-        "incbak/times.py",
-        """        if mount.split(" ")[2] == number:\n""",
-        "        if number:\n",
+        "incbak/mounts.py",
+        """        if mount.split(" ", 1)[0] == ident:\n""",
+        "        if ident:\n",
         _times("test_of_fuse_only_what_stores_files_or_passes_them_on"),
+    ),
+    Fault(
+        "tables: a line of mounts ends with any separator",
+        "incbak/mounts.py",
+        """    return content.removesuffix("\\n").split("\\n") if content else []\n""",
+        "    return content.splitlines()\n",
+        _NAMES,
+    ),
+    Fault(
+        "tables: a carriage return is translated",
+        "incbak/mounts.py",
+        """table.read_bytes().decode("utf-8", "surrogateescape")""",
+        """table.read_text("utf-8", "surrogateescape")""",
+        _NAMES,
+    ),
+    Fault(
+        "tables: a line of mappings ends with any separator",
+        "incbak/disk/users.py",
+        """table.removesuffix(b"\\n").split(b"\\n")""",
+        "table.splitlines()",
+        _NAMES,
+    ),
+    Fault(
+        "tables: a mount point has no white space",
+        "incbak/disk/users.py",
+        r"(\d+):(\d+) [^ ]+ ([^ ]+) ",
+        r"(\d+):(\d+) [^ ]+ (\S+) ",
+        _NAMES,
     ),
     Fault(
         "fuse: a file is always proven by its times",

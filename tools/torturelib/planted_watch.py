@@ -207,8 +207,8 @@ _TO_FILES = (
     Fault(
         "watch-quits-in-the-middle-of-a-backup",
         _SAVING,
-        '    await cancel_jobs(session, f"{PREFIX}-")\n',
-        "",
+        'in await cancel_jobs(session, f"{PREFIX}-"):\n',
+        "in ():\n",
         _saving("test_a_backup_that_still_runs_is_cancelled_first"),
     ),
     Fault(

@@ -11,6 +11,7 @@ from msgspec.structs import replace as changed
 
 from incbak.backup.plan import Known, Planned, Request, choose, make_plan, missed
 from incbak.bitmap.lost import Lost
+from incbak.disk.stacking import Key
 from incbak.engine.base import BitmapInfo, Description, EngineDisk, LeftOut, bitmap_name
 from incbak.errors import UsageError
 from incbak.reasons import Reason
@@ -221,7 +222,7 @@ def test_a_node_that_got_another_file_is_another_disk(
 ) -> None:
     """Its bitmaps stay, in QEMU (``blockdev-reopen``)."""
     record = changed(KNOWN.records[1], config={"opened": {"vda": before}} if before else {})
-    known = _with(records=[record], opened={"vda": now} if now else {}, held={(1, 7), (1, 9)})
+    known = _with(records=[record], opened={"vda": now} if now else {}, held={Key(1, 7), Key(1, 9)})
     for persistent, same in ((False, in_memory), (True, stored)):
         planned = _plan(_disk(_bitmap(BASE, persistent=persistent)), known)
         assert planned.plan.reason is (None if same else Reason.DISK_CHANGED)

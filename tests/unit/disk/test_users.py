@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from incbak import mounts
 from incbak.disk import users
 from incbak.disk.users import Users, _kernel, find_users, key_of, refuse_users, refuse_writers
+from incbak.doctor.places import filesystem
 from incbak.errors import DiskError, ImageInUseError
 from tests.kit.need import missing, need, need_root
 from tests.kit.serve import wait_until
@@ -79,6 +81,29 @@ def test_a_process_is_found_by_its_descriptors_and_mappings(image: Path, how: st
             assert "qmp:PATH" in caught.value.hint
         else:
             assert refuse_writers(image).found == (user,)
+
+
+@pytest.mark.parametrize("name", ["\r", "\f", "a\u2028b"])
+def test_names_that_other_users_give(image: Path, tmp_path: Path, name: str) -> None:
+    """The kernel's tables end a line with a newline only: a mapped file and a mount point of any name hide no user."""
+    need("mkfs.ext4", "mount")
+    need_root()
+    mapped = tmp_path / f"x {image.stat().st_ino} {name}b"
+    mapped.write_bytes(bytes(4096))
+    subprocess.run(["mkfs.ext4", "-q", image], check=True, timeout=20)
+    place = tmp_path / f"a{name}b"
+    place.mkdir()
+    with holder(mapped, "wm"), holder(image, "wm") as pid:
+        assert [user.what.split(" (")[0] for user in find_users(image).found] == [f"process {pid}"]
+    with loop(image) as device:
+        subprocess.run(["mount", device, place], check=True, timeout=20)
+        try:
+            assert any("mounted" in user.what for user in find_users(device).writers)
+            (place / "file").write_bytes(bytes(512))
+            assert mounts.kind_of(place / "file") == filesystem(place / "none" / "yet") == "ext4"
+            assert find_users(place / "file") == Users((), True)
+        finally:
+            subprocess.run(["umount", place], check=True, timeout=20)
 
 
 def test_under_whatever_name(image: Path, tmp_path: Path) -> None:
@@ -315,14 +340,12 @@ def test_a_file_that_is_shown_by_another_file_system(overlay: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["overlay", "ecryptfs", "fuse.mergerfs", "fuse.unionfs-fuse"])
-def test_file_systems_that_show_others(image: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_file_systems_that_show_others(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Those that no kernel or package of the tests has, by the table of mounts."""
     assert users._shown_by(image) == ""
-    text = users._text
-    table = r" - \S+ "
-    monkeypatch.setattr(
-        users, "_text", lambda path: re.sub(table, f" - {kind} ", text(path)) if "mountinfo" in path else text(path)
-    )
+    table = tmp_path / "mounts"
+    table.write_text(re.sub(r" - \S+ ", f" - {kind} ", Path("/proc/self/mountinfo").read_text()))
+    monkeypatch.setattr(mounts, "_MOUNTS", table)
     assert kind in find_users(image).unwritable()
 
 

@@ -211,13 +211,6 @@ def test_a_disk_that_was_resized_is_compared_from_there_on(tmp_path: Path) -> No
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def incbak(tmp_path: Path) -> Incbak:
-    made = Incbak(tmp_path)
-    made("init")
-    return made
-
-
 def test_it_replaces_a_report_and_nothing_else(incbak: Incbak, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     assert incbak("report", "--html", file).out == f"wrote {file}\n"

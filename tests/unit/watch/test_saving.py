@@ -189,7 +189,7 @@ def test_another_image_has_taken_the_place_of_the_one_that_was_watched(
 
 
 def test_a_backup_that_still_runs_is_cancelled_first(
-    qemu: FakeQemu, disk: Watched, monkeypatch: pytest.MonkeyPatch
+    qemu: FakeQemu, disk: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """QEMU 7.2 may hang when it is told to quit meanwhile. The jobs of others are theirs."""
     qemu.jobs = {"incbak-00000001-00000002-0": "running", "mirror": "running"}
@@ -202,6 +202,7 @@ def test_a_backup_that_still_runs_is_cancelled_first(
     monkeypatch.setattr(saving, "_quit", quit_)
     assert save(qemu, disk).kept == [NAME]
     assert left == ["mirror"]
+    assert "job incbak-00000001-00000002-0 of a backup was cancelled" in caplog.text
 
 
 def test_somebody_writes_while_the_files_are(qemu: FakeQemu, disk: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
