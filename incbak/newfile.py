@@ -129,5 +129,24 @@ def refuse_below_dev(path: Path) -> None:
     raise UsageError(f"{path} is not there, and nothing is made below {_DEVICES} but devices", hint=hint)
 
 
+def refuse_irreplaceable(path: Path) -> None:
+    """Raise `UsageError` where a new file must not take the place of what has this name: a device, a pipe, a directory.
+
+    ``/dev/stdout`` is such a name whatever it leads to. A link to a file can be replaced; what it leads to stays.
+    """
+    hint = "Name a file; one that is there is replaced."
+    parent = os.path.realpath(path.parent)
+    if _below(parent, _DEVICES) and not _below(parent, _MEMORY):
+        raise UsageError(f"{path} is below {_DEVICES}, where no file is made", hint=hint)
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as e:
+        raise UsageError(f"cannot write to {path}: {e.strerror if isinstance(e, OSError) else e}", hint=hint) from e
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path} is no regular file, and is not replaced", hint=hint)
+
+
 def _below(path: str, top: str) -> bool:
     return path == top or path.startswith(top + "/")

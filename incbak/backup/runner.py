@@ -46,6 +46,7 @@ from incbak.reasons import Reason
 from incbak.repo.damage import add_note
 from incbak.repo.fitting import fitted
 from incbak.repo.memory import Memory
+from incbak.repo.numbers import last_number
 from incbak.repo.record import DiskRecord, Record
 from incbak.repo.repository import Repository, host_name
 from incbak.repo.writer import Writer
@@ -320,10 +321,9 @@ class _Attempt:
         notes += [f"left in the engine: {what}" for what in result.left]
         if result.frozen is not None:
             notes.append("the guest's file systems were frozen" if result.frozen else "the guest was not frozen")
-        everything = self._repo.backups()
         return Record(
             id=self._id,
-            seq=max((r.seq for r in everything), default=0) + 1,
+            seq=last_number(self._repo.storage, self._repo.backups()) + 1,
             vm=self._vm,
             kind="incremental" if bases else "full",
             base=max(bases, key=lambda r: r.seq).id if bases else None,

@@ -54,7 +54,7 @@ async def verify(
         description = await engine.describe()
         off, trusted = engine.kind == "image", wanted.trusted  # what is read is compared, so less has to be proven
         found = await asyncio.to_thread(Sources, description, off=off, trusted=trusted, ctime=False)
-        damaged, unreadable = repo.damage().backups, tuple(repo.unreadable)
+        damaged, unreadable = repo.damage().of(r.id for r in records), tuple(repo.unreadable)
         lost = await asyncio.to_thread(
             lost_bitmaps, wanted.state_dir, vm, [d.name for d in description.disks], in_qemu=engine.kind == "qemu"
         )

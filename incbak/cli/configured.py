@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from incbak import programs
 from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
 from incbak.cli.passphrase import Passphrase
 from incbak.cli.settings import Settings, one_line
@@ -78,6 +79,8 @@ class Configured(click.Command):
 
 
 _REST = "incbak.rest"
+_KEPT = 16 << 20
+"""Bytes of what the command of one VM prints, and its hooks."""
 
 
 def _options(here: Settings, name: str, vm: Vm, known: set[str]) -> Iterator[str]:
@@ -149,8 +152,8 @@ def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> I
 
     def one(name: str) -> Done:
         process = children.start([*argv, name, *rest])
-        out, err = process.communicate()
-        return Done(name, process.returncode, out, err)
+        ended = programs.collect(process, kept=_KEPT)
+        return Done(name, ended.code, programs.text(ended.out), programs.text(ended.err))
 
     with _interruptible(), ThreadPoolExecutor(max(jobs, 1), "vm") as pool:
         work: list[Future[Done]] = []
@@ -175,10 +178,10 @@ class _Children:
     def __init__(self, passphrase: Passphrase | None = None) -> None:
         self._passphrase = passphrase
         self._lock = threading.Lock()
-        self._running: list[subprocess.Popen[str]] = []
+        self._running: list[subprocess.Popen[bytes]] = []
         self._ended = False
 
-    def start(self, argv: Sequence[str]) -> subprocess.Popen[str]:
+    def start(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """Raises `KeyboardInterrupt` after `end`."""
         with self._lock:
             if self._ended:
@@ -190,7 +193,6 @@ class _Children:
                 stdin=subprocess.DEVNULL,
                 stdout=pipe,
                 stderr=pipe,
-                text=True,
                 env={**os.environ, **more},
                 pass_fds=(file.fileno(),) if file else (),
             )

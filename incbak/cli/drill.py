@@ -16,8 +16,8 @@ from incbak.cli.settings import Settings, common, one_line, settings
 from incbak.cli.signals import interrupt_on_ending
 from incbak.cli.surroundings import refuse_own_metrics
 from incbak.drill.boot import BUSES, Boot
-from incbak.drill.drill import Options, drill, place_of
-from incbak.errors import DamagedError, DrillError, IncbakError, UsageError
+from incbak.drill.drill import NotWrittenError, Options, drill, place_of
+from incbak.errors import DamagedError, DrillError, DurabilityError, IncbakError, UsageError
 from incbak.fleet.metrics import write_drill_metrics
 from incbak.repo.drills import Drill, drills_of, read_drills
 from incbak.repo.record import Record
@@ -108,13 +108,18 @@ def _drill(here: Settings, name: str | None, *, backup: str, metrics: Path | Non
         records = _records(repo, backup, name)
         if metrics and len(records) > 1:
             raise UsageError("--metrics is for one VM", hint="Say which with --name.")
-        done = []
+        done, unwritten = list[Drill](), None
         for record in records:
-            made = _one(here, repo, record, wanted)
+            try:
+                made = _one(here, repo, record, wanted)
+            except NotWrittenError as e:
+                unwritten, made = e, e.drill
             done.append(made)
             if (file := metrics or configured) and not wanted.disks:
                 write_drill_metrics(file, made.vm, drills_of(read_drills(repo.storage), made.vm))
         _judge(repo, done)
+        if unwritten:
+            raise DurabilityError("the drills were good, and that is not written down", hint=unwritten.hint)
 
 
 def _options(
@@ -172,9 +177,12 @@ def _records(repo: Repository, backup: str, name: str | None) -> list[Record]:
 
 
 def _one(here: Settings, repo: Repository, record: Record, wanted: Options) -> Drill:
-    console = here.reporter()
+    """Drill one backup and say how it went. Raises `NotWrittenError` after all was said."""
+    console, unwritten = here.reporter(), None
     try:
         made = drill(repo, record, wanted, console)
+    except NotWrittenError as e:
+        made, unwritten = e.drill, e
     finally:
         console.end()
     if here.json:
@@ -195,6 +203,9 @@ def _one(here: Settings, repo: Repository, record: Record, wanted: Options) -> D
         here.say(f"{made.vm}: the guest was up after {format_duration(made.boot.seconds)}")
     for problem in made.problems:
         click.echo(one_line(f"incbak: {made.vm}: {problem}"), err=True)
+    if unwritten:
+        click.echo(one_line(f"incbak: {unwritten}"), err=True)
+        raise unwritten
     return made
 
 

@@ -16,6 +16,7 @@ from incbak.cli.settings import Settings, common, printable, settings
 from incbak.errors import UsageError
 from incbak.fleet import schedule as schedules
 from incbak.fleet.config import Config, default_path
+from incbak.newfile import refuse_irreplaceable
 from incbak.report.backups import table
 
 
@@ -103,6 +104,7 @@ def show(kind: str, to: Path | None) -> None:
         return
     for name, text in schedules.systemd(program, options, found, state).items():
         if to:
+            refuse_irreplaceable(to / name)
             durable.write_new(to / name, [text.encode()], replace=True, mode=0o644)
             here.say(f"wrote {to / name}")
         else:

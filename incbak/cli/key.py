@@ -69,8 +69,8 @@ def add(label: str) -> None:
 @click.argument("ident", metavar="ID")
 @common
 def remove(ident: str) -> None:
-    """Remove the key with that ID, or a prefix of one. The last one stays. Who has read the file, and knows its
-    passphrase, still has the master key.
+    """Remove the key with that ID, or a prefix of one. The passphrase that is given must open another key, so that one
+    is left that is known to work. Who has read the file, and knows its passphrase, still has the master key.
 
     \b
     Example:
@@ -79,7 +79,7 @@ def remove(ident: str) -> None:
     here = settings()
     storage, config = _encrypted(here)
     Repository.unlock(storage, config, here.passphrase)
-    _told(here, keys.remove_key(storage, ident), "removed")
+    _told(here, keys.remove_key(storage, config.id, ident, here.passphrase(), config.opens), "removed")
 
 
 @key.command(short_help="Write a key to a file, for the day when the repository's are lost.")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
+from incbak import programs
 from incbak.errors import UsageError, WrongPassphraseError
 from incbak.opening import open_text
 
@@ -131,14 +132,14 @@ def _split(name: str, text: str) -> list[str]:
 def _from_command(command: Sequence[str]) -> bytes:
     name = command[0] if command else ""
     try:
-        ran = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_DEADLINE, check=False)
-    except (OSError, IndexError) as e:
+        ran = programs.run(command, err=None, kept=4 * _LIMIT, timeout=_DEADLINE, terminal=True)
+    except (OSError, ValueError, IndexError) as e:
         raise UsageError(f"cannot run the command for the passphrase, {name}: {e}") from e
     except subprocess.TimeoutExpired as e:
         raise UsageError(f"the command for the passphrase, {name}, takes longer than {_DEADLINE:.0f} s") from e
-    if ran.returncode:
-        raise UsageError(f"the command for the passphrase, {name}, failed with exit code {ran.returncode}")
-    return _clean(ran.stdout, name)
+    if ran.code:
+        raise UsageError(f"the command for the passphrase, {name}, failed with exit code {ran.code}")
+    return _clean(ran.out, name)
 
 
 def _from_descriptor(name: str, text: str) -> bytes:

@@ -13,6 +13,7 @@ import click
 from incbak import durable
 from incbak.cli.settings import common, settings
 from incbak.errors import UsageError
+from incbak.newfile import refuse_irreplaceable
 from incbak.opening import open_text
 from incbak.report.history import collect
 from incbak.report.page import MARK, page
@@ -41,6 +42,7 @@ def report(file: Path) -> None:
     """
     here = settings()
     here.refuse_own(file)
+    refuse_irreplaceable(file)
     mode = _replaceable(file)
     with closing(here.open()) as repo:
         made = page(collect(repo, str(here.repository_path()), datetime.now(UTC)))

@@ -14,14 +14,16 @@ from incbak.errors import IncbakError, IncompleteError
 from incbak.fleet.config import Hooks, Vm
 from incbak.fleet.hooks import run_hook
 from incbak.fleet.metrics import write_metrics
+from incbak.newfile import refuse_irreplaceable
 from incbak.report.backups import as_json
 from incbak.units import parse_duration
 
 
 def refuse_own_metrics(here: Settings, typed: Path | None) -> None:
-    """Raise `UsageError` where no metrics are written: see `Settings.refuse_own`."""
+    """Raise `UsageError` where no metrics are written: see `Settings.refuse_own`; or where it is no file."""
     if file := typed or (Path(here.vm.metrics) if here.vm and here.vm.metrics else None):
         here.refuse_own(file)
+        refuse_irreplaceable(file)
 
 
 class Surroundings:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from incbak import __version__, host
+from incbak import __version__, host, programs
 from incbak.bitmap.body import MappedBody, WrittenBody, shows_writes
 from incbak.bitmap.format import Flag
 from incbak.bitmap.store import views
@@ -111,7 +111,9 @@ def _tool(name: str, use: str) -> list[Finding]:
     if path is None:
         return [warning(name, f"is not there: no {use}", "Debian has it in qemu-utils or qemu-system-common.")]
     try:
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
+        done = programs.run([path, "--version"], timeout=20)
     except (subprocess.SubprocessError, OSError) as e:
         return [fault(name, f"{path} does not run: {e}")]
-    return [ok(name, done.stdout.splitlines()[0] if done.stdout else path)]
+    if done.code:
+        return [fault(name, f"{path} does not run: {done.said or f'it exits with {done.code}'}")]
+    return [ok(name, programs.text(done.out).splitlines()[0] if done.out else path)]

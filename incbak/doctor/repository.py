@@ -67,6 +67,7 @@ def _backups(repo: Repository) -> list[Finding]:
         for name, why in repo.unreadable.items()
     ]
     damage = repo.damage()
+    found += [fault("backups", why, "Run: incbak check --read-data") for why in damage.unknown.values()]
     if damage.digests or damage.backups:
         found.append(_damage(damage))
     newest = {r.vm: r for r in records}

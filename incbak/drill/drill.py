@@ -11,7 +11,7 @@ from pathlib import Path
 from incbak.drill import contents, fsck
 from incbak.drill.boot import Boot, boot
 from incbak.drill.data import Proved, prove_sample, prove_whole
-from incbak.errors import DamagedError, DrillError, UsageError
+from incbak.errors import DamagedError, DrillError, DurabilityError, UsageError
 from incbak.events import Reporter, silent
 from incbak.repo.damage import add_note
 from incbak.repo.drills import BootDrill, Drill, SystemDrill, add_drill
@@ -47,6 +47,15 @@ class _Found:
     boot: BootDrill | None = None
 
 
+class NotWrittenError(DurabilityError):
+    """A drill has ended, and how it went cannot be written in the repository; it is in ``drill``."""
+
+    def __init__(self, drill: Drill, cause: DurabilityError) -> None:
+        what = f"how the drill of {drill.backup[:8]} of {drill.vm} went cannot be written down: {cause}"
+        super().__init__(what, hint=cause.hint)
+        self.drill = drill
+
+
 def drill(
     repo: Repository,
     record: Record,
@@ -57,7 +66,7 @@ def drill(
     """Drill ``record`` and write down how it went, unless it is of some of its disks only.
 
     What is wrong is in the result and raises nothing. Raises `UsageError` for a disk that is not there; `DiskError` and
-    `RestoreError` when ``options.scratch`` cannot be used, `DurabilityError` when nothing can be written down.
+    `RestoreError` when ``options.scratch`` cannot be used, `NotWrittenError` when nothing can be written down.
     """
     disks = _chosen(record, options.disks)
     if options.boot:
@@ -85,9 +94,12 @@ def drill(
         problems=tuple(found.problems[:_WORST]),
         host=host_name(),
     )
-    if spoilt:
-        add_note(repo.storage, damaged, {record.id})
-    return made if options.disks else add_drill(repo.storage, made, clock)
+    try:
+        if spoilt:
+            add_note(repo.storage, damaged, {record.id})
+        return made if options.disks else add_drill(repo.storage, made, clock)
+    except DurabilityError as e:
+        raise NotWrittenError(made, e) from e
 
 
 def _chosen(record: Record, names: Sequence[str]) -> list[DiskRecord]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from incbak import programs
 from incbak.drill.scratch import NOBODY, Scratch
 from incbak.files import systems
 
@@ -49,7 +49,7 @@ def check(system: str, scratch: Scratch, deadline: float = DEADLINE) -> Verdict:
             return _ext(scratch, deadline)
         return _fat(scratch, deadline) if system == systems.FAT else _ntfs(scratch, deadline)
     except subprocess.TimeoutExpired as e:
-        return Verdict(BAD, f"{e.cmd} did not end within {deadline:g} s")
+        return Verdict(BAD, f"{e.cmd[0]} did not end within {deadline:g} s")
 
 
 def _ext(scratch: Scratch, deadline: float) -> Verdict:
@@ -93,41 +93,16 @@ def _ntfs(scratch: Scratch, deadline: float) -> Verdict:
 def _run(argv: Sequence[str], scratch: Scratch, deadline: float) -> tuple[int, str]:
     """Exit code, and what it said, cut. The tool is nobody when we are root. Raises `subprocess.TimeoutExpired`."""
     root = os.geteuid() == 0
-    process = subprocess.Popen(
+    ran = programs.run(
         argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        timeout=deadline,
+        kept=_HEAD,
+        err=subprocess.STDOUT,
         pass_fds=[scratch.fd],
         env={"PATH": _PATH, "LC_ALL": "C"},
-        start_new_session=True,
         user=NOBODY if root else None,
-        group=NOBODY if root else None,
-        extra_groups=[] if root else None,
     )
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(deadline, end)
-    timer.start()
-    head = b""
-    try:
-        assert process.stdout
-        while piece := os.read(process.stdout.fileno(), 65536):  # all of it, or the tool would wait
-            head = (head + piece)[:_HEAD]
-        code = process.wait()
-    finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
-    if late.is_set():
-        raise subprocess.TimeoutExpired(argv[0], deadline)
-    return code, _cut(head.decode(errors="replace").replace(scratch.path, "it"))
+    return ran.code, _cut(ran.out.decode(errors="replace").replace(scratch.path, "it"))
 
 
 def _cut(text: str) -> str:

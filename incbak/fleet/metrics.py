@@ -12,6 +12,7 @@ from pathlib import Path
 
 from incbak import durable
 from incbak.errors import UsageError
+from incbak.newfile import refuse_irreplaceable
 from incbak.opening import open_text
 from incbak.repo.drills import Drills
 from incbak.repo.record import Record
@@ -43,6 +44,7 @@ def write_metrics(path: Path, vm: str, exit_code: int, record: Record | None) ->
 
     Raises `DurabilityError`, and `UsageError` when there is anything but metrics.
     """
+    _refuse_another(path)
     samples = [
         ("incbak_run_timestamp_seconds", _sample({"vm": vm}, time.time())),
         ("incbak_run_exit_code", _sample({"vm": vm}, exit_code)),
@@ -52,6 +54,7 @@ def write_metrics(path: Path, vm: str, exit_code: int, record: Record | None) ->
 
 def write_drill_metrics(path: Path, vm: str, drills: Drills) -> None:
     """As `write_metrics`, of the drills."""
+    _refuse_another(path)
     samples = []
     if good := drills.good:
         samples.append(("incbak_drill_timestamp_seconds", _sample({"vm": vm}, good.at)))
@@ -62,7 +65,6 @@ def write_drill_metrics(path: Path, vm: str, drills: Drills) -> None:
 
 
 def _write(path: Path, samples: Iterable[tuple[str, str]]) -> None:
-    _refuse_another(path)
     by_name: dict[str, list[str]] = {}
     for name, sample in samples:
         by_name.setdefault(name, []).append(sample)
@@ -75,6 +77,7 @@ def _write(path: Path, samples: Iterable[tuple[str, str]]) -> None:
 
 def _refuse_another(path: Path) -> None:
     """Raise `UsageError` when there is anything but metrics: a mistyped name may be that of an image."""
+    refuse_irreplaceable(path)
     try:
         with open_text(path) as file:
             head = file.read(len(_MARK))

@@ -113,6 +113,7 @@ def check(
     whole = read_data and found.packs_read == len(packs) + len(suspects)
     if not whole:
         _look_again(repo, known.digests, found)
+    _unknown_notes(known, found, whole=whole)
     affected = _backups(repo, records, found)
     _doubt(repo, found)
     for name in found.broken:
@@ -154,6 +155,16 @@ def _doubt(repo: Repository, found: Report) -> None:
         found.problems.append(Problem(f"{what}; bring back what is in them with: incbak check --rebuild-index"))
     if repo.index.damaged or (missing and repo.index.unnamed):
         found.hint = REBUILD
+
+
+def _unknown_notes(known: Damage, found: Report, *, whole: bool) -> None:
+    """Tell which notes cannot be read; a check that has read everything replaces them."""
+    then = (
+        "all was read again, so it is replaced"
+        if whole
+        else ("until all is read again backups store everything anew: incbak check --read-data")
+    )
+    found.problems += [Problem(f"{why}; {then}", harmless=whole) for why in known.unknown.values()]
 
 
 def _strays(repo: Repository, found: Report) -> None:

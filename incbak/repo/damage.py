@@ -4,12 +4,15 @@ Notes are small files in ``damaged/``. Content on a note is not deduplicated aga
 stores it again. Each later check reads the noted content again, whatever it reads otherwise: what is still damaged is a
 problem, and what another copy now holds intact is removed from the note. A backup is removed from it by a check that
 reads everything.
+
+A note that cannot be read is *unknown*: it may be of any content and of any backup. Until a check has read everything,
+which replaces it, no backup builds on what is stored, and no policy removes a backup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -29,27 +32,45 @@ class Note(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Damage:
-    """All notes together; ``names``: of those that could be read."""
+    """All notes together; ``names``: of those that could be read; ``unknown``: why each of the others cannot be."""
 
-    digests: frozenset[bytes]
-    backups: frozenset[str]
+    digests: frozenset[bytes] = frozenset()
+    backups: frozenset[str] = frozenset()
     names: tuple[str, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Return whether any content may be damaged."""
+        return bool(self.digests or self.unknown)
+
+    def covers(self, digest: bytes) -> bool:
+        """Return whether content may be damaged by what is noted."""
+        return bool(self.unknown) or digest in self.digests
+
+    def of(self, backups: Iterable[str]) -> frozenset[str]:
+        """Return which of these backups, by id, may need damaged content."""
+        return frozenset(backups) if self.unknown else self.backups.intersection(backups)
 
 
 def read_damage(storage: Storage) -> Damage:
-    """All notes; one that cannot be read is passed over."""
+    """Read all notes."""
     digests: set[bytes] = set()
     backups: set[str] = set()
     names: list[str] = []
-    for name in storage.list("damaged"):
+    unknown: dict[str, str] = {}
+    for name in notes(storage):
         try:
             note = msgspec.json.decode(storage.read("damaged", name, _LIMIT), type=Note)
             digests.update(bytes.fromhex(d) for d in note.digests)
-        except (msgspec.MsgspecError, ValueError, RecursionError, OSError, DamagedError):
+        except FileNotFoundError:
+            continue  # replaced by a concurrent check
+        except (msgspec.MsgspecError, ValueError, RecursionError, OSError, DamagedError) as e:
+            why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+            unknown[name] = f"the note of damage {name} cannot be read: {why}"
             continue
         backups.update(note.backups)
-        names += [name] if is_id(name) else []
-    return Damage(frozenset(digests), frozenset(backups), tuple(names))
+        names.append(name)
+    return Damage(frozenset(digests), frozenset(backups), tuple(names), unknown)
 
 
 def notes(storage: Storage) -> list[str]:

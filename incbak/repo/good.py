@@ -8,6 +8,7 @@ import numpy as np
 
 from incbak.errors import DamagedError
 from incbak.repo.blob import ZERO_DIGEST
+from incbak.repo.index import REBUILD
 from incbak.repo.record import DiskRecord, NotWholeError, Record, not_whole
 from incbak.repo.repository import Repository
 from incbak.repo.tree import Page, TreeReader
@@ -52,7 +53,7 @@ def check_beside(repo: Repository, record: Record, going: Sequence[Record]) -> N
                 look.beside(_same_disk(other, disk) if other.cluster_size == record.cluster_size else None)
             look.finish()
     except DamagedError as e:
-        raise not_whole(record, str(e)) from e
+        raise not_whole(record, str(e), e.hint) from e
 
 
 def _same_disk(record: Record, disk: DiskRecord) -> bytes | None:
@@ -120,5 +121,6 @@ class _Look:
         if self._waiting:
             wanted = np.concatenate(self._waiting)
             if lost := {digest.tobytes() for digest in wanted[~self._index.have(wanted, lasting=True)]}:
-                raise DamagedError(f"{len(lost)} of its clusters are in no pack")
+                hint = REBUILD if self._index.doubt else ""
+                raise DamagedError(f"{len(lost)} of its clusters are in no pack", hint=hint)
         self._waiting, self._count = [], 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -137,8 +137,7 @@ def unlock(storage: Storage, repository: str, passphrase: bytes, first: str = ""
     Raises `WrongPassphraseError`; `DamagedError` when no key can be read.
     """
     found, bad = read_keys(storage, first)
-    ours = sorted((k for k in found if k.repository == repository), key=lambda k: (k.id != first, k.cost.work))
-    for key in ours[:MAX_KEYS]:
+    for key in _tried(found, repository, first):
         if (master := open_key(key, repository, passphrase)) is not None:
             return Unlocked(master, key.id)
     if not found:
@@ -156,17 +155,32 @@ def unlock(storage: Storage, repository: str, passphrase: bytes, first: str = ""
     raise WrongPassphraseError(what, hint="Nothing was touched.")
 
 
-def remove_key(storage: Storage, start: str) -> str:
-    """Remove the key whose id begins so, durably; its id. Raises `UsageError`, also for the last one."""
+def _tried(found: Iterable[KeyFile], repository: str, first: str = "") -> list[KeyFile]:
+    """The keys of a repository that are tried, in this order."""
+    ours = [key for key in found if key.repository == repository]
+    return sorted(ours, key=lambda key: (key.id != first, key.cost.work))[:MAX_KEYS]
+
+
+def remove_key(
+    storage: Storage, repository: str, start: str, passphrase: bytes, proves: Callable[[bytes], bool]
+) -> str:
+    """Remove the key whose id begins so, durably; its id. Raises `UsageError`.
+
+    ``passphrase`` must open another one that ``proves`` believes: a file that is in ``keys`` may be damaged, of another
+    repository, or somebody else's, and opens nothing.
+    """
     with storage.lock("keys.lock", exclusive=True, wait=_WAIT):
         names = [n for n in storage.list(KIND) if is_id(n) and start and n.startswith(start)]
         if len(names) != 1:
             what = "several keys begin" if names else "no key begins"
             raise UsageError(f"{what} with {start[:64]!r}", hint="See: incbak key list")
-        if not [k for k in read_keys(storage)[0] if k.id != names[0]]:
-            raise UsageError(f"key {names[0][:8]} is the last one", hint="Add another first: incbak key add")
-        storage.remove(KIND, names[0])
-        return names[0]
+        stay = [k for k in read_keys(storage)[0] if k.id != names[0]]
+        for key in _tried(stay, repository):
+            if (master := open_key(key, repository, passphrase)) is not None and proves(master):
+                storage.remove(KIND, names[0])
+                return names[0]
+        what = f"the passphrase opens no key but {names[0][:8]}, which stays"
+        raise UsageError(what, hint="Add another with incbak key add, and give its passphrase to remove this one.")
 
 
 def import_key(

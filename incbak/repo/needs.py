@@ -25,7 +25,7 @@ from incbak.events import Progress, Reporter, silent
 from incbak.repo import needs_file
 from incbak.repo.chains import BEFORE, BrokenError, DisorderError, Link, count_anew, stretches
 from incbak.repo.counts import MOST, Counts, Keys, Numbers, Tally, laid_over, ranges
-from incbak.repo.index import Digests, IndexFile, prefixes
+from incbak.repo.index import REBUILD, Digests, IndexFile, prefixes
 from incbak.repo.needs_file import Chain, Manifest
 from incbak.repo.pack import ENTRY
 from incbak.repo.record import DiskRecord, Record, not_whole, order
@@ -95,7 +95,7 @@ class Needs:
             try:
                 self._change(wanted, records)
             except BrokenError as e:
-                raise not_whole(next(r for r in records if r.id == e.owner), str(e)) from e
+                raise not_whole(next(r for r in records if r.id == e.owner), str(e), self._way_out()) from e
         self.counted = frozenset(r.id for r in records)
 
     def _doubt(self) -> None:
@@ -213,6 +213,10 @@ class Needs:
 
     # -- what is wrong --------------------------------------------------------------------------------------------
 
+    def _way_out(self) -> str:
+        """Return what to do where something is not found."""
+        return REBUILD if self._repo.index.doubt else ""
+
     def _in_no_pack(self, records: Sequence[Record], lost: Keys) -> DamagedError:
         """Says whose it is."""
         for record in records:
@@ -226,7 +230,7 @@ class Needs:
                 link = Link(bytes.fromhex(disk.root), record.id)
                 count_anew(self._tree(_place(record, disk)), [BEFORE], [BEFORE, link], look)
             if hits:
-                return not_whole(record, f"{len(hits)} of its clusters or pages are in no pack")
+                return not_whole(record, f"{len(hits)} of its clusters or pages are in no pack", self._way_out())
         raise AssertionError("what is counted is in a backup")
 
 

@@ -57,7 +57,7 @@ def tail(entries: Entries, offset: int, seal: Seal = PLAIN) -> tuple[bytes, str]
 def read_table(storage: Storage, name: str, size: int) -> Entries:
     """The table of a pack of ``size`` bytes, checked. Raises `DamagedError` naming the pack."""
     if size < HEAD.size + FOOT.size:
-        raise DamagedError(f"pack {name} is cut short: {size} bytes")
+        raise DamagedError(f"pack {name} is {f'cut short: {size} bytes' if size else 'empty, or no plain file'}")
     foot = storage.read_range("packs", name, size - FOOT.size, FOOT.size)
     magic, version, count, offset, digest, _zero = FOOT.unpack(foot)
     if magic != FOOT_MAGIC:

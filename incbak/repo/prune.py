@@ -54,6 +54,7 @@ from incbak.repo.ids import ids, is_id
 from incbak.repo.index import REBUILD, Digests
 from incbak.repo.merge import drop_packs
 from incbak.repo.needs import Needs
+from incbak.repo.numbers import forget
 from incbak.repo.pins import pins_held, read_pins
 from incbak.repo.record import NotWholeError, Record
 from incbak.repo.repack import Repacker
@@ -122,7 +123,7 @@ def decide(repo: Repository, rules: Rules, vm: str | None, now: float) -> tuple[
     records = repo.backups(vm)
     if vm is not None and not records:
         raise UsageError(f"there is no backup of {vm} in the repository", hint="See: incbak list")
-    pins, noted = read_pins(repo.storage), repo.damage().backups
+    pins, noted = read_pins(repo.storage), repo.damage().of(r.id for r in records)
     decisions: list[Decision] = []
     broken: dict[str, NotWholeError] = {}
     for each in dict.fromkeys(r.vm for r in records):
@@ -260,7 +261,8 @@ class _Prune:
         if not going:
             return decisions
         with pins_held(self._storage) as pins:
-            self._storage.remove_all("backups", [ident for ident in going if ident not in pins])
+            going = [ident for ident in going if ident not in pins]
+            forget(self._storage, [d.record for d in decisions], going, self._report)
         return [d if d.keep or d.record.id not in pins else replace(d, reasons=("pinned",)) for d in decisions]
 
     # -- content --------------------------------------------------------------------------------------------------
@@ -333,12 +335,12 @@ class _Prune:
         """Packs that no index names: a run was killed. One with a copy of what is noted as damaged is no garbage."""
         index = self._repo.index
         named = {name for f in index.files for name in f.names} | index.condemned.packs
-        damaged = self._repo.damage().digests
+        damage = self._repo.damage()
         for name in sorted(set(there) - named - set(weights)):
             digests = self._table(name) if is_id(name) else None
             if digests is None or not index.have(digests[self._needs.needed(digests)], lasting=True).all():
                 continue
-            if not (damaged and any(d.tobytes() in damaged for d in digests)):
+            if not (damage and any(damage.covers(d.tobytes()) for d in digests)):
                 yield name
 
     def _mostly_garbage(self) -> list[str]:

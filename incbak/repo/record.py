@@ -99,10 +99,10 @@ class NotWholeError(DamagedError):
         self.vm = vm
 
 
-def not_whole(record: Record, why: str) -> NotWholeError:
-    """The error that names a backup of which something is missing or wrong."""
+def not_whole(record: Record, why: str, hint: str = "") -> NotWholeError:
+    """Return the error that names a backup of which something is missing or wrong."""
     what = f"backup {record.id[:8]} of {record.vm} is not whole: {why}"
-    return NotWholeError(what, vm=record.vm, hint="Run: incbak check --read-data")
+    return NotWholeError(what, vm=record.vm, hint=hint or "Run: incbak check --read-data")
 
 
 def encode(record: Record) -> bytes:

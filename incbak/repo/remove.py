@@ -21,6 +21,7 @@ from incbak import durable
 from incbak.errors import DamagedError, IncbakError, UsageError
 from incbak.events import Reporter, silent
 from incbak.repo.ids import ids
+from incbak.repo.numbers import forget
 from incbak.repo.pins import pins_held
 from incbak.repo.prune import PRUNE_LOCK, Options, prune
 from incbak.repo.record import Record
@@ -111,7 +112,7 @@ def remove(repo: Repository, ids: Sequence[str], options: Options | None = None,
                 f"pinned, so nothing was removed: {', '.join(ident[:8] for ident in kept)}",
                 hint=f"Run first: incbak unpin {kept[0][:8]}",
             )
-        repo.storage.remove_all("backups", list(ids))
+        forget(repo.storage, repo.backups(), ids, report)
     durable.crash_point("remove.records-removed")
     try:
         done = prune(repo, {}, None, options, report)

@@ -9,6 +9,7 @@ import numpy as np
 from incbak.errors import DamagedError, FormatTooNewError, text_of
 from incbak.events import Progress, Reporter, Warned, silent
 from incbak.repo import pack
+from incbak.repo.damage import Damage
 from incbak.repo.index import Digests
 from incbak.repo.needs import Needs
 from incbak.repo.repository import Repository
@@ -50,7 +51,7 @@ class Repacker:
         lost: DamagedError | None = None
         sizes, done = self._repo.storage.list("packs"), 0
         total = sum(sizes.get(name, 0) for name in packs)
-        with Writer(self._repo.storage, self._repo.index, frozenset(), lambda: None) as writer:
+        with Writer(self._repo.storage, self._repo.index, Damage(), lambda: None) as writer:
             for name in sorted(packs):
                 try:
                     copied[name] = self._one(writer, name, besides)

@@ -286,7 +286,7 @@ class Repository:
 
     def unsound(self, records: Sequence[Record]) -> frozenset[str]:
         """The ids of those that are no base: noted by a check, or, where a pack is missing, not whole."""
-        noted = self.damage().backups
+        noted = self.damage().of(r.id for r in records)
         self.index.refresh()
         if self.index.complete:
             return noted
@@ -333,7 +333,7 @@ class Repository:
         self.storage.sweep()
         merge_small(self.storage)
         self.index.refresh()
-        return Writer(self.storage, self.index, self.damage().digests, still_locked, level)
+        return Writer(self.storage, self.index, self.damage(), still_locked, level)
 
     def new_backup_id(self) -> str:
         """An id whose first 8 digits no backup here has, since bitmaps are named after these."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from incbak import durable
 from incbak.errors import BackupError, DurabilityError, IncbakError
 from incbak.repo import pack, record
+from incbak.repo.damage import Damage
 from incbak.repo.fitting import proven
 from incbak.repo.ids import new_id
 from incbak.repo.index import Digests, Index, encode
@@ -59,11 +60,11 @@ class Writer:
         self,
         storage: Storage,
         index: Index,
-        damaged: frozenset[bytes],
+        damage: Damage,
         still_locked: Callable[[], None],
         level: int = 1,
     ) -> None:
-        self._storage, self._index, self._damaged, self._still_locked = storage, index, damaged, still_locked
+        self._storage, self._index, self._damage, self._still_locked = storage, index, damage, still_locked
         self.level, self.seal = level, storage.seal
         self._lock = threading.Lock()
         self._stream: Stream | None = None
@@ -89,17 +90,17 @@ class Writer:
     def trusts_bases(self) -> bool:
         """Whether all packs are there and nothing is noted as damaged: what a tree names need not be looked up."""
         whole = self._index.complete
-        return whole and not self._index.damaged and not self._damaged
+        return whole and not self._index.damaged and not self._damage
 
     def have(self, digests: Digests) -> NDArray[np.bool_]:
         """Which of the digests (shape (n, 32)) need not be added; content that is damaged or condemned must be."""
         found = self._index.have(digests, lasting=True)
         for i in np.flatnonzero(~found).tolist():
             found[i] = digests[i].tobytes() in self._new
-        if self._damaged:
+        if self._damage:
             for i in np.flatnonzero(found).tolist():
                 digest = digests[i].tobytes()
-                found[i] = digest not in self._damaged or digest in self._new
+                found[i] = not self._damage.covers(digest) or digest in self._new
         return found
 
     def add(self, digest: bytes, codec: int, stored: bytes | memoryview, raw: int) -> int:
@@ -198,7 +199,7 @@ class Writer:
         self._storage.write("index", new_id(), encode(self._packs, numbers, named, self.seal))
         durable.crash_point("repo.index-durable")
         self._packs, self._tables = [], []
-        if not self._damaged:
+        if not self._damage:
             self._index.refresh()
             for digest in named["digest"]:
                 self._new.pop(digest.tobytes(), None)

@@ -7,9 +7,8 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from incbak import durable, newfile
+from incbak import durable, newfile, programs
 from incbak.disk.file import FileDisk, open_disk
 from incbak.disk.formats import named_format, recognise
 from incbak.disk.users import refuse_users
@@ -52,10 +51,9 @@ class Qcow2Target(Target):
     def _create(self, size: int) -> None:
         path, fd = self._file.inherited()
         command = ["qemu-img", "create", "-q", "-f", "qcow2", path, str(size)]
-        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-        made = subprocess.run(command, pass_fds=[fd], check=False, **quiet)
-        if made.returncode:
-            raise RestoreError(f"cannot create {self.name}: {made.stderr.strip() or 'qemu-img failed'}")
+        made = programs.run(command, pass_fds=[fd])
+        if made.code:
+            raise RestoreError(f"cannot create {self.name}: {made.said or 'qemu-img failed'}")
 
     def _connect(self, size: int) -> NbdTarget:
         """The server ends when its only client is gone, so it does not outlive us."""
@@ -83,7 +81,14 @@ class Qcow2Target(Target):
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         assert self._nbd
-        self._nbd.write(data, offset)
+        try:
+            self._nbd.write(data, offset)
+        except NbdError as e:
+            raise self._cannot_write(e) from e
+
+    def _cannot_write(self, error: NbdError) -> RestoreError:
+        """Return what to say of an image that ``qemu-nbd`` cannot write."""
+        return RestoreError(f"cannot write {self.name}: {self._said() or error}", hint="Free space, or look at it.")
 
     def zero(self, offset: int, length: int) -> None:
         pass
@@ -91,7 +96,10 @@ class Qcow2Target(Target):
     def finish(self) -> None:
         assert self._nbd
         assert self._server
-        self._nbd.finish()
+        try:
+            self._nbd.finish()
+        except NbdError as e:
+            raise self._cannot_write(e) from e
         self._nbd = None
         try:
             status = self._server.wait(_END_SECONDS)

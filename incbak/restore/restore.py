@@ -36,7 +36,7 @@ class Restored:
     why: str = ""
 
 
-_PARTLY = "The target is partly overwritten: do not use it as it is."
+_PARTLY = "The target may be partly overwritten: do not use it as it is."
 
 
 def restore_disk(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import struct
 import threading
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -21,6 +23,7 @@ from incbak.restore.flushing import Flushing
 from incbak.units import format_size
 
 INCOMPLETE = ".incomplete"
+_BLKROGET = 0x125E
 _ZEROES = bytes(1 << 20)
 
 durable.declare("restore.opened", "restore.written", "restore.synced", "restore.named")
@@ -143,6 +146,10 @@ class DeviceTarget(Target):
             hint = "Unmount it, and stop what has it open." if e.errno == errno.EBUSY else ""
             raise DiskError(f"cannot open device {path} for ourselves alone: {why}", hint=hint) from e
         try:
+            if _read_only(self._guard):
+                raise DiskError(
+                    f"device {path} is read-only", hint=f"Nothing was written. See: blockdev --getro {path}"
+                )
             self.disk: FileDisk = open_disk(path)
             try:
                 refuse_users(path)
@@ -177,6 +184,11 @@ class DeviceTarget(Target):
             self.disk.close()
             os.close(self._guard)
             self._guard = -1
+
+
+def _read_only(fd: int) -> bool:
+    """Return whether the kernel refuses to write to an open block device."""
+    return bool(struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0])
 
 
 class NbdTarget(Target):

@@ -17,9 +17,8 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from incbak import durable, newfile
+from incbak import durable, newfile, programs
 from incbak.disk.file import open_disk
 from incbak.disk.users import refuse_users
 from incbak.errors import DurabilityError, IncbakError, UsageError
@@ -155,12 +154,11 @@ def _create(path: Path, size: int) -> int:
     except (OSError, UsageError) as e:
         raise QmpError(f"Could not create '{path}': {e.strerror if isinstance(e, OSError) else e}") from e
     command = ["qemu-img", "create", "-q", "-f", "qcow2", newfile.through(fd), str(size)]
-    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    made = subprocess.run(command, pass_fds=[fd], check=False, **quiet)
-    if made.returncode:
+    made = programs.run(command, pass_fds=[fd])
+    if made.code:
         os.close(fd)
         path.unlink(missing_ok=True)
-        raise QmpError(f"Could not create '{path}': {made.stderr.strip().removeprefix('qemu-img: ')}")
+        raise QmpError(f"Could not create '{path}': {made.said.removeprefix('qemu-img: ')}")
     return fd
 
 

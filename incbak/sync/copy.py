@@ -19,6 +19,7 @@ from incbak.repo.blob import ZERO_DIGEST
 from incbak.repo.fitting import proven
 from incbak.repo.index import Digests
 from incbak.repo.memory import Memory
+from incbak.repo.numbers import last_number, removed_numbers
 from incbak.repo.record import MAX_MISSED, DiskRecord, Origin, Record
 from incbak.repo.repository import Repository
 from incbak.repo.tree import TreeReader, TreeUpdate, differing
@@ -75,7 +76,7 @@ def plan(source: Repository, target: Repository, options: Options, report: Repor
         for what in options.memory.troubles(repo) if options.memory else []:
             report(Warned(what))
     theirs, ours = target.backups(), source.backups()
-    planned = make_plan(ours, theirs, source.id, options.names, options.last)
+    planned = make_plan(ours, theirs, source.id, options.names, options.last, removed_numbers(source.storage))
     for name, why in target.unreadable.items():
         what = f"the target's list of backups is not whole: {why}"
         hint = f"Run: incbak -r {target.storage.root} check"
@@ -121,7 +122,7 @@ class _Copier:
         self._missed = set(missed)
         self._options, self._report = options, report
         everything = target.backups()
-        self._seq = max((r.seq for r in everything), default=0)
+        self._seq = last_number(target.storage, everything)
         self._theirs = {r.id: r for r in everything if r.vm == vm}
         self._unsound = target.unsound(list(self._theirs.values()))
         self._ours = source.backups(vm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from incbak.errors import SyncError, UsageError
@@ -24,11 +24,17 @@ class Plan:
 
 
 def make_plan(
-    source: Sequence[Record], target: Sequence[Record], repository: str, names: Collection[str], last: int | None
+    source: Sequence[Record],
+    target: Sequence[Record],
+    repository: str,
+    names: Collection[str],
+    last: int | None,
+    removed: Mapping[str, int] | None = None,
 ) -> Plan:
     """What the target lacks of the source, whose id is ``repository``; of the VMs ``names``, or of all.
 
-    ``last``: at most so many of each VM, the newest. Raises `UsageError` for a VM that the source does not have.
+    ``last``: at most so many of each VM, the newest. ``removed``: by VM, the largest number of a backup that was
+    removed from the source. Raises `UsageError` for a VM that the source does not have.
     """
     have = {r.vm for r in source}
     if unknown := sorted(set(names) - have):
@@ -41,10 +47,10 @@ def make_plan(
         copied = [r for r in target if r.vm == vm and r.origin and r.origin.repository == repository]
         reached, missed = _reached(copied)
         plan.missed[vm] = missed
-        if why := _diverged(ours, copied):
+        if why := _diverged(ours, copied, (removed or {}).get(vm, 0)):
             plan.refused[vm] = SyncError(
                 f"{vm}: {why}, so the source was put back to an older state since then",
-                hint="Copy this VM to another repository, or prune what the target has of it.",
+                hint=f"Copy this VM to another repository, or remove it from the target: incbak remove --all-of {vm}",
             )
             continue
         wanted = [r for r in ours if (r.seq > reached or r.id in missed or _late(r, reached)) and r.id not in there]
@@ -66,8 +72,8 @@ def _late(record: Record, reached: int) -> bool:
     return record.seq == reached and record.origin is not None
 
 
-def _diverged(ours: Sequence[Record], copied: Sequence[Record]) -> str | None:
-    """Whether what was copied cannot have come before what the source has now, in words."""
+def _diverged(ours: Sequence[Record], copied: Sequence[Record], removed: int) -> str | None:
+    """Return why what was copied cannot have come before what the source has now; ``None`` if it can."""
     if not ours or not copied:
         return None
     by_seq: dict[int, set[str]] = {}
@@ -81,6 +87,6 @@ def _diverged(ours: Sequence[Record], copied: Sequence[Record]) -> str | None:
             return f"backup {record.id[:8]} was copied as number {record.origin.seq}, which is {other[:8]} now"
     newest = max(copied, key=lambda r: r.origin.seq if r.origin else 0)
     assert newest.origin
-    if max(by_seq) < newest.origin.seq:
+    if max(removed, *by_seq) < newest.origin.seq:
         return f"backup {newest.id[:8]} was copied, and is newer than all that the source has"
     return None

@@ -59,6 +59,18 @@ def test_damage_exits_13_and_the_next_backup_mends_it(incbak: Incbak) -> None:
     assert incbak("drill").out.count(": good, in ") == 2
 
 
+@pytest.mark.parametrize(("damaged", "code"), [(False, 1), (True, 13)])
+def test_it_tells_how_it_went_where_it_cannot_be_written_down(incbak: Incbak, damaged: bool, code: int) -> None:
+    """As on a full disk: on stdout and by the exit code, which damage decides."""
+    if damaged:
+        _spoil(incbak)
+    no_space = {"INCBAK_FAULT_AT": "durable.synced:1:ENOSPC"}
+    ran = incbak.run("drill", "--name", "web1", "--sample", "100%", env=no_space)
+    assert (ran.code, "web1: drill of" in ran.out) == (code, True), ran
+    assert ("cannot be written down" in ran.err, "No space left" in ran.err) == (True, True), ran
+    assert list((incbak.repo / "drills").iterdir()) == []
+
+
 def test_a_record_that_cannot_be_read(incbak: Incbak) -> None:
     newest = incbak.list()[-1]["id"]
     (incbak.repo / "backups" / newest).write_bytes(b"rot")

@@ -368,6 +368,24 @@ def test_a_hook_that_fails_after_the_backup_is_a_warning(fleet: Fleet, script: s
     assert "No such file" in fleet("full", "web1").err
 
 
+@pytest.mark.parametrize(
+    "script",
+    ["printf 'no \\377 text\\n' >&2", "sleep 60 & echo $! >> ROOT/left", "head -c 100000000 /dev/zero; echo end"],
+    ids=["bytes", "child", "much"],
+)
+def test_what_a_hook_prints_or_leaves_stops_no_other_vm(fleet: Fleet, script: str) -> None:
+    """One after the other: the second is reached when the first has ended."""
+    fleet.write(TWO.replace("[vms.web1]", '[defaults.hooks]\nafter = ["ROOT/after"]\n[vms.web1]'))
+    fleet.script("after", script)
+    try:
+        ran = fleet("full", "--all", "--jobs", "1")
+        assert sorted(line.split()[0] for line in ran.out.splitlines()) == ["web1", "web2"]
+        assert len(ran.err) < 40 << 20
+    finally:
+        for pid in (fleet.root / "left").read_text().split() if (fleet.root / "left").exists() else ():
+            os.kill(int(pid), signal.SIGKILL)
+
+
 def _samples(path: Path) -> dict[str, float]:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}

@@ -118,6 +118,14 @@ def test_metrics_replace_metrics_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no metrics"):
         write_metrics(tmp_path / "disk.raw", "v", 0, None)
     assert (tmp_path / "disk.raw").read_bytes() == bytes(512)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "link").symlink_to("fifo")
+    for name in ("fifo", "dir", "link"):
+        with pytest.raises(UsageError, match="is no regular file"):
+            write_metrics(tmp_path / name, "v", 0, None)
+    with pytest.raises(UsageError, match="below /dev"):
+        write_metrics(Path("/dev/stdout"), "v", 0, None)
     (tmp_path / "m").touch()
     for _ in range(2):
         write_metrics(tmp_path / "m", "v", 0, None)

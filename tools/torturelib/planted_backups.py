@@ -89,14 +89,14 @@ _REPO = (
     Fault(
         "repo-damaged-content-reused",
         _WRITER,
-        "found[i] = digest not in self._damaged or digest in self._new",
+        "found[i] = not self._damage.covers(digest) or digest in self._new",
         "found[i] = True",
         unit("repo/test_writer", "test_content_noted_as_damaged_is_stored_again_once"),
     ),
     Fault(
         "repo-base-trusted-blindly",
         _WRITER,
-        "return whole and not self._index.damaged and not self._damaged",
+        "return whole and not self._index.damaged and not self._damage",
         "return True",
         unit("repo/test_writer", "test_content_noted_as_damaged_is_stored_again_once"),
     ),

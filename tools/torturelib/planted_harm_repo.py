@@ -72,8 +72,8 @@ _ENCRYPTION = (
     Fault(
         "repo-planted-keys-first",
         "incbak/repo/keys.py",
-        "key=lambda k: (k.id != first, k.cost.work))\n",
-        "key=lambda k: k.created)\n",
+        "key=lambda key: (key.id != first, key.cost.work))",
+        "key=lambda key: key.created)",
         unit("repo/test_cipher", "test_planted_keys_that_cost_more_are_not_tried_before_ours"),
     ),
     Fault(
@@ -86,8 +86,8 @@ _ENCRYPTION = (
     Fault(
         "repo-all-planted-keys-tried",
         "incbak/repo/keys.py",
-        "    for key in ours[:MAX_KEYS]:\n",
-        "    for key in ours:\n",
+        "key.cost.work))[:MAX_KEYS]",
+        "key.cost.work))",
         unit("repo/test_cipher", "test_only_so_many_keys_are_tried"),
     ),
     Fault(

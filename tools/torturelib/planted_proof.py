@@ -203,8 +203,8 @@ _DRILLS = (
     Fault(
         "drill-tools-without-end",
         _FSCK,
-        "    timer.start()\n",
-        "",
+        "        timeout=deadline,\n",
+        "        timeout=None,\n",
         _drill("fsck", "test_a_tool_that_does_not_end_is_ended"),
     ),
     Fault(

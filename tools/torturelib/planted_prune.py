@@ -139,7 +139,7 @@ _DAMAGE = (
     Fault(
         "prune-stray-copies-go",
         _PRUNE,
-        "            if not (damaged and any(d.tobytes() in damaged for d in digests)):\n",
+        "            if not (damage and any(damage.covers(d.tobytes()) for d in digests)):\n",
         "            if True:\n",
         _prune("test_a_stray_pack_with_a_copy_of_what_is_damaged_stays"),
     ),

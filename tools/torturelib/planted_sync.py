@@ -85,7 +85,7 @@ FAULTS = (
     Fault(
         "sync-source-put-back",
         _PLAN,
-        "        if why := _diverged(ours, copied):\n",
+        "        if why := _diverged(ours, copied, (removed or {}).get(vm, 0)):\n",
         "        if why := None:\n",
         unit("sync/test_plan", "test_a_source_that_was_put_back"),
     ),

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from incbak.repo.seal import Seal
 
-KINDS = ("packs", "index", "backups", "damaged", "locks", "pins", "condemned", "verified", "drills", "keys", "needs")
-LATER = ("pins", "condemned", "verified", "drills", "keys", "needs")
+LATER = ("pins", "condemned", "verified", "drills", "keys", "needs", "removed")
+KINDS = ("packs", "index", "backups", "damaged", "locks", *LATER)
 """Kinds that an older repository may lack: there are none of these files, and the first one makes the folder."""
 
 
@@ -56,7 +56,10 @@ class Storage(ABC):
 
     @abstractmethod
     def list(self, kind: str) -> dict[str, int]:
-        """Names and sizes of the committed files of a kind. Complete for what was committed before the call."""
+        """Names and sizes of the committed files of a kind. Complete for what was committed before the call.
+
+        What has a name there and is no plain file is listed too, with the size 0: it cannot be read, and is not absent.
+        """
 
     @abstractmethod
     def read(self, kind: str, name: str, limit: int) -> bytes:

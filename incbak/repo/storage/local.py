@@ -119,8 +119,7 @@ class LocalStorage(Storage):
                     if not entry.name.startswith("."):
                         with suppress(FileNotFoundError):
                             info = entry.stat(follow_symlinks=False)
-                            if stat.S_ISREG(info.st_mode):
-                                found[entry.name] = info.st_size
+                            found[entry.name] = info.st_size if stat.S_ISREG(info.st_mode) else 0
         except FileNotFoundError:
             self._missing(kind)
             return {}

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from incbak.errors import UsageError
+from incbak.newfile import refuse_irreplaceable
 from tests.kit.cli import Incbak
 from tests.kit.serve import Serve, raw_image, wait_until
 
@@ -32,6 +34,25 @@ def _closing(*numbers: int) -> dict[str, Any]:
 
     kept = {1: "stdout", 2: "stderr"}
     return {"preexec_fn": close} | {name: None for number, name in kept.items() if number in numbers}
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "fifo"])
+@pytest.mark.parametrize("what", ["full {}/d.raw --metrics", "drill --metrics", "report --html"])
+def test_what_is_replaced_in_one_step_is_no_pipe(incbak: Incbak, tmp_path: Path, name: str, what: str) -> None:
+    """Reading what is there would wait for ever, and a file would take the place of the device's name."""
+    os.mkfifo(tmp_path / "fifo")
+    incbak("full", tmp_path / "d.raw")
+    ran = incbak.run(*what.format(tmp_path).split(), tmp_path / name)
+    assert (ran.code, "no file is made" in ran.err or "no regular file" in ran.err) == (2, True), ran
+    assert Path("/dev/stdout").is_symlink()
+    assert len(incbak.list()) == 1
+
+
+def test_a_file_behind_stdout_is_no_file_to_replace() -> None:
+    """The link in /dev would become the file."""
+    with pytest.raises(UsageError, match="below /dev"):
+        refuse_irreplaceable(Path("/dev/nothing-is-here"))
+    refuse_irreplaceable(Path("/dev/shm/nothing-is-here"))
 
 
 @pytest.mark.parametrize("numbers", [(1,), (2,), (0, 1, 2)], ids=repr)

@@ -207,16 +207,53 @@ def test_keys_come_and_go(path: Path) -> None:
     second = keys.add_key(storage, config.id, master, b"another", label="x", cost=CHEAP)
     assert keys.unlock(storage, config.id, b"another") == keys.Unlocked(master, second)
     (first,) = {k.id for k in keys.read_keys(storage)[0]} - {second}
-    assert keys.remove_key(storage, first[:8]) == first
+    with pytest.raises(UsageError, match=f"opens no key but {first[:8]}"):
+        keys.remove_key(storage, config.id, first, PASSPHRASE, config.opens)
+    assert keys.remove_key(storage, config.id, first[:8], b"another", config.opens) == first
     with pytest.raises(WrongPassphraseError):
         keys.unlock(storage, config.id, PASSPHRASE)
-    with pytest.raises(UsageError, match="last one"):
-        keys.remove_key(storage, second)
+    with pytest.raises(UsageError, match="which stays"):
+        keys.remove_key(storage, config.id, second, b"another", config.opens)
     with pytest.raises(UsageError, match="no key begins"):
-        keys.remove_key(storage, "zz")
+        keys.remove_key(storage, config.id, "zz", b"another", config.opens)
     with pytest.raises(UsageError, match="empty"):
         keys.add_key(storage, config.id, master, b"", cost=CHEAP)
     assert len(Repository.open(path, lambda: b"another").backups()) == 1
+
+
+def test_keys_of_other_repositories_are_not_tried(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying them costs half a second each, and there may be as many as somebody likes."""
+    storage, config = Repository.look(path)
+    for _ in range(3):
+        keys.add_key(storage, "0" * 32, MASTER, PASSPHRASE, cost=CHEAP)
+    tried: list[str] = []
+    real = keys.open_key
+    monkeypatch.setattr(keys, "open_key", lambda key, *rest: (tried.append(key.repository), real(key, *rest))[1])
+    assert keys.unlock(storage, config.id, PASSPHRASE)
+    assert tried == [config.id]
+    with pytest.raises(WrongPassphraseError):
+        keys.unlock(storage, config.id, b"wrong")
+    assert tried == [config.id] * 2
+
+
+@pytest.mark.parametrize("what", ["of another repository", "of another master key", "of a damaged file", "a link"])
+def test_a_key_that_opens_nothing_is_no_key_that_stays(path: Path, tmp_path: Path, what: str) -> None:
+    """With the same passphrase, and named as if it were of this repository."""
+    storage, config = Repository.look(path)
+    (ours,) = storage.list("keys")
+    master = keys.unlock(storage, config.id, PASSPHRASE).master
+    if what == "of another repository":
+        keys.add_key(storage, "0" * 32, master, PASSPHRASE, cost=CHEAP)
+    elif what == "of another master key":
+        keys.add_key(storage, config.id, bytes(32), PASSPHRASE, cost=CHEAP)
+    elif what == "of a damaged file":
+        added = keys.add_key(storage, config.id, master, PASSPHRASE, cost=CHEAP)
+        (path / "keys" / added).write_bytes(b"")
+    else:
+        (path / "keys" / ("1" * 32)).symlink_to(ours)
+    with pytest.raises(UsageError, match=f"opens no key but {ours[:8]}"):
+        keys.remove_key(storage, config.id, ours, PASSPHRASE, config.opens)
+    assert ours in storage.list("keys")
 
 
 def test_an_exported_key_brings_a_repository_back(path: Path, tmp_path: Path) -> None:

@@ -28,17 +28,18 @@ def test_a_link_in_the_place_of_a_folder_is_not_followed(tmp_path: Path, folder:
 
 
 @pytest.mark.parametrize("content", [b'{"digests":[],"backups":[],"x":' + b"[" * 100_000, b"", b"\xff", b"[]"])
-def test_a_note_that_cannot_be_read_is_passed_over(tmp_path: Path, content: bytes) -> None:
+def test_a_note_that_cannot_be_read_is_unknown(tmp_path: Path, content: bytes) -> None:
+    """See test_unknown for what comes of it."""
     repo = scene.new(tmp_path / "repo")
     repo.storage.write("damaged", "0" * 32, content)
-    assert repo.damage() == damage.Damage(frozenset(), frozenset())
+    assert list(repo.damage().unknown) == ["0" * 32]
 
 
-def test_a_note_that_is_too_large_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_that_is_too_large_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(damage, "_LIMIT", 10)
     repo = scene.new(tmp_path / "repo")
     repo.storage.write("damaged", "0" * 32, b'{"digests":[],"backups":[]}')
-    assert repo.damage() == damage.Damage(frozenset(), frozenset())
+    assert list(repo.damage().unknown) == ["0" * 32]
 
 
 @pytest.mark.parametrize("packs", [0, 1])

@@ -776,3 +776,16 @@ def test_damage_that_a_backup_which_stays_needs_is_told(path: Path) -> None:
         assert [place.pack in e.text and "stays" in e.text for e in events if isinstance(e, Warned)] == [True] * damage
     assert victim.exists()
     assert kept.id in {r.id for r in Repository.open(path).backups()}
+
+
+def test_where_the_index_is_lost_the_hint_brings_it_back(path: Path) -> None:
+    record = made(path, [1, 2])
+    made(path, [3])
+    for file in (path / "index").iterdir():
+        file.unlink()
+    with pytest.raises(DamagedError) as refused:
+        pruned(path, grace=0.0)
+    assert "check --rebuild-index" in refused.value.hint
+    rebuild_index(Repository.open(path))
+    settled(pruned(path, Policy(last=9), grace=0.0))
+    assert restore(Repository.open(path), record) == [cluster(1), cluster(2)]

@@ -28,6 +28,7 @@ from incbak.restore.images import InPlaceTarget
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import DeviceTarget, open_target
 from tests.kit.cli import Content, Incbak, content, differing
+from tests.kit.devices import loop_device
 from tests.kit.need import missing, need
 from tests.kit.serve import Peer, listens, wait_until
 from tests.unit.backup.scene import Disk, FakeEngine, back_up
@@ -55,6 +56,16 @@ def _on_device(path: Path) -> tuple[Content, bytes]:
 def _cut(data: bytes) -> Content:
     pieces = ((at, data[at : at + CLUSTER]) for at in range(0, len(data), CLUSTER))
     return {-1: str(len(data)).encode(), **{at: piece for at, piece in pieces if any(piece)}}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("target", [DeviceTarget, InPlaceTarget])
+def test_a_read_only_device_is_refused_before_it_is_written(tmp_path: Path, target: Callable[..., object]) -> None:
+    (tmp_path / "backing").write_bytes(bytes([JUNK]) * ROUND)
+    with loop_device(tmp_path / "backing", "--read-only") as device:
+        with pytest.raises(DiskError, match="is read-only") as refused:
+            target(device, SIZE)
+        assert "Nothing was written" in refused.value.hint
 
 
 # -- block devices -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from incbak.restore.images import InPlaceTarget, Qcow2Target
 from incbak.restore.restore import Restored, restore_disk
 from incbak.restore.targets import NbdTarget, Target
 from tests.kit.cli import Content, Incbak, content, differing
-from tests.kit.need import need
+from tests.kit.need import need, need_root
 from tests.kit.serve import raw_image, serving
 from tests.unit.restore.conftest import CLUSTER, DATA, SIZE, Made
 
@@ -134,6 +134,23 @@ def test_a_restore_in_place_that_fails_says_what_the_target_is_now(made: Made, t
     with pytest.raises(DamagedError) as raised:
         _restore(made, Qcow2Target(tmp_path / "new.qcow2", SIZE, force=False))
     assert "Nothing was restored" in raised.value.hint
+
+
+@pytest.mark.root
+def test_a_qcow2_image_on_a_full_disk_is_named(made: Made, tmp_path: Path) -> None:
+    """And not the server that writes it; nothing of it is left."""
+    need_root()
+    where = tmp_path / "small"
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "incbak-test", where], check=True)
+    try:
+        (where / "fill").write_bytes(bytes(200 << 10))
+        with pytest.raises(RestoreError, match=r"cannot write .*/x\.qcow2: .*No space left") as full:
+            _restore(made, Qcow2Target(where / "x.qcow2", SIZE, force=False))
+        assert full.value.hint.startswith("Free space")
+        assert [p.name for p in where.iterdir()] == ["fill"]
+    finally:
+        subprocess.run(["umount", where], check=True)
 
 
 def test_in_place_refuses_what_it_cannot_do_and_changes_nothing(tmp_path: Path) -> None:

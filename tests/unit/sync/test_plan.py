@@ -82,6 +82,14 @@ def test_only_the_newest() -> None:
     assert copied(planned([ONE, TWO, THREE], [], last=7)) == [ONE.id, TWO.id, THREE.id]
 
 
+def test_what_was_removed_from_the_source_is_no_sign_that_it_was_put_back() -> None:
+    target = [copy(ONE, 1), copy(TWO, 2)]
+    for removed, refused in ((0, True), (1, True), (2, False), (9, False)):
+        plan = make_plan([ONE], target, SOURCE, (), None, {"vm": removed, "other": 99})
+        assert (list(plan.refused) == ["vm"]) is refused
+    assert copied(make_plan([ONE, THREE], target, SOURCE, (), None, {"vm": 2})) == [THREE.id]
+
+
 @pytest.mark.parametrize(
     ("source", "why"),
     [
@@ -95,3 +103,4 @@ def test_a_source_that_was_put_back(source: list[Record], why: str) -> None:
     plan = planned([*source, made(5, 1, "other")], [copy(ONE, 1), copy(TWO, 2)])
     assert copied(plan) == [made(5, 1).id]
     assert why in str(plan.refused["vm"])
+    assert "remove --all-of vm" in plan.refused["vm"].hint
