@@ -148,12 +148,14 @@ def test_keys_on_the_command_line(incbak: Encrypted) -> None:
     incbak("key", "export", exported, "--id", keys[""])
     assert (exported.stat().st_mode & 0o777, incbak.run("key", "export", exported).code) == (0o600, 2)
     assert incbak.run("key", "export", incbak.root / "x", "--id", keys["office"]).code == 2
-    incbak("key", "remove", keys[""][:8])
-    assert incbak.run("list").code == 12
     with_new = {"INCBAK_PASSWORD_FILE": str(new)}
+    ran = incbak.run("key", "remove", keys[""][:8])
+    assert (ran.code, f"opens no key but {keys[''][:8]}" in ran.err) == (2, True)
+    incbak("key", "remove", keys[""][:8], env=with_new)
+    assert incbak.run("list").code == 12
     assert len(incbak("list", env=with_new).out.splitlines()) == 2
     ran = incbak.run("key", "remove", keys["office"], env=with_new)
-    assert (ran.code, "is the last one" in ran.err) == (2, True)
+    assert (ran.code, "which stays" in ran.err) == (2, True)
     incbak("key", "import", exported)
     assert len(incbak("list").out.splitlines()) == 2
     assert incbak.run("key", "add", env={"INCBAK_NEW_PASSWORD_FILE": ""}).code == 2
