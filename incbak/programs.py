@@ -12,11 +12,13 @@ import select
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import IO
 
 KEPT = 1 << 20
@@ -24,6 +26,8 @@ KEPT = 1 << 20
 _PIECE = 1 << 16
 _DRAINED = 2 << 20
 """Bytes that are read after the end of a program: more than any pipe holds."""
+_LOOK = 0.2
+"""Seconds from one look for signals to the next."""
 _PATIENCE = 5.0
 """Seconds from SIGTERM to SIGKILL."""
 
@@ -66,31 +70,38 @@ def run(
     is ended with all that are left of its group. ``user``: uid and gid that it gets. Raises
     `subprocess.TimeoutExpired`; `OSError` and `ValueError` where it cannot be started.
     """
-    process = subprocess.Popen(
-        argv,
-        stdin=subprocess.PIPE if send else subprocess.DEVNULL,
-        stdout=out,
-        stderr=err,
-        env=env,
-        pass_fds=pass_fds,
-        start_new_session=not terminal,
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
-    )
-    try:
-        return collect(process, timeout=timeout, kept=kept, send=send)
-    except BaseException:
-        _end(process, group=not terminal)
-        raise
+    with _Held() as signals:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE if send else subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=env,
+            pass_fds=pass_fds,
+            start_new_session=not terminal,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+        )
+        try:
+            return collect(process, timeout=timeout, kept=kept, send=send, look=signals.look)
+        except BaseException:
+            _end(process, group=not terminal)
+            raise
 
 
 def collect(
-    process: subprocess.Popen[bytes], *, timeout: float | None = None, kept: int = KEPT, send: bytes = b""
+    process: subprocess.Popen[bytes],
+    *,
+    timeout: float | None = None,
+    kept: int = KEPT,
+    send: bytes = b"",
+    look: Callable[[], None] = lambda: None,
 ) -> Ended:
     """Return how a process ended, and at most about ``kept`` bytes of each of its outputs, the first and the last.
 
-    The rest is read and dropped, so that it never waits. Raises `subprocess.TimeoutExpired`; it still runs then.
+    The rest is read and dropped, so that it never waits. ``look`` is called some times a second. Raises
+    `subprocess.TimeoutExpired`, and what ``look`` raises; the process still runs then.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     outputs = {stream: _Kept(kept) for stream in (process.stdout, process.stderr) if stream}
@@ -109,11 +120,12 @@ def collect(
         selector.register(ended, selectors.EVENT_READ)
         rest = memoryview(send)
         while True:
+            look()
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 assert timeout is not None
                 raise subprocess.TimeoutExpired(process.args, timeout)
-            for key, _ in selector.select(left):
+            for key, _ in selector.select(_LOOK if left is None else min(left, _LOOK)):
                 if key.fileobj is process.stdin:
                     rest = _sent(process.stdin, rest)
                     if not rest:
@@ -186,9 +198,17 @@ def _close(stream: IO[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], *, group: bool) -> None:
-    """End a process that has not been waited for, so that its id is nobody else's."""
+    """End a process, unless it was waited for: its id may be another's then."""
+    if process.returncode is not None:
+        return
     with ExitStack() as stack:
-        ended = os.pidfd_open(process.pid)
+        try:
+            ended = os.pidfd_open(process.pid)
+        except OSError:  # no descriptor is left
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL) if group else process.kill()
+            process.wait()
+            return
         stack.callback(os.close, ended)
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
@@ -198,5 +218,38 @@ def _end(process: subprocess.Popen[bytes], *, group: bool) -> None:
         if group:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # whoever has not heard SIGTERM
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_PATIENCE)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE)
+
+
+class _Held:
+    """Signals that raise an exception raise it where a program is looked at, never while it is started or ended.
+
+    A context of the main thread; in another one it does nothing, since signals interrupt only the main thread. What
+    came and was not looked at is raised when the context is left.
+    """
+
+    def __init__(self) -> None:
+        self._came: list[int] = []
+        self._before: dict[int, Callable[[int, FrameType | None], object]] = {}
+
+    def __enter__(self) -> _Held:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._before[number] = handler
+                    signal.signal(number, lambda came, _: self._came.append(came))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        for number in self._came:
+            signal.raise_signal(number)
+
+    def look(self) -> None:
+        """Handle what came; raises what a handler raises."""
+        while self._came:
+            number = self._came.pop(0)
+            self._before[number](number, None)

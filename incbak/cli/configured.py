@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from incbak import programs
 from incbak.cli.encodable import refuse_unencodable, refuse_unencodable_path
 from incbak.cli.passphrase import Passphrase
 from incbak.cli.settings import Settings, one_line
-from incbak.cli.signals import LOOK_SECONDS, ending, interrupt_on_ending
+from incbak.cli.signals import LOOK_SECONDS, interruptible
 from incbak.errors import IncbakError, IncompleteError, UsageError
 from incbak.fleet.config import Vm
 
@@ -155,7 +153,7 @@ def run_all(here: Settings, command: str, jobs: int, *, json: bool = False) -> I
         ended = programs.collect(process, kept=_KEPT)
         return Done(name, ended.code, programs.text(ended.out), programs.text(ended.err))
 
-    with _interruptible(), ThreadPoolExecutor(max(jobs, 1), "vm") as pool:
+    with interruptible(), ThreadPoolExecutor(max(jobs, 1), "vm") as pool:
         work: list[Future[Done]] = []
         try:
             for name in names:
@@ -207,18 +205,6 @@ class _Children:
             self._ended = True
             for process in self._running:
                 process.terminate()
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM is as SIGINT, and so is SIGHUP."""
-    before = {number: signal.getsignal(number) for number in ending()}
-    interrupt_on_ending()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _common(here: Settings, json: bool) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 Number = signal.Signals
 
@@ -28,3 +29,15 @@ def interrupt_on_ending() -> None:
     """Let each of them raise `KeyboardInterrupt`, as Ctrl-C does."""
     for number in ending():
         signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let each of them raise `KeyboardInterrupt` within a context only."""
+    before = {number: signal.getsignal(number) for number in ending()}
+    interrupt_on_ending()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

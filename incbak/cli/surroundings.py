@@ -10,6 +10,7 @@ from typing import Any
 
 from incbak.backup.runner import Outcome
 from incbak.cli.settings import Settings, one_line
+from incbak.cli.signals import interruptible
 from incbak.errors import IncbakError, IncompleteError
 from incbak.fleet.config import Hooks, Vm
 from incbak.fleet.hooks import run_hook
@@ -77,7 +78,8 @@ class Surroundings:
             "backup": record.id if record else None,
             "record": as_json(record) if record else None,
         }
-        run_hook(which, getattr(self._hooks, which), facts, parse_duration(self._hooks.timeout))
+        with interruptible():  # a hook is ended when we are
+            run_hook(which, getattr(self._hooks, which), facts, parse_duration(self._hooks.timeout))
 
 
 def _exit_code(error: BaseException | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -113,13 +113,17 @@ def check(
     whole = read_data and found.packs_read == len(packs) + len(suspects)
     if not whole:
         _look_again(repo, known.digests, found)
-    _unknown_notes(known, found, whole=whole)
     affected = _backups(repo, records, found)
     _doubt(repo, found)
     for name in found.broken:
         verified.add(name, clock(), verified.look(name), whole=False)
     doubtful = set() if whole else known.backups & {r.id for r in records}
-    _note(repo, found, known, affected | doubtful, before if whole else list(known.names))
+    try:
+        _note(repo, found, known, affected | doubtful, before if whole else list(known.names))
+    except NotNotedError:
+        _unknown_notes(known, found, set())
+        raise
+    _unknown_notes(known, found, set(before) if whole else set())
     if not read_data:
         if found.broken:
             save(verified, report)
@@ -157,14 +161,14 @@ def _doubt(repo: Repository, found: Report) -> None:
         found.hint = REBUILD
 
 
-def _unknown_notes(known: Damage, found: Report, *, whole: bool) -> None:
-    """Tell which notes cannot be read; a check that has read everything replaces them."""
-    then = (
-        "all was read again, so it is replaced"
-        if whole
-        else ("until all is read again backups store everything anew: incbak check --read-data")
-    )
-    found.problems += [Problem(f"{why}; {then}", harmless=whole) for why in known.unknown.values()]
+def _unknown_notes(known: Damage, found: Report, replaced: Collection[str]) -> None:
+    """Tell which notes cannot be read; those that were ``replaced`` by what a check of everything found do no harm."""
+    for name, why in known.unknown.items():
+        if name in replaced:
+            then = "all was read again, so it was replaced"
+        else:
+            then = "until all is read again backups store everything anew: incbak check --read-data"
+        found.problems.append(Problem(f"{why}; {then}", harmless=name in replaced))
 
 
 def _strays(repo: Repository, found: Report) -> None:
@@ -209,6 +213,9 @@ def _packs(repo: Repository, found: Report) -> tuple[dict[str, int], dict[str, p
             if _pruned(repo, name):
                 continue
             cannot = f"pack {name} cannot be read: {e.strerror}" if isinstance(e, OSError) else str(e)
+            if not size and name not in _named(repo):
+                found.problems.append(Problem(f"{cannot}; nothing is looked for in it", harmless=True))
+                continue
             found.problems.append(Problem(cannot))
             found.broken.append(name)
             if len(entries := _indexed(repo, name)):

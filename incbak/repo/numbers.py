@@ -10,6 +10,7 @@ nothing: then a number may be given twice, and the sync that meets it says so.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 
 import msgspec
 
@@ -23,6 +24,8 @@ from incbak.repo.storage.base import Storage
 VERSION = 1
 KIND = "removed"
 _LIMIT = 16 << 20
+_LARGEST = 1 << 53
+"""No repository has so many backups: a number that is forged must not spoil those that come."""
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,10 +38,16 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def removed_numbers(storage: Storage) -> dict[str, int]:
     """Return the largest number of a removed backup for each VM of which it is noted."""
     found: dict[str, int] = {}
-    for name in storage.list(KIND):
-        for vm, number in _read(storage, name).items():
+    for numbers in _files(storage).values():
+        for vm, number in numbers.items():
             found[vm] = max(number, found.get(vm, 0))
     return found
+
+
+def _files(storage: Storage) -> dict[str, Mapping[str, int]]:
+    """Return what each file says that can be read."""
+    read = {name: _read(storage, name) for name in storage.list(KIND)}
+    return {name: numbers for name, numbers in read.items() if numbers is not None}
 
 
 def last_number(storage: Storage, records: Iterable[Record]) -> int:
@@ -61,9 +70,10 @@ def note_removal(storage: Storage, records: Collection[Record], going: Collectio
     new = {vm: number for vm, number in gone.items() if number > max(stay.get(vm, 0), known.get(vm, 0))}
     if not new:
         return
-    old = list(storage.list(KIND))
+    old = list(_files(storage))
     storage.write(KIND, new_id(), digested(msgspec.json.encode(_File(VERSION, known | new))))
-    storage.remove_all(KIND, old)
+    with suppress(DurabilityError):  # one too many says the same
+        storage.remove_all(KIND, old)
 
 
 def forget(storage: Storage, records: Collection[Record], going: Collection[str], report: Reporter) -> None:
@@ -78,11 +88,12 @@ def forget(storage: Storage, records: Collection[Record], going: Collection[str]
     storage.remove_all("backups", going)
 
 
-def _read(storage: Storage, name: str) -> Mapping[str, int]:
+def _read(storage: Storage, name: str) -> Mapping[str, int] | None:
     if not is_id(name):
-        return {}
+        return None
     try:
         found = msgspec.json.decode(verified_body(storage.read(KIND, name, _LIMIT), f"removed {name}"), type=_File)
     except (DamagedError, OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return {}
-    return found.numbers
+        return None
+    sound = found.version == VERSION and all(0 <= number < _LARGEST for number in found.numbers.values())
+    return found.numbers if sound else None

@@ -222,14 +222,15 @@ class _Prune:
         repo = self._repo
         repo.index.refresh()
         if repo.index.damaged:
-            what = f"index {repo.index.damaged[0]} does not verify, so nothing was removed"
+            nothing = "nothing" if decisions else "no content"
+            what = f"index {repo.index.damaged[0]} does not verify, so {nothing} was removed"
             raise DamagedError(what, hint=REBUILD)
         records = repo.backups()
         held = self._count(records, decisions, {e.vm: e for e in broken})
         others = {d.record.vm for d in decisions} - held.keys()
         if repo.unreadable and len({r.vm for r in records}) < 2:
             others = set()
-        nothing = "no content was removed" if others else "nothing was removed"
+        nothing = "no content was removed" if others or not decisions else "nothing was removed"
         if repo.unreadable:
             why = "; ".join(repo.unreadable.values())
             what = f"{counted(len(repo.unreadable), 'record')} cannot be read, {nothing}: {why}"

@@ -386,6 +386,24 @@ def test_what_a_hook_prints_or_leaves_stops_no_other_vm(fleet: Fleet, script: st
             os.kill(int(pid), signal.SIGKILL)
 
 
+@pytest.mark.parametrize("which", ["before", "after"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("every", [False, True])
+def test_a_hook_ends_with_us(fleet: Fleet, which: str, number: int, every: bool) -> None:
+    """Also what it has started; the signal goes to all, as that of a terminal, or SIGTERM to the first."""
+    fleet.write(TWO.replace("[vms.web1]", f'[defaults.hooks]\n{which} = ["ROOT/hook"]\n[vms.web1]'))
+    fleet.script("hook", "sleep 300 & echo $! > ROOT/new-$INCBAK_VM; mv ROOT/new-$INCBAK_VM ROOT/pid-$INCBAK_VM; wait")
+    vms = ["web1", "web2"] if every else ["web1"]
+    process = fleet.popen("full", *(["--all", "--jobs", "2"] if every else vms), start_new_session=True)
+    files = [fleet.root / f"pid-{vm}" for vm in vms]
+    eventually(lambda: all(file.exists() for file in files), 60, "the hooks run")
+    pids = [int(file.read_text()) for file in files]
+    os.kill(process.pid, number) if number == signal.SIGTERM else os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20, "the hooks have ended")
+
+
 def _samples(path: Path) -> dict[str, float]:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}

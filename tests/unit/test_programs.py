@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,79 @@ def test_what_it_has_started_can_end_in_peace(tmp_path: Path) -> None:
     )
     _ended(f"trap : TERM; sh {tmp_path}/child & wait; wait", tmp_path / "here")
     assert (tmp_path / "told").exists()
+
+
+def test_its_time_may_be_long() -> None:
+    """More than what one wait of the system can be told."""
+    assert programs.run(["true"], timeout=86400.0 * 1000).code == 0
+
+
+def test_a_signal_disturbs_neither_the_start_nor_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a terminal goes: one for each, and then the one of who started us."""
+    monkeypatch.setattr(programs, "_PATIENCE", 0.5)
+    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in ours}
+    real_kill, real_start, told = os.killpg, subprocess.Popen, []
+
+    def noisy(group: int, number: int) -> None:
+        real_kill(group, number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        told.append(number)
+
+    def start(*args: Any, **more: Any) -> subprocess.Popen[bytes]:
+        process = real_start(*args, **more)
+        wait_until((tmp_path / "here").exists, "it does not hear SIGTERM")
+        os.kill(os.getpid(), signal.SIGINT)
+        told.append(process)
+        return process
+
+    monkeypatch.setattr(os, "killpg", noisy)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    try:
+        for number in ours:
+            signal.signal(number, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            programs.run(["sh", "-c", f"{DEAF}; touch {tmp_path}/here; sleep 10; :"])
+        assert [signal.getsignal(number) for number in ours] == [signal.default_int_handler] * 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    process, *numbers = told
+    assert (process.returncode, numbers) == (-signal.SIGKILL, [signal.SIGTERM, signal.SIGKILL, signal.SIGKILL])
+
+
+def test_a_signal_at_its_end_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = programs.collect
+
+    def collected(process: subprocess.Popen[bytes], **more: Any) -> programs.Ended:
+        ended = real(process, **more)
+        os.kill(os.getpid(), signal.SIGINT)
+        return ended
+
+    monkeypatch.setattr(programs, "collect", collected)
+    with pytest.raises(KeyboardInterrupt):
+        programs.run(["true"])
+
+
+def test_a_handler_that_raises_nothing_ends_nothing(tmp_path: Path) -> None:
+    """Serve notes that it is to end, and makes its image first."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        assert _sh(f"kill -TERM {os.getpid()}; sleep 0.5; echo out").out == b"out\n"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
+
+
+def test_without_a_descriptor_it_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: int) -> int:
+        raise OSError(24, "too many open files")
+
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    monkeypatch.setattr(os, "pidfd_open", none)
+    programs._end(process, group=True)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_after_its_time_it_is_ended() -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import resource
+import secrets
 import stat
 import threading
 import time
@@ -206,12 +207,37 @@ class LocalStorage(Storage):
 
     def remove(self, kind: str, name: str) -> None:
         self._let_go(kind, [name])
-        durable.remove(self.root / kind / name)
+        try:
+            durable.remove(self.root / kind / name)
+        except DurabilityError as e:
+            self._set_aside(kind, [name], e)
+            durable.sync_dir(self.root / kind)
 
     def remove_all(self, kind: str, names: Iterable[str]) -> None:
         gone = list(names)
         self._let_go(kind, gone)
-        durable.remove_all(self.root / kind, gone)
+        try:
+            durable.remove_all(self.root / kind, gone)
+        except DurabilityError as e:
+            self._set_aside(kind, gone, e)
+            durable.remove_all(self.root / kind, gone)
+
+    def _set_aside(self, kind: str, names: Iterable[str], why: DurabilityError) -> None:
+        """Remove folders that have the names of files, or give them names that are not listed if they hold anything.
+
+        Raises ``why`` where it is something else that cannot be removed.
+        """
+        if not isinstance(why.__cause__, IsADirectoryError):
+            raise why
+        for path in (self.root / kind / name for name in names):
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    try:
+                        path.rmdir()
+                    except OSError:
+                        path.rename(path.with_name(f".{path.name}-{secrets.token_hex(4)}.aside"))
+            except OSError as e:
+                raise DurabilityError(f"cannot remove {path}: {e.strerror}", hint="Move it elsewhere.") from e
 
     def settle(self) -> None:
         with suppress(OSError, DurabilityError):

@@ -10,6 +10,7 @@ from incbak.errors import DurabilityError
 from incbak.events import Event, Warned
 from incbak.repo import numbers
 from incbak.repo.damage import add_note
+from incbak.repo.digested import digested
 from incbak.repo.prune import Options, prune
 from incbak.repo.record import Record
 from incbak.repo.remove import remove
@@ -102,13 +103,27 @@ def test_on_a_full_disk_the_backup_is_removed_all_the_same(path: Path, monkeypat
     assert [e for e in events if isinstance(e, Warned) and "no space" in e.text]
 
 
-@pytest.mark.parametrize("content", [b"", b"rot", b"0" * 64 + b"\n{}"])
-def test_what_cannot_be_read_says_nothing(path: Path, content: bytes) -> None:
-    (path / numbers.KIND / ("0" * 32)).write_bytes(content)
-    (path / numbers.KIND / "stray").write_bytes(content)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"rot",
+        b"0" * 64 + b"\n{}",
+        digested(b'{"version":2,"numbers":{"vm":7}}'),
+        digested(b'{"version":1,"numbers":{"vm":7},"more":1}'),
+        digested(b'{"version":1,"numbers":{"vm":-7}}'),
+        digested(b'{"version":1,"numbers":{"vm":18446744073709551615}}'),
+    ],
+)
+def test_what_cannot_be_read_says_nothing_and_stays(path: Path, content: bytes) -> None:
+    """A newer incbak may know what it says."""
+    files = [path / numbers.KIND / name for name in ("0" * 32, "stray")]
+    for file in files:
+        file.write_bytes(content)
     assert _noted(path) == {}
     _removed(path, _backup(path, [1]).id)
     assert _noted(path) == {"vm": 1}
+    assert [file.read_bytes() for file in files] == [content] * 2
 
 
 def test_the_number_is_durable_before_the_record_is_gone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from incbak.doctor.finding import Level
 from incbak.doctor.repository import look_at_repository
 from incbak.errors import DamagedError, DurabilityError
 from incbak.repo import pins
-from incbak.repo.check import check
+from incbak.repo.check import NotNotedError, check, rebuild_index
 from incbak.repo.damage import add_note
 from incbak.repo.memory import Memory
 from incbak.repo.pack import read_table
@@ -97,7 +97,7 @@ def test_a_note_of_damage_may_be_of_anything(path: Path, how: str) -> None:
     assert note.is_symlink() or note.exists()
 
 
-@pytest.mark.parametrize("how", [h for h in ODDITIES if h != "folder"])
+@oddly
 def test_a_check_of_everything_knows_it_again(path: Path, how: str) -> None:
     repo = _damaged(path)
     note = _only(path, "damaged")
@@ -108,12 +108,56 @@ def test_a_check_of_everything_knows_it_again(path: Path, how: str) -> None:
     assert (known.unknown, known.digests) == ({}, frozenset(found.damaged))
 
 
-def test_a_note_that_cannot_be_removed_stays_unknown(path: Path) -> None:
+def test_a_note_that_cannot_be_removed_stays_unknown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo = _damaged(path)
-    _folder(_only(path, "damaged"))
-    with pytest.raises(DurabilityError):
+    note = _only(path, "damaged")
+    note.write_bytes(b"")
+
+    def refused(*_: object) -> None:
+        raise DurabilityError("no permission")
+
+    monkeypatch.setattr(repo.storage, "remove", refused)
+    with pytest.raises(NotNotedError) as told:
         check(repo, read_data=True)
+    assert [p for p in told.value.report.serious if note.name in p.what and "check --read-data" in p.what]
     assert Repository.open(path).damage().unknown
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("kind", ["backups", "index", "damaged", "condemned", "removed", "needs"])
+def test_a_folder_in_the_place_of_a_file_can_be_got_rid_of(path: Path, kind: str, empty: bool) -> None:
+    """By the command that the message names; what is in it stays, under a name that is not listed."""
+    repo = new(path)
+    back_up(repo, CONTENT)
+    newest = back_up(repo, [7])
+    stray = path / kind / ("ab" * 16)
+    stray.mkdir()
+    if not empty:
+        (stray / "file").write_bytes(b"mine")
+    if kind == "backups":
+        assert remove(Repository.open(path), [stray.name], Options(grace=0.0)).trouble is None
+    elif kind == "index":
+        rebuild_index(Repository.open(path))
+    elif kind == "damaged":
+        check(Repository.open(path), read_data=True)
+    elif kind == "removed":
+        stray.rename(path / kind / "x")  # nothing replaces what is none of ours
+    done = prune(Repository.open(path), Policy(last=1), options=Options(grace=0.0))
+    assert (done.trouble, [d.record.id for d in done.decisions if d.keep]) == (None, [newest.id])
+    assert not stray.exists()
+    left = [p.read_bytes() for p in path.rglob("file")]
+    assert left == ([] if empty else [b"mine"])
+    assert len(list(path.rglob(".*.aside"))) == (0 if kind == "removed" else len(left))
+    assert check(Repository.open(path), read_data=True).serious == []
+    assert restore(Repository.open(path), newest) == [cluster(7)]
+
+
+@pytest.mark.parametrize("how", [lambda p: p.mkdir(), lambda p: p.symlink_to("nowhere")], ids=["folder", "link"])
+def test_what_is_no_pack_and_named_by_nothing_does_no_harm(path: Path, how: Callable[[Path], None]) -> None:
+    back_up(new(path), CONTENT)
+    how(path / "packs" / ("ab" * 16))
+    found = check(Repository.open(path))
+    assert (found.serious, [p.harmless for p in found.problems]) == ([], [True])
 
 
 def test_no_policy_removes_a_backup_while_a_note_is_unknown(path: Path) -> None:
